@@ -1,0 +1,95 @@
+"""Every exception kvm-clone raises on purpose, and the exit code each one ends a command with.
+
+    KvmCloneError                1  a bug, when nothing below fits
+    ├── UsageError               2  the command line or the configuration cannot be understood
+    ├── RefusedError             3  a blocking finding of the plan; nothing was written
+    ├── DomainExistsError        4  the destination has a VM of that name
+    ├── ConnectError             5  a host cannot be reached or libvirt there cannot be opened
+    │   ├── AuthenticationError  5  the host refused our key
+    │   └── HostKeyError         5  the host's key is unknown or has changed
+    ├── TransferError            6  the copy failed or was interrupted; it was rolled back
+    ├── VerificationError        7  source and destination differ after the copy
+    └── LockedError              8  another operation works on the same destination VM
+
+Ctrl-C ends with 130 and is not an exception of ours: it is the cancellation of the task.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes, the same for every command. docs/usage.md publishes this table."""
+
+    DONE = 0
+    BUG = 1
+    USAGE = 2
+    REFUSED = 3
+    EXISTS = 4
+    CONNECT = 5
+    TRANSFER = 6
+    MISMATCH = 7
+    LOCKED = 8
+    CANCELLED = 130
+
+
+class KvmCloneError(Exception):
+    """What happened (`str(error)`), to what (`subject`), and what to do about it (`remedy`)."""
+
+    exit_code: ExitCode = ExitCode.BUG
+
+    def __init__(self, message: str, *, subject: str = "", remedy: str = "") -> None:
+        super().__init__(message)
+        self.subject = subject
+        self.remedy = remedy
+
+
+class UsageError(KvmCloneError):
+    """The command line, the configuration or a host's address cannot be understood."""
+
+    exit_code = ExitCode.USAGE
+
+
+class RefusedError(KvmCloneError):
+    """The plan has blocking findings. Nothing was written anywhere."""
+
+    exit_code = ExitCode.REFUSED
+
+
+class DomainExistsError(KvmCloneError):
+    """The destination already has a domain of the wanted name."""
+
+    exit_code = ExitCode.EXISTS
+
+
+class ConnectError(KvmCloneError):
+    """A host cannot be reached, or its libvirt cannot be opened."""
+
+    exit_code = ExitCode.CONNECT
+
+
+class AuthenticationError(ConnectError):
+    """The host refused every key that was offered. Never retried."""
+
+
+class HostKeyError(ConnectError):
+    """The host's key is unknown or differs from the known one. Never retried."""
+
+
+class TransferError(KvmCloneError):
+    """The copy failed or was interrupted; what it had written was rolled back."""
+
+    exit_code = ExitCode.TRANSFER
+
+
+class VerificationError(KvmCloneError):
+    """The destination's disks differ from the source's although the copy said it was done."""
+
+    exit_code = ExitCode.MISMATCH
+
+
+class LockedError(KvmCloneError):
+    """Another operation on the same destination VM is under way."""
+
+    exit_code = ExitCode.LOCKED
