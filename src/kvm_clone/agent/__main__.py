@@ -1,0 +1,107 @@
+"""Where the agent begins: the loader has put the package on sys.path and calls `main`.
+
+The first frame says what this process is: {"mode": "control"}, {"mode": "send", …} or {"mode": "receive", …}.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any, Dict, List, NoReturn, Optional
+
+from . import process, server, transfer
+from .errors import INTERRUPTED, PROTOCOL, AgentError, from_exception
+from .stream import enlarge_pipe
+from .wire import MARKER, ProtocolError, pack_frame, read_frame, write_all
+
+FAILED = 3
+"""Exit status of an agent that could not do its work and has said why."""
+
+
+def main(payload: str, version: str) -> NoReturn:
+    """Be the agent. `payload` is the path that the package was loaded from, `version` the line after the marker."""
+    # Nothing but the protocol may reach the output: what libraries print goes to stderr, which is for people.
+    out = os.dup(1)
+    os.dup2(2, 1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))
+    try:
+        write_all(out, b"\n" + MARKER + version.encode() + b"\n")
+        request = read_frame(0)
+        if request is None:
+            _exit(0)
+        mode = request.get("mode")
+        if mode == "control":
+            server.Server(0, out).serve()
+        elif mode == "send":
+            _send(request, out, payload)
+        elif mode == "receive":
+            _receive(request, out)
+        else:
+            raise AgentError(PROTOCOL, f"the agent has no mode {mode!r}")
+    except (AgentError, ProtocolError, OSError, EOFError) as error:
+        print(f"kvm-clone: {from_exception(error)}", file=sys.stderr, flush=True)
+        _exit(FAILED)
+    _exit(0)
+
+
+def _exit(status: int) -> NoReturn:
+    # Threads may be in the midst of calls that nobody waits for any more.
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _jobs(request: Dict[str, Any]) -> List[transfer.Job]:
+    return [transfer.Job(**job) for job in request["jobs"]]
+
+
+def _send(request: Dict[str, Any], out: int, payload: str) -> None:
+    """Send the disks when the controller says go: to our own output, or to a receiver that we reach by ssh."""
+    child: Optional[subprocess.Popen[bytes]] = None
+    if request.get("ssh"):
+        child = _start_receiver(request, out, payload)
+        os.close(out)  # the receiver's answers alone go there now
+        assert child.stdin is not None
+        out = child.stdin.fileno()
+    enlarge_pipe(out)
+    if read_frame(0) is None:
+        raise AgentError(INTERRUPTED, "the controller went away")
+    threading.Thread(target=_exit_with_controller, daemon=True).start()
+    try:
+        transfer.Sender(out, _jobs(request), request["parallel"], request["rate"]).run()
+    finally:
+        os.close(out)
+    if child is not None and child.wait():
+        raise AgentError(INTERRUPTED, f"the receiver ended with status {child.returncode}")
+
+
+def _exit_with_controller() -> None:
+    """End this process, and with it the stream, when the controller closes our input."""
+    while os.read(0, 4096):
+        pass
+    os._exit(FAILED)
+
+
+def _start_receiver(request: Dict[str, Any], out: int, payload: str) -> subprocess.Popen[bytes]:
+    """Start the receiver on the destination: ssh, the loader's input, and the request that it is to serve."""
+    argv = server.with_known_hosts(request["ssh"], request["known_hosts"])
+    child = process.start([*argv, request["command"]], stdin=subprocess.PIPE, stdout=out)
+    assert child.stdin is not None
+    enlarge_pipe(child.stdin.fileno())
+    with open(payload, "rb") as file:
+        package = file.read()
+    write_all(child.stdin.fileno(), request["preamble"].encode() + package + pack_frame(request["receive"]))
+    return child
+
+
+def _receive(request: Dict[str, Any], out: int) -> None:
+    """Write what comes; every answer is a frame: {"written": […]}, and at the end {"done": true} or {"error": …}."""
+    jobs = _jobs(request)
+    try:
+        transfer.Receiver(0, jobs, lambda written: write_all(out, pack_frame({"written": written}))).run()
+    except Exception as error:  # noqa: BLE001 - whatever went wrong is the answer
+        write_all(out, pack_frame({"error": from_exception(error).as_dict()}))
+        _exit(FAILED)
+    write_all(out, pack_frame({"done": True}))

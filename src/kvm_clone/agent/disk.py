@@ -1,0 +1,172 @@
+"""The one contract that everything which holds a disk's content keeps, and the disk in memory that tests use.
+
+Content is what the guest sees. tests/agent/test_disk_contract.py holds every kind to this contract.
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+from typing import Dict, Iterator, NamedTuple, Optional, Tuple
+
+from .stream import Incoming
+from .wire import CHUNK, write_all
+
+DATA, ZERO, HOLE = "data", "zero", "hole"
+
+
+class Extent(NamedTuple):
+    """A range of a disk, in bytes, and what is known of it without reading.
+
+    `kind`: DATA may hold anything; ZERO reads as zeros and takes space; HOLE reads as zeros and takes none.
+    `host`: where the range lies in the disk's file, when it lies there as the guest sees it.
+    """
+
+    offset: int
+    length: int
+    kind: str
+    host: Optional[int] = None
+    compressed: bool = False
+
+    @property
+    def end(self) -> int:
+        """The first byte after the range."""
+        return self.offset + self.length
+
+    def cut(self, start: int, end: int) -> Extent:
+        """The part of this extent within [start, end), which must overlap it."""
+        low, high = max(self.offset, start), min(self.end, end)
+        host = None if self.host is None else self.host + low - self.offset
+        return self._replace(offset=low, length=high - low, host=host)
+
+
+class Disk(abc.ABC):
+    """A disk of `size` bytes. Offsets and lengths are in bytes, of any alignment, within the size."""
+
+    size: int
+
+    @abc.abstractmethod
+    def extents(self, start: int = 0, end: Optional[int] = None) -> Iterator[Extent]:
+        """Extents in order that cover [start, end) (to the disk's end when None) without gap or overlap."""
+
+    @abc.abstractmethod
+    def readinto(self, offset: int, view: memoryview) -> None:
+        """Fill `view` with the content at `offset`. Raises OSError."""
+
+    @abc.abstractmethod
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write `data` at `offset`. May return before it is done; `flush` reports what went wrong. Raises OSError."""
+
+    @abc.abstractmethod
+    def zero(self, offset: int, length: int) -> None:
+        """Make the range read as zeros, without taking space where that can be had. Raises OSError."""
+
+    @abc.abstractmethod
+    def flush(self) -> None:
+        """Return when everything written is durable. Raises OSError for any write that failed."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Let go of everything. Can be called again."""
+
+    def read_extent(self, extent: Extent, view: memoryview) -> None:
+        """Fill `view` with the extent's content; kinds that know a shorter way than `readinto` take it."""
+        self.readinto(extent.offset, view)
+
+    def send(self, extent: Extent, out: int) -> None:
+        """Write the content of a data extent of at most CHUNK bytes to the file descriptor `out`."""
+        buffer = bytearray(extent.length)
+        self.read_extent(extent, memoryview(buffer))
+        write_all(out, buffer)
+
+    def receive(self, offset: int, length: int, source: Incoming) -> None:
+        """Write the next `length` (at most CHUNK) bytes of `source` at `offset`. Raises EOFError, OSError."""
+        data = source.read(length)
+        if len(data) != length:
+            raise EOFError("the stream ended before a record's content")
+        self.write(offset, memoryview(data))
+
+
+
+
+def split(extent: Extent, unit: int) -> Iterator[Extent]:
+    """The extent in pieces of at most `unit` bytes that end at multiples of it."""
+    position = extent.offset
+    while position < extent.end:
+        end = min(extent.end, position - position % unit + unit)
+        yield extent.cut(position, end)
+        position = end
+
+
+class MemoryDisk(Disk):
+    """A disk in memory, with holes of BLOCK bytes. For tests."""
+
+    BLOCK = 4096
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._blocks: Dict[int, bytearray] = {}
+
+    def extents(self, start: int = 0, end: Optional[int] = None) -> Iterator[Extent]:
+        """See Disk."""
+        end = self.size if end is None else end
+        position = start
+        while position < end:
+            held = position // self.BLOCK in self._blocks
+            stop = position
+            while stop < end and (stop // self.BLOCK in self._blocks) == held:
+                stop = min(end, stop - stop % self.BLOCK + self.BLOCK)
+            yield Extent(position, stop - position, DATA if held else HOLE)
+            position = stop
+
+    def _pieces(self, offset: int, length: int) -> Iterator[Tuple[int, int, int]]:
+        """(block, start in block, length) for each block that the range touches."""
+        position = offset
+        while position < offset + length:
+            start = position % self.BLOCK
+            count = min(self.BLOCK - start, offset + length - position)
+            yield position // self.BLOCK, start, count
+            position += count
+
+    def readinto(self, offset: int, view: memoryview) -> None:
+        """See Disk."""
+        done = 0
+        for block, start, count in self._pieces(offset, len(view)):
+            held = self._blocks.get(block)
+            view[done : done + count] = held[start : start + count] if held else bytes(count)
+            done += count
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """See Disk."""
+        done = 0
+        for block, start, count in self._pieces(offset, len(data)):
+            held = self._blocks.setdefault(block, bytearray(self.BLOCK))
+            held[start : start + count] = data[done : done + count]
+            done += count
+
+    def zero(self, offset: int, length: int) -> None:
+        """See Disk."""
+        for block, start, count in self._pieces(offset, length):
+            if count == self.BLOCK:
+                self._blocks.pop(block, None)
+            elif block in self._blocks:
+                self._blocks[block][start : start + count] = bytes(count)
+
+    def flush(self) -> None:
+        """See Disk."""
+
+    def close(self) -> None:
+        """See Disk."""
+
+
+def bounded(disk: Disk, start: int, end: Optional[int]) -> Tuple[int, int]:
+    """The range [start, end) with None meaning the disk's end; raises ValueError when it is not within the disk."""
+    stop = disk.size if end is None else end
+    if not 0 <= start <= stop <= disk.size:
+        raise ValueError(f"the range {start}..{stop} is not within a disk of {disk.size} bytes")
+    return start, stop
+
+
+def open_flags(writable: bool) -> int:
+    """How image files are opened: never inherited by a child, never through a link when written."""
+    return (os.O_RDWR | os.O_NOFOLLOW if writable else os.O_RDONLY) | os.O_CLOEXEC

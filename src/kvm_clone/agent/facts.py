@@ -1,0 +1,96 @@
+"""What the agent can say of its host, its directories and its disk images, without changing anything."""
+
+from __future__ import annotations
+
+import grp
+import os
+import platform
+import pwd
+import re
+import shutil
+import stat
+from typing import Any, Callable, Dict, Optional
+
+from . import image, qemu
+from .disk import DATA
+from .errors import AgentError
+from .process import run
+
+
+def host() -> Dict[str, Any]:
+    """The host's name, Python and QEMU tools; a missing tool has the version None."""
+    return {
+        "hostname": platform.node(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "qemu_img": _version("qemu-img"),
+        "qemu_nbd": _version("qemu-nbd"),
+        "uid": os.geteuid(),
+    }
+
+
+def _version(program: str) -> Optional[str]:
+    if shutil.which(program) is None:
+        return None
+    found = re.search(r"\d+(\.\d+)+", run([program, "--version"]))
+    return found.group(0) if found else "unknown"
+
+
+def disk(path: str, image_format: str) -> Dict[str, Any]:
+    """What is known of an image file. `error` is there instead when it cannot be known."""
+    try:
+        about = os.stat(path)
+        answer: Dict[str, Any] = {
+            "path": path,
+            "real": os.path.realpath(path),
+            "regular": stat.S_ISREG(about.st_mode),
+            "mode": stat.S_IMODE(about.st_mode) & 0o777,
+            "user": _name(pwd.getpwuid, about.st_uid),
+            "group": _name(grp.getgrgid, about.st_gid),
+            "allocated": about.st_blocks * 512,
+            "fingerprint": fingerprint(path),
+            "virtual_size": about.st_size,
+        }
+        if answer["regular"] and image_format == image.QCOW2:
+            answer["image"] = qemu.info(path, image_format)
+            answer["virtual_size"] = answer["image"]["virtual-size"]
+        answer["data"] = _data(path, image_format) if answer["regular"] else 0
+    except (OSError, AgentError) as error:
+        return {"path": path, "error": getattr(error, "strerror", None) or str(error)}
+    return answer
+
+
+def _data(path: str, format_: str) -> int:
+    """How many bytes of the image's content are not known to be zero."""
+    opened = image.open_for_reading(path, format_)
+    try:
+        return sum(extent.length for extent in opened.extents() if extent.kind == DATA)
+    finally:
+        opened.close()
+
+
+def _name(look_up: Callable[[int], Any], number: int) -> str:
+    try:
+        return str(look_up(number)[0])
+    except KeyError:
+        return str(number)
+
+
+def fingerprint(path: str) -> str:
+    """Changes whenever the file may have changed: device, inode, size in bytes, mtime and ctime in nanoseconds."""
+    about = os.stat(path)
+    return f"{about.st_dev}:{about.st_ino}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
+
+
+def directory(path: str) -> Dict[str, Any]:
+    """Whether the directory is there and can be written, its free bytes, and the names in it."""
+    if not os.path.isdir(path):
+        return {"path": path, "exists": False, "writable": False, "free": 0, "names": []}
+    space = os.statvfs(path)
+    return {
+        "path": path,
+        "exists": True,
+        "writable": os.access(path, os.W_OK | os.X_OK),
+        "free": space.f_bavail * space.f_frsize,
+        "names": sorted(os.listdir(path)),
+    }

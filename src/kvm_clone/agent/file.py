@@ -1,0 +1,107 @@
+"""A disk that is a plain file (format raw), moved by the kernel without passing through Python."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from typing import Iterator, Optional
+
+from .disk import DATA, HOLE, Disk, Extent, bounded, open_flags
+from .stream import Incoming
+from .wire import CHUNK
+
+_FALLOC_KEEP_AND_PUNCH = 0x01 | 0x02
+"""FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE of fallocate(2)."""
+
+
+class FileDisk(Disk):
+    """A raw image file."""
+
+    def __init__(self, path: str, *, writable: bool = False) -> None:
+        self.path = path
+        self._fd = os.open(path, open_flags(writable))
+        self.size = os.fstat(self._fd).st_size
+
+    def extents(self, start: int = 0, end: Optional[int] = None) -> Iterator[Extent]:
+        """See Disk. Asks the filesystem as it goes, so that memory stays flat."""
+        position, stop = bounded(self, start, end)
+        while position < stop:
+            data = min(self._seek(position, os.SEEK_DATA), stop)
+            if data > position:
+                yield Extent(position, data - position, HOLE)
+            position = data
+            if position < stop:
+                hole = min(self._seek(position, os.SEEK_HOLE), stop)
+                yield Extent(position, hole - position, DATA, host=position)
+                position = hole
+
+    def _seek(self, position: int, whence: int) -> int:
+        try:
+            return os.lseek(self._fd, position, whence)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data after this point
+                return self.size
+            raise
+
+    def readinto(self, offset: int, view: memoryview) -> None:
+        """See Disk."""
+        while view:
+            count = os.preadv(self._fd, [view], offset)
+            if not count:
+                raise OSError(errno.EIO, f"the file ends at {offset}, before the disk does", self.path)
+            view = view[count:]
+            offset += count
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """See Disk."""
+        while data:
+            count = os.pwrite(self._fd, data, offset)
+            data = data[count:]
+            offset += count
+
+    def zero(self, offset: int, length: int) -> None:
+        """See Disk. Writes zeros where the filesystem cannot punch holes."""
+        if not _punch_hole(self._fd, offset, length):
+            zeros = memoryview(bytes(min(length, CHUNK)))
+            for start in range(offset, offset + length, CHUNK):
+                self.write(start, zeros[: min(CHUNK, offset + length - start)])
+
+    def flush(self) -> None:
+        """See Disk."""
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """See Disk."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+    def send(self, extent: Extent, out: int) -> None:
+        """See Disk. The pages go from the cache into the pipe; `extent.host` says where they lie in the file."""
+        host = extent.offset if extent.host is None else extent.host
+        done = 0
+        while done < extent.length:
+            count = os.sendfile(out, self._fd, host + done, extent.length - done)
+            if not count:
+                raise OSError(errno.EIO, f"the file ends at {host + done}, before the disk does", self.path)
+            done += count
+
+    def receive(self, offset: int, length: int, source: Incoming) -> None:
+        """See Disk."""
+        if source.can_move:
+            source.move(self._fd, length, offset)
+        else:
+            super().receive(offset, length, source)
+
+
+def _punch_hole(fd: int, offset: int, length: int) -> bool:
+    """Free the range's space; False where the filesystem cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(fd, _FALLOC_KEEP_AND_PUNCH, ctypes.c_longlong(offset), ctypes.c_longlong(length)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EOPNOTSUPP, errno.ENOSYS):
+        return False
+    raise OSError(code, os.strerror(code))

@@ -1,0 +1,159 @@
+"""Opening image files by format: the one place that knows which kind of Disk serves which format and use."""
+
+from __future__ import annotations
+
+import os
+from typing import Iterator, Optional
+
+from . import qemu
+from .disk import Disk, Extent, bounded, open_flags
+from .errors import UNSUPPORTED, AgentError
+from .file import FileDisk
+from .nbd import NbdDisk
+from .stream import Incoming
+from .wire import CHUNK
+
+RAW, QCOW2 = "raw", "qcow2"
+
+
+class MappedDisk(Disk):
+    """An image file that nobody writes, read where `qemu-img map` says that the guest's bytes lie.
+
+    What lies elsewhere (compressed clusters) is read through qemu-nbd, started when first needed. Whoever opens one
+    holds the image's lock.
+    """
+
+    def __init__(self, path: str, format_: str) -> None:
+        self._path = path
+        self._format = format_
+        self._file = FileDisk(path)
+        self._nbd: Optional[NbdDisk] = None
+        about = qemu.info(path, format_)
+        self.size = int(about["virtual-size"])
+        # A compressed cluster has to be written by one request, and a request carries a chunk at most.
+        self._keeps_compression = int(about.get("cluster-size", 0)) <= CHUNK
+
+    def extents(self, start: int = 0, end: Optional[int] = None) -> Iterator[Extent]:
+        """See Disk."""
+        start, stop = bounded(self, start, end)
+        if start == stop:
+            return
+        for extent in qemu.map_extents(self._path, self._format, start, stop):
+            if extent.end > start and extent.offset < stop:
+                compressed = extent.compressed and self._keeps_compression
+                yield extent.cut(start, stop)._replace(compressed=compressed)
+
+    def readinto(self, offset: int, view: memoryview) -> None:
+        """See Disk."""
+        if self._nbd is None:
+            self._nbd = qemu.open_nbd(self._path, self._format, writable=False)
+        self._nbd.readinto(offset, view)
+
+    def read_extent(self, extent: Extent, view: memoryview) -> None:
+        """See Disk."""
+        if extent.host is None:
+            self.readinto(extent.offset, view)
+        else:
+            self._file.readinto(extent.host, view)
+
+    def send(self, extent: Extent, out: int) -> None:
+        """See Disk."""
+        if extent.host is None:
+            super().send(extent, out)
+        else:
+            self._file.send(extent, out)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Raises AgentError: this kind is for reading."""
+        raise AgentError(UNSUPPORTED, f"{self._path} is open for reading")
+
+    def zero(self, offset: int, length: int) -> None:
+        """Raises AgentError: this kind is for reading."""
+        raise AgentError(UNSUPPORTED, f"{self._path} is open for reading")
+
+    def flush(self) -> None:
+        """See Disk."""
+
+    def close(self) -> None:
+        """See Disk."""
+        self._file.close()
+        if self._nbd is not None:
+            self._nbd.close()
+
+
+class StagedImage(Disk):
+    """A qcow2 image that is being filled through qemu-nbd.
+
+    Compressed clusters can only be written through QEMU's compress filter, and the filter compresses everything: the
+    image is opened anew when the kind of data changes. A sender that sends compressed ranges first makes that once.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._compress = False
+        self._nbd = qemu.open_nbd(path, QCOW2, writable=True)
+        self.size = self._nbd.size
+
+    def compress(self, wanted: bool) -> None:
+        """Whether what is written from here on is stored compressed; such ranges must not have been written before."""
+        if wanted != self._compress:
+            self.flush()
+            self._nbd.close()
+            self._nbd = qemu.open_nbd(self._path, QCOW2, writable=True, compress=wanted)
+            self._compress = wanted
+
+    def extents(self, start: int = 0, end: Optional[int] = None) -> Iterator[Extent]:
+        """See Disk."""
+        return self._nbd.extents(start, end)
+
+    def readinto(self, offset: int, view: memoryview) -> None:
+        """See Disk."""
+        self._nbd.readinto(offset, view)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """See Disk."""
+        self._nbd.write(offset, data)
+
+    def receive(self, offset: int, length: int, source: Incoming) -> None:
+        """See Disk."""
+        self._nbd.receive(offset, length, source)
+
+    def zero(self, offset: int, length: int) -> None:
+        """See Disk."""
+        self._nbd.zero(offset, length)
+
+    def flush(self) -> None:
+        """See Disk."""
+        self._nbd.flush()
+
+    def close(self) -> None:
+        """See Disk."""
+        self._nbd.close()
+
+
+def open_for_reading(path: str, format_: str) -> Disk:
+    """An image that nobody writes. Raises AgentError for a format that is not handled, OSError."""
+    if format_ == RAW:
+        return FileDisk(path)
+    if format_ == QCOW2:
+        return MappedDisk(path, format_)
+    raise AgentError(UNSUPPORTED, f"{path} has the format {format_}, which is not handled")
+
+
+def open_for_filling(path: str, format_: str) -> Disk:
+    """A staged image that is to be written. Raises AgentError for a format that is not handled, OSError."""
+    if format_ == RAW:
+        return FileDisk(path, writable=True)
+    if format_ == QCOW2:
+        return StagedImage(path)
+    raise AgentError(UNSUPPORTED, f"{path} has the format {format_}, which is not handled")
+
+
+def settle(path: str) -> None:
+    """Make the file durable and forget its cached pages, so that what is read next comes from storage."""
+    fd = os.open(path, open_flags(writable=False))
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)

@@ -1,0 +1,108 @@
+"""Locks: QEMU's own on disk images, and ours on an operation.
+
+QEMU (block/file-posix.c) guards an image file with open-file-description locks on single bytes: a read lock on byte
+100 + n says "I use permission n", one on byte 200 + n says "I do not share permission n". Holding the right ones keeps
+every QEMU from opening the image for writing, without changing a byte of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import struct
+from typing import Any, Dict, Optional
+
+from .disk import open_flags
+from .errors import IN_USE, LOCKED, AgentError
+
+_USES, _DOES_NOT_SHARE = 100, 200
+_CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3  # numbers of bits in QEMU's BlockPermission
+
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length, pid
+
+
+class ImageLock:
+    """Keeps every other process from writing an image through QEMU while this object lives."""
+
+    def __init__(self, path: str) -> None:
+        """Raises AgentError (in-use) when a process has the image open for writing."""
+        self._fd = os.open(path, open_flags(writable=False))
+        try:
+            for byte in (_USES + _CONSISTENT_READ, _DOES_NOT_SHARE + _WRITE, _DOES_NOT_SHARE + _RESIZE):
+                self._control(fcntl.F_OFD_SETLK, fcntl.F_RDLCK, byte)
+            for byte in (_USES + _WRITE, _USES + _RESIZE, _DOES_NOT_SHARE + _CONSISTENT_READ):
+                if self._control(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte) != fcntl.F_UNLCK:
+                    raise AgentError(IN_USE, f"another process uses {path}; a copy of it would not be consistent")
+        except BaseException:
+            self.release()
+            raise
+
+    def _control(self, command: int, kind: int, byte: int) -> int:
+        """The lock's type that the kernel answers."""
+        try:
+            answer = fcntl.fcntl(self._fd, command, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise AgentError(IN_USE, "another process holds the image's lock") from error
+            raise
+        kind_answered: int = _FLOCK.unpack(answer)[0]
+        return kind_answered
+
+    def release(self) -> None:
+        """Let others write again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class OperationLock:
+    """An flock on a file that names its holder. The kernel lets go of it when the holder dies, however it dies."""
+
+    def __init__(self, path: str, holder: Dict[str, Any]) -> None:
+        """Raises AgentError (locked) that names the holder when another process holds it."""
+        self.path = path
+        self._fd = self._acquire(holder)
+
+    def _acquire(self, holder: Dict[str, Any]) -> int:
+        while True:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                text = _describe(os.pread(fd, 4096, 0))
+                os.close(fd)
+                raise AgentError(LOCKED, f"another operation is under way: {text}") from None
+            if _same_file(fd, self.path):
+                os.truncate(fd, 0)
+                os.pwrite(fd, json.dumps(holder).encode(), 0)
+                return fd
+            os.close(fd)  # its last holder removed the file between our open and our lock
+
+    def release(self) -> None:
+        """Remove the file and let go. The order matters: whoever locks a removed file notices and tries again."""
+        if self._fd >= 0:
+            os.unlink(self.path)
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _same_file(fd: int, path: str) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(fd)
+    return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _describe(content: bytes) -> str:
+    holder: Optional[Dict[str, Any]] = None
+    try:
+        holder = json.loads(content)
+    except ValueError:
+        return "its holder has just begun"
+    if not isinstance(holder, dict):
+        return "its holder is unknown"
+    return ", ".join(f"{key} {value}" for key, value in holder.items())

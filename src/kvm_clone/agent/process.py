@@ -1,0 +1,47 @@
+"""Child processes that cannot outlive the agent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+from typing import Any, Callable, List, Sequence
+
+from .errors import IO, MISSING, AgentError
+
+_PR_SET_PDEATHSIG = 1
+"""prctl(2)."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent() -> None:
+    """For the child between fork and exec: be killed when the thread that forked it ends."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def start(
+    argv: Sequence[str], before_exec: Callable[[], None] = die_with_parent, **how: Any
+) -> subprocess.Popen[bytes]:
+    """Start a child that dies with us. Raises AgentError when the program is not there."""
+    try:
+        return subprocess.Popen(argv, preexec_fn=before_exec, **how)
+    except FileNotFoundError as error:
+        raise AgentError(MISSING, f"the program {argv[0]} is not installed on this host") from error
+
+
+def run(argv: Sequence[str]) -> str:
+    """What the program prints. Raises AgentError with its own last words when it fails."""
+    child = start(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = child.communicate()
+    if child.returncode:
+        raise AgentError(IO, last_words(argv[0], child.returncode, err))
+    return out.decode()
+
+
+def last_words(program: str, status: int, stderr: bytes) -> str:
+    """One line that says how a program failed."""
+    lines: List[str] = stderr.decode(errors="replace").strip().splitlines()
+    said = lines[-1] if lines else f"ended with status {status}"
+    return f"{os.path.basename(program)}: {said.removeprefix(os.path.basename(program) + ': ')}"

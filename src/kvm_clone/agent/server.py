@@ -1,0 +1,145 @@
+"""The control agent: answers the controller's calls, one operation's worth of state in one process.
+
+A call is {"id", "call", "args"}; it is answered by {"id", "ok"} or {"id", "error": {"kind", "message"}}, and before that
+perhaps by {"id", "progress"}. Calls run side by side. The end of the input, or silence, means that the controller is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from typing import Any, Callable, Dict, List, Optional
+
+from . import digest, facts, image, process, stage
+from .errors import UNSUPPORTED, AgentError, from_exception
+from .lock import ImageLock
+from .wire import pack_frame, read_frame, write_all
+
+SILENCE_SECONDS = 30.0
+"""Without a frame for so long, the controller is taken for dead: it sends one every few seconds. A cut network closes
+no connection, and a lock must not stay behind."""
+
+Progress = Callable[[Dict[str, Any]], None]
+
+
+class Server:
+    """Serves one controller over a pair of descriptors."""
+
+    def __init__(self, source: int, out: int) -> None:
+        self._source = source
+        self._out = out
+        self._writing = threading.Lock()
+        self._locks: List[ImageLock] = []
+        self._stage: Optional[stage.Stage] = None
+        self._calls: Dict[str, Callable[..., Any]] = {
+            "ping": lambda: None,
+            "host": facts.host,
+            "disk": facts.disk,
+            "directory": facts.directory,
+            "exists": os.path.exists,
+            "probe": probe,
+            "lock_image": self._lock_image,
+            "fingerprint": facts.fingerprint,
+            "digest": digest_disk,
+            "unsettled": stage.unsettled,
+            "settle": stage.settle,
+            "recover": stage.recover,
+            "stage": self._begin,
+            "create": lambda **how: self._staged().create(**how),
+            "publish": lambda **how: self._staged().publish(**how),
+            "note": lambda **how: self._staged().note(**how),
+            "undo": lambda **how: self._staged().undo(**how),
+            "finish": lambda: self._staged().finish(),
+        }
+
+    def serve(self) -> None:
+        """Answer until the controller is gone, then undo what it left unfinished."""
+        try:
+            while self._heard():
+                frame = read_frame(self._source)
+                if frame is None:
+                    break
+                threading.Thread(target=self._answer, args=(frame,), daemon=True).start()
+        except EOFError:
+            return  # torn in the midst of a frame: gone all the same
+        finally:
+            if self._stage is not None:
+                self._stage.abandon()
+
+    def _heard(self) -> bool:
+        readable, _, _ = select.select([self._source], [], [], SILENCE_SECONDS)
+        return bool(readable)
+
+    def _answer(self, frame: Dict[str, Any]) -> None:
+        number = frame.get("id")
+        try:
+            call = self._calls.get(str(frame.get("call")))
+            if call is None:
+                raise AgentError(UNSUPPORTED, f"the agent has no call {frame.get('call')!r}")
+            arguments = dict(frame.get("args") or {})
+            if call is digest_disk:
+                arguments["progress"] = lambda state: self._write({"id": number, "progress": state})
+            self._write({"id": number, "ok": call(**arguments)})
+        except Exception as error:  # noqa: BLE001 - whatever went wrong is the answer
+            self._write({"id": number, "error": from_exception(error).as_dict()})
+
+    def _write(self, message: Dict[str, Any]) -> None:
+        with self._writing:
+            write_all(self._out, pack_frame(message))
+
+    def _lock_image(self, path: str) -> None:
+        """Keep every QEMU from writing this image until this process ends."""
+        try:
+            self._locks.append(ImageLock(path))
+        except OSError as error:
+            raise from_exception(error, f"opening {path}") from error
+
+    def _begin(self, directory: str, name: str, operation: str, about: Dict[str, Any]) -> None:
+        if self._stage is not None:
+            raise AgentError(UNSUPPORTED, "this agent has an operation already")
+        self._stage = stage.Stage(directory, name, operation, about)
+
+    def _staged(self) -> stage.Stage:
+        if self._stage is None:
+            raise AgentError(UNSUPPORTED, "this agent has no operation")
+        return self._stage
+
+
+def digest_disk(path: str, image_format: str, progress: Progress) -> List[str]:
+    """The image's segment digests in hexadecimal; `progress` hears how many bytes of the disk are done."""
+    answer: List[str] = []
+    disk = image.open_for_reading(path, image_format)
+    try:
+        for value in digest.segments(disk):
+            answer.append(value.hex())
+            progress({"done": min(len(answer) * digest.SEGMENT, disk.size)})
+    except OSError as error:
+        raise from_exception(error, f"reading {path}") from error
+    finally:
+        disk.close()
+    return answer
+
+
+def probe(ssh: List[str], known_hosts: str) -> str:
+    """Whether this host can run a command by `ssh`: empty when it can, else what ssh said."""
+    argv = with_known_hosts(ssh, known_hosts)
+    try:
+        process.run([*argv, "true"])
+    except AgentError as error:
+        return str(error)
+    return ""
+
+
+def with_known_hosts(ssh: List[str], known_hosts: str) -> List[str]:
+    """The ssh command with host keys that the controller knows, given to ssh without writing a file to this host."""
+    if not known_hosts:
+        return ssh
+    fd = os.memfd_create("known_hosts")
+    write_all(fd, known_hosts.encode())
+    # ssh closes what it inherits, so that it has to open our descriptor.
+    path = f"/proc/{os.getpid()}/fd/{fd}"
+    options = [f"UserKnownHostsFile={path}", "GlobalKnownHostsFile=/dev/null"]
+    return [ssh[0], *[word for option in options for word in ("-o", option)], *ssh[1:]]
+
+

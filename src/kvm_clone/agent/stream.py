@@ -1,0 +1,85 @@
+"""Moving bytes between file descriptors by the kernel, without them passing through Python."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from typing import Optional
+
+from .wire import CHUNK, read_exact
+
+# The os module has it since Python 3.10; older ones take the buffered way.
+_splice = getattr(os, "splice", None)
+
+_F_SETPIPE_SZ = 1031
+"""fcntl(2) on Linux; the fcntl module names it since Python 3.10."""
+
+
+class Incoming:
+    """What arrives on a pipe or a socket, to be read or moved on.
+
+    sshd gives a command a socket pair on some systems. A socket cannot be spliced to another socket or a file, so its
+    bytes take a way through a pipe of our own.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._through: Optional[tuple[int, int]] = None
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            enlarge_pipe(fd)
+        elif _splice is not None:
+            self._through = os.pipe()
+            enlarge_pipe(self._through[1])
+
+    @property
+    def can_move(self) -> bool:
+        """Whether `move` works with this Python; else `read` has to do."""
+        return _splice is not None
+
+    def read(self, count: int) -> bytes:
+        """The next `count` bytes, or none at the end of the stream. Raises EOFError when it ends within."""
+        return read_exact(self.fd, count)
+
+    def move(self, target: int, count: int, offset: Optional[int] = None) -> None:
+        """Move the next `count` bytes to `target`, at `offset` of it when it is a file. Raises EOFError, OSError."""
+        assert _splice is not None
+        done = 0
+        while done < count:
+            part = count - done
+            source = self.fd
+            if self._through is not None:
+                source = self._through[0]
+                part = _splice(self.fd, self._through[1], part)
+            moved = _move_exact(source, target, part, None if offset is None else offset + done)
+            if not moved:
+                raise EOFError("the stream ended before a record's content")
+            done += moved
+
+    def close(self) -> None:
+        """Let go of the pipe in between; the descriptor given stays open."""
+        if self._through is not None:
+            os.close(self._through[0])
+            os.close(self._through[1])
+            self._through = None
+
+
+def _move_exact(pipe: int, target: int, count: int, offset: Optional[int]) -> int:
+    """Splice up to `count` bytes until they are through or the pipe ends; how many were."""
+    assert _splice is not None
+    done = 0
+    while done < count:
+        moved: int = _splice(pipe, target, count - done, offset_dst=None if offset is None else offset + done)
+        if not moved:
+            break
+        done += moved
+    return done
+
+
+def enlarge_pipe(fd: int) -> None:
+    """Let a pipe hold a whole chunk, so that both ends switch less; anything else than a pipe stays as it is."""
+    if stat.S_ISFIFO(os.fstat(fd).st_mode):
+        try:
+            fcntl.fcntl(fd, _F_SETPIPE_SZ, CHUNK)
+        except PermissionError:  # over /proc/sys/fs/pipe-user-pages-soft: the pipe works at its old size
+            return

@@ -1,0 +1,210 @@
+"""The one copy engine: a sender that reads disks into a stream of records, and a receiver that writes them.
+
+Nothing here knows of ssh: the sender gets a descriptor to write to, the receiver one to read from.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+from . import image
+from .disk import DATA as DATA_KIND
+from .disk import Disk, Extent, split
+from .errors import INTERRUPTED, AgentError, from_exception
+from .stream import Incoming
+from .wire import CHUNK, COMPRESSED, DATA, DISK_END, END, IDLE, RECORD_HEADER, ZERO, Record, unpack_record, write_all
+
+IDLE_SECONDS = 5.0
+"""A sender with nothing to send says so this often."""
+
+SILENCE_SECONDS = 60.0
+"""A receiver that hears nothing for so long takes the sender for dead: a cut network ends a TCP connection much later."""
+
+REPORT_SECONDS = 0.25
+"""A receiver reports what it has written this often."""
+
+
+class Job(NamedTuple):
+    """One disk's copy: its image at one end, and whether the other end is known to read as zeros."""
+
+    path: str
+    format: str
+    fresh: bool = True
+
+
+class Pacer:
+    """Spreads bytes over time so that they pass at `rate` bytes a second; 0 is without limit."""
+
+    def __init__(self, rate: int, idle: Callable[[], None]) -> None:
+        self._rate = rate
+        self._idle = idle
+        self._due = time.monotonic()
+        # A tenth of a second's worth at a time keeps a low rate even.
+        self.most = min(CHUNK, max(4096, rate // 10)) if rate else CHUNK
+
+    def wait(self, count: int) -> None:
+        """Return when `count` more bytes may go."""
+        if not self._rate:
+            return
+        now = time.monotonic()
+        self._due = max(self._due, now - 0.05)  # time that was not used is lost, lest a burst follows a stall
+        while self._due > now:
+            time.sleep(min(self._due - now, IDLE_SECONDS))
+            now = time.monotonic()
+            if self._due > now:
+                self._idle()
+        self._due += count / self._rate
+
+
+class Sender:
+    """Reads up to `parallel` disks in turn, a chunk of each at a time."""
+
+    def __init__(self, out: int, jobs: List[Job], parallel: int, rate: int) -> None:
+        self._out = out
+        self._jobs = jobs
+        self._parallel = parallel
+        self._pacer = Pacer(rate, self._say_idle)
+        self._sent = 0
+
+    def run(self) -> None:
+        """Send every disk and the end record. Raises AgentError; a reader that went away is `interrupted`."""
+        waiting = iter(range(len(self._jobs)))
+        active: List[Tuple[int, Iterator[None]]] = []
+        while True:
+            while len(active) < self._parallel:
+                index = next(waiting, None)
+                if index is None:
+                    break
+                active.append((index, self._disk(index)))
+            if not active:
+                break
+            active = [(index, disk) for index, disk in active if self._step(index, disk)]
+        self._record(Record(END, 0, 0, self._sent))
+
+    def _step(self, index: int, disk: Iterator[None]) -> bool:
+        """Send the disk's next piece; False when it has none."""
+        try:
+            next(disk)
+        except StopIteration:
+            return False
+        except Exception as error:
+            raise from_exception(error, f"reading {self._jobs[index].path}") from error
+        return True
+
+    def _disk(self, index: int) -> Iterator[None]:
+        job = self._jobs[index]
+        disk = image.open_for_reading(job.path, job.format)
+        try:
+            # Compressed ranges first: see image.StagedImage.
+            if job.format == image.QCOW2 and any(extent.compressed for extent in disk.extents()):
+                yield from self._extents(index, disk, job.fresh, compressed=True)
+            yield from self._extents(index, disk, job.fresh, compressed=False)
+            self._record(Record(DISK_END, index, disk.size, 0))
+        finally:
+            disk.close()
+
+    def _extents(self, index: int, disk: Disk, fresh: bool, *, compressed: bool) -> Iterator[None]:
+        for extent in disk.extents():
+            if extent.kind != DATA_KIND:
+                if not fresh and not compressed:
+                    self._record(Record(ZERO, index, extent.offset, extent.length))
+            elif extent.compressed == compressed:
+                for piece in split(extent, CHUNK if compressed else self._pacer.most):
+                    self._data(index, disk, piece)
+                    yield
+
+    def _data(self, index: int, disk: Disk, piece: Extent) -> None:
+        self._pacer.wait(piece.length)
+        flags = COMPRESSED if piece.compressed else 0
+        self._record(Record(DATA, index, piece.offset, piece.length, flags))
+        disk.send(piece, self._out)
+        self._sent += piece.length
+
+    def _say_idle(self) -> None:
+        self._record(Record(IDLE, 0, 0, 0))
+
+    def _record(self, record: Record) -> None:
+        write_all(self._out, record.pack())
+
+
+class Receiver:
+    """Writes the records of one stream to staged images."""
+
+    def __init__(self, source: int, jobs: List[Job], report: Callable[[List[int]], None]) -> None:
+        self._fd = source
+        self._source = Incoming(source)
+        self._jobs = jobs
+        self._report = report
+        self._reported = time.monotonic()
+        self._open: Dict[int, Disk] = {}
+        self.written = [0] * len(jobs)
+
+    def run(self) -> None:
+        """Write everything up to the end record and make it durable. Raises AgentError."""
+        try:
+            while True:
+                record = self._next()
+                if record.type == END:
+                    self._end(record)
+                    return
+                self._apply(record)
+                self._report_now_and_then()
+        finally:
+            for disk in self._open.values():
+                disk.close()
+
+    def _next(self) -> Record:
+        readable, _, _ = select.select([self._fd], [], [], SILENCE_SECONDS)
+        if not readable:
+            raise AgentError(INTERRUPTED, f"nothing came from the source for {SILENCE_SECONDS:.0f} seconds")
+        header = self._source.read(RECORD_HEADER.size)
+        if not header:
+            raise AgentError(INTERRUPTED, "the stream from the source ended before its end")
+        return unpack_record(header)
+
+    def _apply(self, record: Record) -> None:
+        if record.type == IDLE:
+            return
+        job = self._jobs[record.disk]
+        try:
+            disk = self._disk(record.disk)
+            if record.type == DATA:
+                if isinstance(disk, image.StagedImage):
+                    disk.compress(bool(record.flags & COMPRESSED))
+                disk.receive(record.offset, record.length, self._source)
+                self.written[record.disk] += record.length
+            elif record.type == ZERO:
+                disk.zero(record.offset, record.length)
+            elif record.type == DISK_END:
+                self._finish(record.disk)
+        except Exception as error:
+            raise from_exception(error, f"writing {job.path}") from error
+
+    def _disk(self, index: int) -> Disk:
+        if index not in self._open:
+            self._open[index] = image.open_for_filling(self._jobs[index].path, self._jobs[index].format)
+        return self._open[index]
+
+    def _finish(self, index: int) -> None:
+        disk = self._open.pop(index)
+        try:
+            disk.flush()
+        finally:
+            disk.close()
+        image.settle(self._jobs[index].path)
+
+    def _end(self, record: Record) -> None:
+        if record.length != sum(self.written) or self._open:
+            raise AgentError(
+                INTERRUPTED, f"the source sent {record.length} bytes, {sum(self.written)} arrived here"
+            )
+        self._report(self.written)
+
+    def _report_now_and_then(self) -> None:
+        now = time.monotonic()
+        if now - self._reported >= REPORT_SECONDS:
+            self._reported = now
+            self._report(self.written)

@@ -1,0 +1,336 @@
+"""One host: its connection, the control agent that runs there, and the way to its libvirt."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvm_clone import payload, ssh
+from kvm_clone.agent import errors as kinds
+from kvm_clone.agent import wire
+from kvm_clone.errors import ConnectError, KvmCloneError, LockedError, RefusedError, TransferError
+
+log = logging.getLogger(__name__)
+
+_PING_SECONDS = 5.0
+"""Well below the agent's patience, agent.server.SILENCE_SECONDS."""
+
+_READY_SECONDS = 60.0
+"""How long a login and Python's start may take after the connection stands."""
+
+_LIBVIRT_SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock")
+"""The monolithic daemon's (or its proxy's), then the modular one's, which serves storage calls too."""
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class AgentCallError(TransferError):
+    """The agent answered a call with an error of `kind`, one of agent.errors."""
+
+    def __init__(self, kind: str, message: str, host: str) -> None:
+        super().__init__(f"{host}: {message}", subject=host, remedy=_REMEDIES.get(kind, ""))
+        self.kind = kind
+
+
+_REMEDIES = {
+    kinds.NO_SPACE: "make room on that filesystem, or name another pool with --pool; then run the command again",
+    kinds.PERMISSION: "connect as a user who may do this (root, usually)",
+    kinds.IN_USE: "shut down whatever uses the image, then run the command again",
+    kinds.INTERRUPTED: "run the command again",
+    kinds.READ_ONLY: "name another pool with --pool",
+    kinds.EXISTS: "remove or rename that file, or choose another --new-name or --pool",
+}
+
+
+def call_error(answer: dict[str, Any], host: str) -> KvmCloneError:
+    """The exception for an agent's error answer."""
+    kind, message = answer.get("kind", kinds.BUG), answer.get("message", "no reason given")
+    if kind == kinds.LOCKED:
+        remedy = "wait until that operation has ended"
+        return LockedError(f"{host}: {message}", subject=host, remedy=remedy)
+    if kind == kinds.BUG:
+        return KvmCloneError(f"{host}: {message}", subject=host, remedy="please report this")
+    return AgentCallError(kind, message, host)
+
+
+def spawn_options() -> dict[str, Any]:
+    """Children ignore Ctrl-C: a terminal sends it to them as well, and we need them to roll back."""
+    return {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+
+
+class Host:
+    """A connected host. One SSH connection carries the control agent, the data streams and libvirt."""
+
+    def __init__(self, address: ssh.Address, options: ssh.SshOptions, directory: Path, *, interactive: bool) -> None:
+        self.address = address
+        self.name = address.text
+        self.known = ssh.Effective({})
+        self._options = options
+        self._interactive = interactive
+        self._control = directory / f"{random.randbytes(4).hex()}.ssh"
+        self._process: asyncio.subprocess.Process | None = None
+        self._stderr: deque[str] = deque(maxlen=40)
+        self._calls: dict[int, tuple[asyncio.Future[Any], Progress | None]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._lost: KvmCloneError | None = None
+
+    async def connect(self) -> None:
+        """Connect and start the control agent; network faults are retried with exponential back-off.
+
+        Raises ConnectError and its kinds; RefusedError when the host cannot run the agent.
+        """
+        if not self.address.local:
+            self.known = await ssh.effective(self.address, self._options)
+        delay = 1.0
+        for tries_left in range(self._options.retries, -1, -1):
+            try:
+                await self._start_agent()
+            except ConnectError as error:
+                if not tries_left or not ssh.worth_retrying(error, self._said()):
+                    raise
+                log.warning("%s; trying again in %.0f s", error, delay)
+                await asyncio.sleep(delay * random.uniform(0.8, 1.2))
+                delay *= 2
+            else:
+                return
+
+    async def close(self) -> None:
+        """End the agent, and with it the connection."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._process is not None:
+            await end_process(self._process)
+            self._process = None
+
+    def _master_argv(self) -> list[str]:
+        if self.address.local:
+            return ["sh", "-c", payload.remote_command(sys.executable)]
+        return [
+            *ssh.base_argv(self.address, self._options),
+            *ssh.policy(self.known, self._options, interactive=self._interactive),
+            *("-o", "ControlMaster=yes", "-o", f"ControlPath={self._control}", "-o", "ControlPersist=no", "-T"),
+            *self.address.argv(),
+            payload.remote_command(),
+        ]
+
+    def session_argv(self, command: str) -> list[str]:
+        """What runs a shell command on the host over the connection that stands, and never over another one."""
+        if self.address.local:
+            return ["sh", "-c", command]
+        return [*self._mux_argv(), "-T", "--", "host", command]
+
+    def _mux_argv(self) -> list[str]:
+        # The connection knows its options; the user's configuration would only add forwardings of its own.
+        return ["ssh", "-F", "/dev/null", "-o", "ProxyCommand=exit 255", "-o", f"ControlPath={self._control}"]
+
+    def agent_command(self) -> str:
+        """The shell command that loads an agent on this host."""
+        return payload.remote_command(sys.executable if self.address.local else "python3")
+
+    async def _start_agent(self) -> None:
+        self._stderr.clear()
+        self._lost = None
+        process = await asyncio.create_subprocess_exec(
+            *self._master_argv(),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            **spawn_options(),
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        errors = asyncio.create_task(self._collect_stderr(process))
+        try:
+            process.stdin.write(payload.preamble().encode() + payload.package())
+            process.stdin.write(wire.pack_frame({"mode": "control"}))
+            await read_marker(process.stdout, None if self._interactive else _READY_SECONDS)
+        except (EOFError, OSError, TimeoutError, wire.ProtocolError) as error:
+            await end_process(process)
+            await errors
+            raise self._start_failure(process.returncode, error) from error
+        except BaseException:
+            await end_process(process)
+            raise
+        self._process = process
+        self._tasks = [
+            errors,
+            asyncio.create_task(self._read_answers(process)),
+            asyncio.create_task(self._ping(process.stdin)),
+        ]
+
+    def _start_failure(self, status: int | None, error: Exception) -> KvmCloneError:
+        said = self._said()
+        if status == 127 or "python3: not found" in said or "python3: command not found" in said:
+            return RefusedError(
+                f"{self.name} has no python3", subject=self.name, remedy="install python3 (3.9 or newer) there"
+            )
+        if "kvm-clone:" in said:
+            return RefusedError(f"{self.name}: {said.strip().splitlines()[-1]}", subject=self.name)
+        return ssh.failure(self.name, said or str(error), status)
+
+    def _said(self) -> str:
+        return "\n".join(self._stderr)
+
+    async def _collect_stderr(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stderr is not None
+        async for line in process.stderr:
+            text = line.decode(errors="replace").rstrip()
+            self._stderr.append(text)
+            log.debug("%s: %s", self.name, text)
+
+    async def _read_answers(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        try:
+            while frame := await read_frame(process.stdout):
+                self._take(frame)
+        except (EOFError, OSError, wire.ProtocolError) as error:
+            log.debug("%s: %s", self.name, error)
+        await asyncio.sleep(0.1)  # ssh's last words come over another pipe
+        said = self._said().strip().splitlines()
+        self._lost = TransferError(
+            f"the connection to {self.name} was lost" + (f": {said[-1]}" if said else ""),
+            subject=self.name,
+            remedy="run the command again",
+        )
+        for future, _ in self._calls.values():
+            if not future.done():
+                future.set_exception(self._lost)
+        self._calls.clear()
+
+    def _take(self, frame: dict[str, Any]) -> None:
+        future, progress = self._calls.get(frame.get("id", -1), (None, None))
+        if future is None or future.done():
+            return
+        if "progress" in frame:
+            if progress is not None:
+                progress(frame["progress"])
+            return
+        del self._calls[frame["id"]]
+        if "error" in frame:
+            future.set_exception(call_error(frame["error"], self.name))
+        else:
+            future.set_result(frame.get("ok"))
+
+    async def _ping(self, stdin: asyncio.StreamWriter) -> None:
+        while True:
+            await asyncio.sleep(_PING_SECONDS)
+            with contextlib.suppress(OSError):
+                stdin.write(wire.pack_frame({"id": 0, "call": "ping"}))
+
+    @property
+    def lost(self) -> bool:
+        """Whether the agent is gone."""
+        return self._process is None or self._lost is not None
+
+    async def wait_lost(self) -> None:
+        """Return never; raise TransferError when the agent is gone."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if self._lost is not None:
+            raise self._lost
+        number = -1 - len(self._calls) - random.getrandbits(30)
+        self._calls[number] = (future, None)
+        try:
+            await future
+        finally:
+            self._calls.pop(number, None)
+
+    async def call(self, name: str, progress: Progress | None = None, /, **arguments: Any) -> Any:
+        """Call the control agent. Raises AgentCallError, LockedError; TransferError when the connection is lost."""
+        if self._lost is not None:
+            raise self._lost
+        assert self._process is not None
+        assert self._process.stdin is not None
+        number = random.getrandbits(48) + 1
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._calls[number] = (future, progress)
+        self._process.stdin.write(wire.pack_frame({"id": number, "call": name, "args": arguments}))
+        return await future
+
+    async def libvirt_uri(self) -> str:
+        """A URI by which libvirt on this machine reaches the host's, over the connection that stands.
+
+        Raises ConnectError when the host's libvirt does not listen.
+        """
+        if self.address.local:
+            return "qemu:///system"
+        for path in _LIBVIRT_SOCKETS:
+            if await self.call("exists", path=path):
+                local = self._control.with_suffix(".libvirt")
+                await self._forward(local, path)
+                return f"qemu+unix:///system?socket={local}"
+        raise ConnectError(
+            f"libvirt does not listen on {self.name}",
+            subject=self.name,
+            remedy="start libvirtd (or virtqemud) there: systemctl start libvirtd",
+        )
+
+    async def _forward(self, local: Path, remote: str) -> None:
+        local.unlink(missing_ok=True)
+        argv = [*self._mux_argv(), "-O", "forward", "-L", f"{local}:{remote}", "host"]
+        process = await asyncio.create_subprocess_exec(
+            *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        )
+        out, _ = await process.communicate()
+        if process.returncode:
+            raise ConnectError(
+                f"{self.name} does not forward its libvirt socket: {out.decode(errors='replace').strip()}",
+                subject=self.name,
+                remedy="allow AllowStreamLocalForwarding in its sshd_config",
+            )
+
+
+async def read_marker(stream: asyncio.StreamReader, seconds: float | None) -> str:
+    """Skip login noise up to the agent's marker; what it says of itself. Raises EOFError, TimeoutError, ProtocolError."""
+    skipped = 0
+    async with asyncio.timeout(seconds):
+        while True:
+            try:
+                line = await stream.readline()
+            except ValueError:  # a line longer than the stream's buffer, which readline has dropped
+                skipped += 64 * 1024
+                continue
+            if line.startswith(wire.MARKER) and line.endswith(b"\n"):
+                return _checked(line[len(wire.MARKER) :].decode(errors="replace").strip())
+            skipped += len(line)
+            if not line:
+                raise EOFError("the connection ended before the agent was ready")
+            if skipped > wire.NOISE_LIMIT:
+                raise wire.ProtocolError("the login prints without end instead of running the agent")
+
+
+def _checked(identity: str) -> str:
+    if identity != payload.identity():
+        raise wire.ProtocolError(f"the agent that runs there is another one: {identity}")
+    return identity
+
+
+async def read_frame(stream: asyncio.StreamReader) -> dict[str, Any] | None:
+    """The next control frame, None at the end. Raises EOFError when it ends within a frame, ProtocolError."""
+    try:
+        header = await stream.readexactly(wire.FRAME_HEADER.size)
+    except asyncio.IncompleteReadError as error:
+        if error.partial:
+            raise EOFError("the stream ended within a frame") from error
+        return None
+    return wire.unpack_body(await stream.readexactly(wire.frame_length(header)))
+
+
+async def end_process(process: asyncio.subprocess.Process, patience: float = 5.0) -> None:
+    """Close a child's input, which ends an agent, and kill it if it does not end."""
+    if process.stdin is not None:
+        process.stdin.close()
+    try:
+        async with asyncio.timeout(patience):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()

@@ -1,0 +1,151 @@
+"""Looking at both hosts, without changing anything on either."""
+
+from __future__ import annotations
+
+import asyncio
+import posixpath
+
+import libvirt
+
+from kvm_clone import definition, domains, ssh
+from kvm_clone.agent import errors as kinds
+from kvm_clone.errors import RefusedError
+from kvm_clone.facts import (
+    DestinationFacts,
+    Directory,
+    Facts,
+    ImageFacts,
+    RouteFacts,
+    SourceFacts,
+    host_facts,
+    image_facts,
+)
+from kvm_clone.host import AgentCallError, Host
+from kvm_clone.options import Route
+from kvm_clone.tasks import together
+
+
+async def inspect(
+    source: Host,
+    source_libvirt: libvirt.virConnect,
+    destination: Host,
+    destination_libvirt: libvirt.virConnect,
+    vm: str,
+    route: Route,
+) -> Facts:
+    """Everything a plan needs. From here on the source agent keeps every QEMU from writing the VM's disks.
+
+    Raises RefusedError when the source has no such VM, ConnectError, TransferError.
+    """
+    source_facts, reach = await together(
+        _source(source, source_libvirt, vm), find_route(source, destination, route)
+    )
+    destination_facts = await _destination(destination, destination_libvirt, source_facts.xml)
+    return Facts(source_facts, destination_facts, reach)
+
+
+async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> SourceFacts:
+    with domains.failing_as(f"asking {host.name} for {vm!r}", vm):
+        domain = await asyncio.to_thread(domains.find, connection, vm)
+    if domain is None:
+        raise RefusedError(
+            f"{host.name} has no VM named {vm!r}", subject=vm, remedy=f"see what it has: kvm-clone list {host.name}"
+        )
+    xml = definition.read_domain(domain.xml)
+    about, *images = await together(
+        host.call("host"),
+        *(_image(host, disk, locked=domain.state == domains.SHUT_OFF) for disk in xml.own_disks),
+    )
+    return SourceFacts(host_facts(host.name, about), domain, xml, tuple(images))
+
+
+async def _image(host: Host, disk: definition.DiskXml, *, locked: bool) -> ImageFacts:
+    """A disk's image. Nothing is asked of one that the plan refuses by its definition, or that a VM writes."""
+    path, format_ = disk.path or "", disk.format
+    unread = ImageFacts(disk.target, path, format_, error="not looked at")
+    if disk.type != "file" or format_ not in definition.FORMATS or not locked:
+        return unread
+    try:
+        await host.call("lock_image", path=path)
+    except AgentCallError as error:
+        return image_facts(
+            disk.target, path, format_, {"error": str(error), "in_use": error.kind == kinds.IN_USE}
+        )
+    return image_facts(disk.target, path, format_, await host.call("disk", path=path, image_format=format_))
+
+
+async def _destination(
+    host: Host, connection: libvirt.virConnect, xml: definition.DomainXml
+) -> DestinationFacts:
+    with domains.failing_as(f"asking libvirt on {host.name}", host.name):
+        names, pools = await together(
+            asyncio.to_thread(domains.names, connection), asyncio.to_thread(domains.pools, connection)
+        )
+    wanted = {pool.path for pool in pools if pool.path}
+    wanted |= {posixpath.dirname(disk.path) for disk in xml.own_disks if disk.path and disk.type == "file"}
+    referred = {file.path for file in xml.os_files}
+    referred |= {disk.path for disk in (*xml.media, *xml.referenced_disks) if disk.path and disk.type == "file"}
+    paths, files = sorted(wanted), sorted(referred)
+    about, directories, present = await together(
+        host.call("host"),
+        together(*(host.call("directory", path=path) for path in paths)),
+        together(*(host.call("exists", path=path) for path in files)),
+    )
+    return DestinationFacts(
+        host_facts(host.name, about),
+        names,
+        pools,
+        {path: _directory(answer) for path, answer in zip(paths, directories, strict=True)},
+        dict(zip(files, present, strict=True)),
+    )
+
+
+def _directory(answer: dict[str, object]) -> Directory:
+    return Directory(
+        str(answer["path"]),
+        bool(answer["exists"]),
+        bool(answer["writable"]),
+        int(str(answer["free"])),
+        frozenset(answer["names"]),  # type: ignore[call-overload]
+    )
+
+
+async def find_route(source: Host, destination: Host, wanted: Route) -> RouteFacts:
+    """Whether the source can send to the destination itself; not tried when the answer would change nothing."""
+    if wanted is Route.RELAY:
+        return RouteFacts(False, "asked for")
+    if source.address.local or destination.address.local:
+        return RouteFacts(False, "this machine is one of the two hosts")
+    argv, known_hosts = await direct_ssh(destination)
+    said = await source.call("probe", ssh=argv, known_hosts=known_hosts)
+    if said:
+        return RouteFacts(False, f"{source.name} cannot connect to {destination.name}: {said}")
+    return RouteFacts(True, f"{source.name} can connect to {destination.name}")
+
+
+async def direct_ssh(destination: Host) -> tuple[list[str], str]:
+    """The ssh command by which another host reaches this one, and the keys it shall know it by.
+
+    The other host has a configuration of its own: it gets the plain address that ours comes to, and the host keys that
+    this machine knows, under a name that only they have.
+    """
+    known = destination.known
+    keys = await ssh.known_host_lines(known, destination.address)
+    options = {
+        "BatchMode": "yes",
+        "ConnectTimeout": "10",
+        "LogLevel": "ERROR",
+        "ServerAliveInterval": "5",
+        "ServerAliveCountMax": "3",
+        "StrictHostKeyChecking": "yes",
+        "ControlPath": "none",
+    }
+    if keys:
+        options["HostKeyAlias"] = _ALIAS
+    argv = ["ssh", "-T", *(word for key, value in options.items() for word in ("-o", f"{key}={value}"))]
+    argv += ["-p", known.get("port") or "22", "-l", known.get("user"), "--", known.get("hostname")]
+    lines = [" ".join([*words[:-2], _ALIAS, *words[-2:]]) for words in (key.split() for key in keys)]
+    return argv, "".join(f"{line}\n" for line in lines)
+
+
+_ALIAS = "kvm-clone-destination"

@@ -1,0 +1,34 @@
+"""What a user can ask of an operation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Route(StrEnum):
+    """Which way the data takes."""
+
+    AUTO = "auto"
+    DIRECT = "direct"
+    RELAY = "relay"
+
+
+@dataclass(frozen=True)
+class CloneOptions:
+    """Options of a clone.
+
+    `new_name`: None keeps the name. `pool`: a storage pool of the destination. `parallel`: disks at once.
+    `bandwidth_limit`: bytes a second over all disks together, None for no limit. `timeout`: seconds for the whole
+    operation, None for no limit.
+    """
+
+    new_name: str | None = None
+    preserve_uuid: bool = False
+    preserve_mac: bool = False
+    pool: str | None = None
+    route: Route = Route.AUTO
+    verify: bool = True
+    parallel: int = 2
+    bandwidth_limit: int | None = None
+    timeout: float | None = None

@@ -1,0 +1,85 @@
+"""The agent as it travels: a zip file of the package, the loader that takes it from its input, and its identity.
+
+What goes into the loader's input: 8 hexadecimal digits of the zip's length in bytes, its SHA-256 as 64 hexadecimal
+digits, and the zip. What follows are the agent's frames.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import shlex
+import zipfile
+from importlib import resources
+
+from kvm_clone.version import __version__
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+"""The zip format's first date: the same files make the same bytes, so that the hash names a version."""
+
+_LOADER = """
+import hashlib, os, sys
+if sys.version_info < (3, 9):
+    sys.exit("kvm-clone: this host has Python %d.%d, the agent needs 3.9 or newer" % sys.version_info[:2])
+def take(count):
+    data = b""
+    while len(data) < count:
+        part = os.read(0, count - len(data))
+        if not part:
+            sys.exit("kvm-clone: the agent did not arrive whole")
+        data += part
+    return data
+head = take(72)
+body = take(int(head[:8], 16))
+if hashlib.sha256(body).hexdigest().encode() != head[8:]:
+    sys.exit("kvm-clone: the agent arrived damaged")
+fd = os.memfd_create("kvm-clone-agent")
+view = memoryview(body)
+while view:
+    view = view[os.write(fd, view):]
+path = "/proc/self/fd/%d" % fd
+sys.path.insert(0, path)
+from kvm_clone.agent.__main__ import main
+main(path, VERSION + " " + head[8:24].decode())
+"""
+
+
+def loader() -> str:
+    """The Python program that takes the agent from its input and runs it. One line, fit for `python3 -I -c`."""
+    return f"exec({_LOADER.strip().replace('VERSION', repr(__version__), 1)!r})"
+
+
+def remote_command(python: str = "python3") -> str:
+    """What a remote shell is asked to run. exec, so that no shell stands between us and the agent's end."""
+    return f"exec {shlex.quote(python)} -I -c {shlex.quote(loader())}"
+
+
+@functools.cache
+def package() -> bytes:
+    """The zip file."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        # The controller's own __init__ stays at home: it imports what hosts do not have.
+        archive.writestr(_entry("kvm_clone/__init__.py"), "")
+        files = resources.files("kvm_clone.agent")
+        for file in sorted(files.iterdir(), key=lambda entry: entry.name):
+            if file.name.endswith(".py"):
+                archive.writestr(_entry(f"kvm_clone/agent/{file.name}"), file.read_bytes())
+    return buffer.getvalue()
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name, _EPOCH)
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    return entry
+
+
+def preamble() -> str:
+    """What goes before the zip into the loader's input."""
+    return f"{len(package()):08x}{hashlib.sha256(package()).hexdigest()}"
+
+
+def identity() -> str:
+    """What the agent says of itself behind the marker."""
+    return f"{__version__} {hashlib.sha256(package()).hexdigest()[:16]}"

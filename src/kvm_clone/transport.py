@@ -1,0 +1,272 @@
+"""The data path: a sender on the source, a receiver on the destination, and one pipe between them.
+
+Direct: the source's agent runs ssh to the destination, whose answers come back through the source's output.
+Relay: both agents are reached from here, and the kernel's pipe joins the one's output to the other's input.
+In both the controller hears the receiver's frames, and tells the sender to go once the receiver is ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvm_clone import payload
+from kvm_clone.agent import errors as kinds
+from kvm_clone.agent import wire
+from kvm_clone.agent.stream import enlarge_pipe
+from kvm_clone.errors import TransferError
+from kvm_clone.host import Host, call_error, end_process, read_frame, read_marker, spawn_options
+from kvm_clone.inspect import direct_ssh
+from kvm_clone.options import Route
+
+_READY_SECONDS = 60.0
+_END_SECONDS = 20.0
+_STDERR_LIMIT = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Job:
+    """One disk: its image at the source, and the staged one at the destination."""
+
+    source: str
+    staged: str
+    format: str
+
+    def sending(self) -> dict[str, Any]:
+        """As the sender takes it; the staged image is known to be all zeros."""
+        return {"path": self.source, "format": self.format, "fresh": True}
+
+    def receiving(self) -> dict[str, Any]:
+        """As the receiver takes it."""
+        return {"path": self.staged, "format": self.format}
+
+
+OnWritten = Callable[[list[int]], None]
+
+
+async def copy(
+    source: Host,
+    destination: Host,
+    route: Route,
+    jobs: Sequence[Job],
+    *,
+    parallel: int,
+    rate: int | None,
+    on_written: OnWritten,
+) -> None:
+    """Copy every disk; returns when all content is durable at the destination.
+
+    `rate` is in bytes a second over all disks. Raises TransferError and its kinds, naming the end that failed.
+    """
+    send = {
+        "mode": "send",
+        "jobs": [job.sending() for job in jobs],
+        "parallel": parallel,
+        "rate": rate or 0,
+    }
+    receive = {"mode": "receive", "jobs": [job.receiving() for job in jobs]}
+    opened = _direct if route is Route.DIRECT else _relay
+    async with opened(source, destination, send, receive) as pipeline:
+        await pipeline.run(on_written)
+
+
+class _Pipeline:
+    """The running processes, and the receiver's frames."""
+
+    def __init__(self, sender: _Child, receiver: _Child | None, answers: asyncio.StreamReader) -> None:
+        self._sender = sender
+        self._receiver = receiver
+        self._answers = answers
+
+    async def run(self, on_written: OnWritten) -> None:
+        self._sender.write(wire.pack_frame({"go": True}))
+        error: dict[str, Any] | None = None
+        done = False
+        while not done and error is None:
+            frame = await read_frame(self._answers)
+            if frame is None:
+                break
+            if "written" in frame:
+                on_written(frame["written"])
+            error = frame.get("error")
+            done = frame.get("done", False)
+        await self._settle(done, error)
+
+    async def _settle(self, done: bool, error: dict[str, Any] | None) -> None:
+        """Raise for whatever failed first. An end that only lost the other one is not the cause."""
+        if error is not None and error.get("kind") != kinds.INTERRUPTED:
+            raise call_error(error, (self._receiver or self._sender).destination)
+        children = [child for child in (self._sender, self._receiver) if child is not None]
+        statuses = [await child.end(willing=done) for child in children]
+        if done and not any(statuses):
+            return
+        said = self._sender.said or (self._receiver.said if self._receiver else "")
+        said = said or (error or {}).get("message", "") or "the stream broke off"
+        raise TransferError(f"the copy failed: {said}", subject=self._sender.host, remedy="run the command again")
+
+
+class _Child:
+    """A child process whose last words are kept."""
+
+    def __init__(self, process: asyncio.subprocess.Process, host: str, destination: str) -> None:
+        self.process = process
+        self.host = host
+        self.destination = destination
+        self._stderr = b""
+        self._reader = asyncio.create_task(self._read_stderr())
+
+    async def _read_stderr(self) -> None:
+        assert self.process.stderr is not None
+        while part := await self.process.stderr.read(4096):
+            self._stderr = (self._stderr + part)[-_STDERR_LIMIT:]
+
+    @property
+    def said(self) -> str:
+        """What the agent said that failed, else the last line of ssh."""
+        lines = [line.strip() for line in self._stderr.decode(errors="replace").splitlines() if line.strip()]
+        ours = [line.removeprefix("kvm-clone: ") for line in lines if line.startswith("kvm-clone: ")]
+        # The first of ours is the cause: what comes later only lost its peer.
+        if ours:
+            return f"{self.host}: {ours[0]}"
+        return f"{self.host}: {lines[-1]}" if lines else ""
+
+    def write(self, data: bytes) -> None:
+        """Give the child input."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(data)
+
+    async def end(self, *, willing: bool) -> int:
+        """Wait for the child's end; its exit status. One that is not done by itself is told to end."""
+        if willing:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_END_SECONDS):
+                    await self.process.wait()
+        await end_process(self.process, patience=_END_SECONDS)
+        await self._reader
+        return self.process.returncode or 0
+
+    async def kill(self) -> None:
+        """Make it end now."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        await self.process.wait()
+        await self._reader
+
+
+async def _spawn(argv: list[str], host: str, destination: str, stdin: int, stdout: int) -> _Child:
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdin=stdin, stdout=stdout, stderr=asyncio.subprocess.PIPE, **spawn_options()
+    )
+    return _Child(process, host, destination)
+
+
+def _start(request: dict[str, Any]) -> bytes:
+    """What an agent reads first: itself, and what it is to do."""
+    return payload.preamble().encode() + payload.package() + wire.pack_frame(request)
+
+
+@contextlib.asynccontextmanager
+async def _direct(
+    source: Host, destination: Host, send: dict[str, Any], receive: dict[str, Any]
+) -> AsyncIterator[_Pipeline]:
+    argv, known_hosts = await direct_ssh(destination)
+    send = {
+        **send,
+        "ssh": argv,
+        "known_hosts": known_hosts,
+        "command": payload.remote_command(),
+        "preamble": payload.preamble(),
+        "receive": receive,
+    }
+    sender = await _spawn(
+        source.session_argv(source.agent_command()), source.name, destination.name, asyncio.subprocess.PIPE,
+        asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        sender.write(_start(send))
+        assert sender.process.stdout is not None
+        for _ in ("the sender", "the receiver behind it"):
+            await _ready(sender, sender.process.stdout)
+        yield _Pipeline(sender, None, sender.process.stdout)
+    finally:
+        await sender.kill()
+
+
+async def _ready(child: _Child, stream: asyncio.StreamReader) -> None:
+    try:
+        await read_marker(stream, _READY_SECONDS)
+    except (EOFError, OSError, TimeoutError, wire.ProtocolError) as error:
+        await child.end(willing=False)
+        raise _not_ready(child, error) from error
+
+
+def _not_ready(child: _Child, error: Exception) -> TransferError:
+    text = f"the data stream could not be set up: {child.said or error or type(error).__name__}"
+    return TransferError(text, subject=child.host, remedy="run the command again")
+
+
+@contextlib.asynccontextmanager
+async def _relay(
+    source: Host, destination: Host, send: dict[str, Any], receive: dict[str, Any]
+) -> AsyncIterator[_Pipeline]:
+    children: list[_Child] = []
+    out, into = os.pipe()
+    try:
+        enlarge_pipe(into)
+        sender = await _spawn(
+            source.session_argv(source.agent_command()), source.name, destination.name, asyncio.subprocess.PIPE, into
+        )
+        children.append(sender)
+        os.close(into)
+        into = -1
+        sender.write(_start(send))
+        await _pipe_ready(sender, out)
+        # The receiver reads itself and its request out of the same pipe, ahead of the sender's records.
+        into = os.open(f"/proc/self/fd/{out}", os.O_WRONLY | os.O_CLOEXEC)
+        receiver = await _spawn(
+            destination.session_argv(destination.agent_command()), destination.name, destination.name, out,
+            asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        children.append(receiver)
+        os.close(out)
+        out = -1
+        await asyncio.to_thread(wire.write_all, into, _start(receive))
+        os.close(into)
+        into = -1
+        assert receiver.process.stdout is not None
+        await _ready(receiver, receiver.process.stdout)
+        yield _Pipeline(sender, receiver, receiver.process.stdout)
+    finally:
+        for descriptor in (out, into):
+            if descriptor >= 0:
+                os.close(descriptor)
+        for child in children:
+            await child.kill()
+
+
+async def _pipe_ready(sender: _Child, out: int) -> None:
+    """Wait for the marker in a pipe that another process will read from: not a byte more may be taken."""
+    try:
+        async with asyncio.timeout(_READY_SECONDS):
+            await asyncio.to_thread(_take_marker, out)
+    except (EOFError, OSError, TimeoutError, wire.ProtocolError) as error:
+        await sender.end(willing=False)
+        raise _not_ready(sender, error) from error
+
+
+def _take_marker(out: int) -> None:
+    line = b""
+    for _ in range(wire.NOISE_LIMIT):
+        byte = os.read(out, 1)
+        if not byte:
+            raise EOFError("the connection ended before the agent was ready")
+        line += byte
+        if byte == b"\n":
+            if line == wire.MARKER + payload.identity().encode() + b"\n":
+                return
+            line = b""
+    raise wire.ProtocolError("the login prints without end instead of running the agent")
