@@ -19,10 +19,11 @@ import libvirt
 from kvm_clone import definition, domains, runtime, ssh
 from kvm_clone.errors import ConnectError, KvmCloneError, TransferError
 from kvm_clone.facts import Facts
+from kvm_clone.findings import Finding, Severity
 from kvm_clone.host import Host
 from kvm_clone.inspect import inspect
 from kvm_clone.options import CloneOptions
-from kvm_clone.plan import Finding, Identity, Plan, Severity, make_plan
+from kvm_clone.plan import Identity, Plan, make_plan
 from kvm_clone.progress import Event, Note, OnEvent, Phase, PhaseStarted
 from kvm_clone.run import Outcome, Run
 from kvm_clone.tasks import together
@@ -204,7 +205,12 @@ def _identity(facts: Facts) -> Identity:
 def _result(plan: Plan, outcome: Outcome, source: str, destination: str, vm: str, seconds: float) -> CloneResult:
     disks = tuple(
         DiskResult(
-            disk.target, disk.image.path, disk.final, disk.image.format, disk.image.virtual_size, disk.image.data
+            disk.target,
+            disk.image.path,
+            disk.final,
+            disk.image.format,
+            disk.image.virtual_size,
+            disk.image.data,
         )
         for disk in plan.disks
     )

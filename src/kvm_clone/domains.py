@@ -169,12 +169,12 @@ def list_all(connection: libvirt.virConnect, host: str) -> list[Listed]:
     with failing_as(f"listing the VMs of {host}", host):
         rows = []
         for domain in connection.listAllDomains():
-            with contextlib.suppress(_Vanished):
+            with contextlib.suppress(_VanishedError):
                 rows.append(_row(domain, host))
         return sorted(rows, key=lambda row: row.name)
 
 
-class _Vanished(KvmCloneError):
+class _VanishedError(KvmCloneError):
     """The domain was undefined while it was being listed."""
 
 
@@ -184,11 +184,17 @@ def _row(domain: libvirt.virDomain, host: str) -> Listed:
         facts = definition.read_domain(domain.XMLDesc())
         disks = tuple(_use(domain, disk) for disk in facts.disks if disk.device == "disk")
         return Listed(
-            host, domain.name(), domain.UUIDString(), STATES.get(state, "unknown"), vcpus, memory * 1024, disks
+            host,
+            domain.name(),
+            domain.UUIDString(),
+            STATES.get(state, "unknown"),
+            vcpus,
+            memory * 1024,
+            disks,
         )
     except libvirt.libvirtError as error:
         if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
-            raise _Vanished(domain.name()) from error
+            raise _VanishedError(domain.name()) from error
         raise
 
 

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from kvm_clone.findings import Finding
+
 
 class ExitCode(IntEnum):
     """Exit codes, the same for every command. docs/usage.md publishes this table."""
@@ -35,14 +37,20 @@ class ExitCode(IntEnum):
 
 
 class KvmCloneError(Exception):
-    """What happened (`str(error)`), to what (`subject`), and what to do about it (`remedy`)."""
+    """What happened (`str(error)`), to what (`subject`), and what to do about it (`remedy`).
+
+    `findings` are the plan's blocking ones, when a plan was refused.
+    """
 
     exit_code: ExitCode = ExitCode.BUG
 
-    def __init__(self, message: str, *, subject: str = "", remedy: str = "") -> None:
+    def __init__(
+        self, message: str, *, subject: str = "", remedy: str = "", findings: tuple[Finding, ...] = ()
+    ) -> None:
         super().__init__(message)
         self.subject = subject
         self.remedy = remedy
+        self.findings = findings
 
 
 class UsageError(KvmCloneError):
@@ -52,7 +60,7 @@ class UsageError(KvmCloneError):
 
 
 class RefusedError(KvmCloneError):
-    """The plan has blocking findings. Nothing was written anywhere."""
+    """The VM or its hosts do not allow the operation. Nothing was written anywhere."""
 
     exit_code = ExitCode.REFUSED
 

@@ -72,8 +72,11 @@ class SourceFacts:
 
 @dataclass(frozen=True)
 class DestinationFacts:
-    """The destination: its VMs' UUIDs by name, pools, the directories that disks may land in, and which of the paths
-    that the definition refers to are there."""
+    """The destination.
+
+    `domains`: its VMs' UUIDs by name. `directories`: those that disks may land in, by path. `present`: whether each
+    path that the definition refers to is there.
+    """
 
     host: HostFacts
     domains: Mapping[str, str]

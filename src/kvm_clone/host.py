@@ -115,9 +115,17 @@ class Host:
         if self.address.local:
             return ["sh", "-c", payload.remote_command(sys.executable)]
         return [
-            *ssh.base_argv(self.address, self._options),
+            *ssh.base_argv(self._options),
             *ssh.policy(self.known, self._options, interactive=self._interactive),
-            *("-o", "ControlMaster=yes", "-o", f"ControlPath={self._control}", "-o", "ControlPersist=no", "-T"),
+            *(
+                "-o",
+                "ControlMaster=yes",
+                "-o",
+                f"ControlPath={self._control}",
+                "-o",
+                "ControlPersist=no",
+                "-T",
+            ),
             *self.address.argv(),
             payload.remote_command(),
         ]
@@ -171,7 +179,9 @@ class Host:
         said = self._said()
         if status == 127 or "python3: not found" in said or "python3: command not found" in said:
             return RefusedError(
-                f"{self.name} has no python3", subject=self.name, remedy="install python3 (3.9 or newer) there"
+                f"{self.name} has no python3",
+                subject=self.name,
+                remedy="install python3 (3.9 or newer) there",
             )
         if "kvm-clone:" in said:
             return RefusedError(f"{self.name}: {said.strip().splitlines()[-1]}", subject=self.name)
@@ -277,7 +287,10 @@ class Host:
         local.unlink(missing_ok=True)
         argv = [*self._mux_argv(), "-O", "forward", "-L", f"{local}:{remote}", "host"]
         process = await asyncio.create_subprocess_exec(
-            *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
         )
         out, _ = await process.communicate()
         if process.returncode:
@@ -289,7 +302,7 @@ class Host:
 
 
 async def read_marker(stream: asyncio.StreamReader, seconds: float | None) -> str:
-    """Skip login noise up to the agent's marker; what it says of itself. Raises EOFError, TimeoutError, ProtocolError."""
+    """Skip noise up to the agent's marker; what it says of itself. Raises EOFError, TimeoutError, ProtocolError."""
     skipped = 0
     async with asyncio.timeout(seconds):
         while True:

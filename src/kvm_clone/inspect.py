@@ -37,9 +37,7 @@ async def inspect(
 
     Raises RefusedError when the source has no such VM, ConnectError, TransferError.
     """
-    source_facts, reach = await together(
-        _source(source, source_libvirt, vm), find_route(source, destination, route)
-    )
+    source_facts, reach = await together(_source(source, source_libvirt, vm), find_route(source, destination, route))
     destination_facts = await _destination(destination, destination_libvirt, source_facts.xml)
     return Facts(source_facts, destination_facts, reach)
 
@@ -49,7 +47,9 @@ async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> Source
         domain = await asyncio.to_thread(domains.find, connection, vm)
     if domain is None:
         raise RefusedError(
-            f"{host.name} has no VM named {vm!r}", subject=vm, remedy=f"see what it has: kvm-clone list {host.name}"
+            f"{host.name} has no VM named {vm!r}",
+            subject=vm,
+            remedy=f"see what it has: kvm-clone list {host.name}",
         )
     xml = definition.read_domain(domain.xml)
     about, *images = await together(
@@ -68,15 +68,11 @@ async def _image(host: Host, disk: definition.DiskXml, *, locked: bool) -> Image
     try:
         await host.call("lock_image", path=path)
     except AgentCallError as error:
-        return image_facts(
-            disk.target, path, format_, {"error": str(error), "in_use": error.kind == kinds.IN_USE}
-        )
+        return image_facts(disk.target, path, format_, {"error": str(error), "in_use": error.kind == kinds.IN_USE})
     return image_facts(disk.target, path, format_, await host.call("disk", path=path, image_format=format_))
 
 
-async def _destination(
-    host: Host, connection: libvirt.virConnect, xml: definition.DomainXml
-) -> DestinationFacts:
+async def _destination(host: Host, connection: libvirt.virConnect, xml: definition.DomainXml) -> DestinationFacts:
     with domains.failing_as(f"asking libvirt on {host.name}", host.name):
         names, pools = await together(
             asyncio.to_thread(domains.names, connection), asyncio.to_thread(domains.pools, connection)
@@ -130,7 +126,7 @@ async def direct_ssh(destination: Host) -> tuple[list[str], str]:
     this machine knows, under a name that only they have.
     """
     known = destination.known
-    keys = await ssh.known_host_lines(known, destination.address)
+    keys = await ssh.known_host_lines(known)
     options = {
         "BatchMode": "yes",
         "ConnectTimeout": "10",

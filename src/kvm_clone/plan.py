@@ -5,35 +5,12 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 
 from kvm_clone import definition, domains
 from kvm_clone.errors import DomainExistsError, KvmCloneError, RefusedError
 from kvm_clone.facts import DestinationFacts, Directory, Facts, ImageFacts, SourceFacts
+from kvm_clone.findings import EXISTS, Finding, Severity
 from kvm_clone.options import CloneOptions, Route
-
-
-class Severity(StrEnum):
-    """How much a finding weighs: a blocking one keeps the plan from being run."""
-
-    BLOCKING = "blocking"
-    WARNING = "warning"
-    INFO = "info"
-
-
-EXISTS = "domain-exists"
-"""The one blocking finding with an exit code of its own."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something the user must know before the plan is run."""
-
-    code: str
-    severity: Severity
-    subject: str
-    text: str
-    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,7 +120,7 @@ class Plan:
         kind = DomainExistsError if all(one.code == EXISTS for one in self.blocking) else RefusedError
         text = "; ".join(finding.text.rstrip(".") for finding in self.blocking)
         remedies = dict.fromkeys(finding.remedy for finding in self.blocking if finding.remedy)
-        return kind(text, subject=self.name, remedy="; ".join(remedies))
+        return kind(text, subject=self.name, remedy="; ".join(remedies), findings=self.blocking)
 
 
 def make_plan(facts: Facts, options: CloneOptions, identity: Identity) -> Plan:
@@ -203,7 +180,10 @@ def _source_findings(source: SourceFacts) -> Iterator[Finding]:
     if domain.snapshots:
         listed = ", ".join(domain.snapshots)
         yield _block(
-            "snapshots", domain.name, f"VM {domain.name} has snapshots ({listed}), which cannot be cloned yet.", ""
+            "snapshots",
+            domain.name,
+            f"VM {domain.name} has snapshots ({listed}), which cannot be cloned yet.",
+            "",
         )
     for reason in definition.unsupported(source.xml):
         yield _block(reason.code, reason.subject, reason.text, "")
@@ -222,9 +202,24 @@ def _image_findings(image: ImageFacts) -> Iterator[Finding]:
     reasons = (
         ("disk-in-use", image.in_use, "is in use by another process", "shut down whatever uses it"),
         ("disk-unreadable", image.error and not image.in_use, f"cannot be read: {image.error}", ""),
-        ("disk-block-device", not image.regular, "is no regular file but a device, which cannot be cloned yet", ""),
-        ("disk-backing", image.backing, f"has the backing file {image.backing}, which cannot be cloned yet", ""),
-        ("disk-data-file", image.data_file, f"keeps its data in {image.data_file}, which cannot be cloned yet", ""),
+        (
+            "disk-block-device",
+            not image.regular,
+            "is no regular file but a device, which cannot be cloned yet",
+            "",
+        ),
+        (
+            "disk-backing",
+            image.backing,
+            f"has the backing file {image.backing}, which cannot be cloned yet",
+            "",
+        ),
+        (
+            "disk-data-file",
+            image.data_file,
+            f"keeps its data in {image.data_file}, which cannot be cloned yet",
+            "",
+        ),
         ("disk-encrypted", image.encrypted, "is encrypted, which cannot be cloned yet", ""),
         ("disk-corrupt", image.corrupt, "is marked as corrupt", "repair it: qemu-img check -r all"),
         (
@@ -243,7 +238,10 @@ def _tool_findings(host: str, qemu_img: str | None, qemu_nbd: str | None) -> Ite
     for program, version in (("qemu-img", qemu_img), ("qemu-nbd", qemu_nbd)):
         if version is None:
             yield _block(
-                "tool-missing", host, f"{host} has no {program}.", f"install qemu-utils (or qemu-img) on {host}"
+                "tool-missing",
+                host,
+                f"{host} has no {program}.",
+                f"install qemu-utils (or qemu-img) on {host}",
             )
 
 
@@ -254,13 +252,14 @@ def _destination_findings(facts: Facts, options: CloneOptions, name: str) -> Ite
         yield _block("name", name, f"{name!r} cannot be a VM's name.", "choose another --new-name")
     if name in destination.domains:
         yield _block(
-            EXISTS, name, f"{host} already has a VM named {name}.", "choose another --new-name, or remove that VM first"
+            EXISTS,
+            name,
+            f"{host} already has a VM named {name}.",
+            "choose another --new-name, or remove that VM first",
         )
     elif options.preserve_uuid and xml.uuid in destination.domains.values():
         owner = next(one for one, uuid in destination.domains.items() if uuid == xml.uuid)
-        yield _block(
-            "uuid-in-use", name, f"VM {owner} on {host} has the UUID {xml.uuid}.", "leave out --preserve-uuid"
-        )
+        yield _block("uuid-in-use", name, f"VM {owner} on {host} has the UUID {xml.uuid}.", "leave out --preserve-uuid")
     yield from _tool_findings(host, destination.host.qemu_img, destination.host.qemu_nbd)
     for file in xml.os_files:
         if not destination.present.get(file.path, False):
@@ -277,7 +276,9 @@ def _reference_findings(destination: DestinationFacts, xml: definition.DomainXml
     host = destination.host.name
     for disk in xml.media:
         if disk.type == "file" and disk.path and not destination.present.get(disk.path, False):
-            text = f"{host} lacks {disk.path}, the medium in {disk.target}; the reference is kept, the VM may not start."
+            text = (
+                f"{host} lacks {disk.path}, the medium in {disk.target}; the reference is kept, the VM may not start."
+            )
             yield Finding("medium-missing", Severity.WARNING, disk.target, text, "copy it there, or eject it")
     for disk in xml.referenced_disks:
         kind = "shared" if disk.shareable else "read-only"
@@ -293,9 +294,7 @@ def _reference_findings(destination: DestinationFacts, xml: definition.DomainXml
             yield Finding("referenced-disk", Severity.WARNING, disk.target, text)
 
 
-def _place(
-    facts: Facts, options: CloneOptions, name: str
-) -> tuple[tuple[PlannedDisk, ...], tuple[Finding, ...]]:
+def _place(facts: Facts, options: CloneOptions, name: str) -> tuple[tuple[PlannedDisk, ...], tuple[Finding, ...]]:
     """Where each disk goes: a directory, and in it a name that nothing has."""
     placed: list[PlannedDisk] = []
     findings: list[Finding] = []
@@ -337,7 +336,10 @@ def _pool_finding(host: str, name: str, pool: domains.Pool | None, known: list[s
         return _block("pool-missing", name, f"{host} has no storage pool named {name}.", remedy)
     if not pool.active:
         return _block(
-            "pool-inactive", name, f"The storage pool {name} on {host} is not active.", f"virsh pool-start {name}"
+            "pool-inactive",
+            name,
+            f"The storage pool {name} on {host} is not active.",
+            f"virsh pool-start {name}",
         )
     text = f"The storage pool {name} on {host} is of type {pool.type}, whose volumes are not files."
     return _block("pool-type", name, text, f"name a pool of type {', '.join(domains.FILE_POOLS)} with --pool")

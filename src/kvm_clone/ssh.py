@@ -18,7 +18,11 @@ _KEEPALIVE_COUNT = 3
 """Unless configured, a silent peer counts as gone after 15 seconds: ssh alone would wait for TCP to give up."""
 
 _REFUSED = ("Permission denied", "Too many authentication failures", "No more authentication methods")
-_HOST_KEY = ("Host key verification failed", "REMOTE HOST IDENTIFICATION HAS CHANGED", "host key is known for")
+_HOST_KEY = (
+    "Host key verification failed",
+    "REMOTE HOST IDENTIFICATION HAS CHANGED",
+    "host key is known for",
+)
 _NETWORK = (
     "Connection refused",
     "Connection reset",
@@ -35,7 +39,7 @@ _NETWORK = (
 
 @dataclass(frozen=True)
 class SshOptions:
-    """What is passed through to OpenSSH. `connect_timeout` is in seconds; `retries` counts the tries after the first."""
+    """What is passed through to OpenSSH. `connect_timeout`: seconds. `retries`: tries after the first."""
 
     config: Path | None = None
     key: Path | None = None
@@ -92,8 +96,8 @@ class Effective:
         return self.values.get(keyword, "")
 
 
-def base_argv(address: Address, options: SshOptions) -> list[str]:
-    """ssh with the user's own options, without the host."""
+def base_argv(options: SshOptions) -> list[str]:
+    """Ssh with the user's own options, without the host."""
     argv = ["ssh"]
     if options.config is not None:
         argv += ["-F", str(options.config)]
@@ -106,9 +110,12 @@ def base_argv(address: Address, options: SshOptions) -> list[str]:
 
 async def effective(address: Address, options: SshOptions) -> Effective:
     """Ask ssh what it would do. Raises UsageError when it cannot read its configuration."""
-    argv = [*base_argv(address, options), "-G", *address.argv()]
+    argv = [*base_argv(options), "-G", *address.argv()]
     process = await asyncio.create_subprocess_exec(
-        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        *argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
     out, err = await process.communicate()
     if process.returncode:
@@ -143,7 +150,7 @@ def failure(host: str, stderr: str, status: int | None) -> ConnectError:
         return HostKeyError(
             f"the key that {host} shows is unknown or has changed: {said}",
             subject=host,
-            remedy=f"make sure it is the right machine, then update known_hosts (for instance: ssh {shlex.quote(host)})",
+            remedy=f"make sure it is the right machine, then update known_hosts, as by: ssh {shlex.quote(host)}",
         )
     if any(text in stderr for text in _REFUSED):
         return AuthenticationError(
@@ -169,7 +176,7 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-async def known_host_lines(known: Effective, address: Address) -> list[str]:
+async def known_host_lines(known: Effective) -> list[str]:
     """The keys by which this machine knows the host, as `marker? type key` without host names."""
     port = known.get("port")
     name = known.get("hostkeyalias") or known.get("hostname")

@@ -218,7 +218,11 @@ async def _relay(
     try:
         enlarge_pipe(into)
         sender = await _spawn(
-            source.session_argv(source.agent_command()), source.name, destination.name, asyncio.subprocess.PIPE, into
+            source.session_argv(source.agent_command()),
+            source.name,
+            destination.name,
+            asyncio.subprocess.PIPE,
+            into,
         )
         children.append(sender)
         os.close(into)

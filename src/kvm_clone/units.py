@@ -10,16 +10,12 @@ import math
 import re
 from decimal import Decimal
 
-SIZE_ACCEPTS = (
-    "a number above zero with an optional suffix K, M, G or T (powers of 1024), such as 512M or 1.5GiB"
-)
+SIZE_ACCEPTS = "a number above zero with an optional suffix K, M, G or T (powers of 1024), such as 512M or 1.5GiB"
 RATE_ACCEPTS = (
     "bytes per second: a number above zero with an optional suffix K, M, G or T (powers of 1024), "
     "such as 100M or 1.5GiB/s"
 )
-DURATION_ACCEPTS = (
-    "a number of seconds, or days, hours, minutes and seconds, such as 90, 90s, 5m, 1h30m or 7d"
-)
+DURATION_ACCEPTS = "a number of seconds, or days, hours, minutes and seconds, such as 90, 90s, 5m, 1h30m or 7d"
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _FACTORS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

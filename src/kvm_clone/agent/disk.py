@@ -10,7 +10,7 @@ import os
 from typing import Dict, Iterator, NamedTuple, Optional, Tuple
 
 from .stream import Incoming
-from .wire import CHUNK, write_all
+from .wire import write_all
 
 DATA, ZERO, HOLE = "data", "zero", "hole"
 
@@ -77,7 +77,7 @@ class Disk(abc.ABC):
         """Write the content of a data extent of at most CHUNK bytes to the file descriptor `out`."""
         buffer = bytearray(extent.length)
         self.read_extent(extent, memoryview(buffer))
-        write_all(out, buffer)
+        write_all(out, bytes(buffer))
 
     def receive(self, offset: int, length: int, source: Incoming) -> None:
         """Write the next `length` (at most CHUNK) bytes of `source` at `offset`. Raises EOFError, OSError."""
@@ -85,8 +85,6 @@ class Disk(abc.ABC):
         if len(data) != length:
             raise EOFError("the stream ended before a record's content")
         self.write(offset, memoryview(data))
-
-
 
 
 def split(extent: Extent, unit: int) -> Iterator[Extent]:

@@ -62,7 +62,7 @@ class FileDisk(Disk):
 
     def zero(self, offset: int, length: int) -> None:
         """See Disk. Writes zeros where the filesystem cannot punch holes."""
-        if not _punch_hole(self._fd, offset, length):
+        if length and not _punch_hole(self._fd, offset, length):
             zeros = memoryview(bytes(min(length, CHUNK)))
             for start in range(offset, offset + length, CHUNK):
                 self.write(start, zeros[: min(CHUNK, offset + length - start)])
@@ -76,7 +76,6 @@ class FileDisk(Disk):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
 
     def send(self, extent: Extent, out: int) -> None:
         """See Disk. The pages go from the cache into the pipe; `extent.host` says where they lie in the file."""

@@ -65,11 +65,13 @@ class MappedDisk(Disk):
 
     def write(self, offset: int, data: memoryview) -> None:
         """Raises AgentError: this kind is for reading."""
-        raise AgentError(UNSUPPORTED, f"{self._path} is open for reading")
+        raise AgentError(
+            UNSUPPORTED, f"{self._path} is open for reading, not for writing {len(data)} bytes at {offset}"
+        )
 
     def zero(self, offset: int, length: int) -> None:
         """Raises AgentError: this kind is for reading."""
-        raise AgentError(UNSUPPORTED, f"{self._path} is open for reading")
+        raise AgentError(UNSUPPORTED, f"{self._path} is open for reading, not for zeroing {length} bytes at {offset}")
 
     def flush(self) -> None:
         """See Disk."""

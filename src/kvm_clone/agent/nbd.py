@@ -58,7 +58,7 @@ class NbdDisk(Disk):
         self._socket.settimeout(None)
         _set_timeout(connection, _TIMEOUT)
         self._cookie = 0
-        self._waiting: Dict[int, str] = {}
+        self._waiting: Dict[int, Tuple[str, int, int]] = {}  # cookie: what it does, start, end
         self._failure: Optional[OSError] = None
         self._context: Optional[int] = None
         self.size = 0
@@ -100,11 +100,15 @@ class NbdDisk(Disk):
             super().receive(offset, length, source)
 
     def _begin_write(self, offset: int, length: int) -> None:
-        while len(self._waiting) >= IN_FLIGHT:
+        # The server may do requests in any order: one that overlaps another has to wait for it.
+        while len(self._waiting) >= IN_FLIGHT or self._overlaps(offset, offset + length):
             self._reply()
         self._raise_failure()
         # The content follows at once: MSG_MORE keeps the header from going out alone.
         self._request(_CMD_WRITE, offset, length, f"write at {offset}", socket.MSG_MORE)
+
+    def _overlaps(self, low: int, high: int) -> bool:
+        return any(start < high and low < end for _, start, end in self._waiting.values())
 
     def zero(self, offset: int, length: int) -> None:
         """See Disk."""
@@ -135,7 +139,7 @@ class NbdDisk(Disk):
         self._cookie += 1
         self._socket.sendall(_REQUEST.pack(_REQUEST_MAGIC, 0, command, self._cookie, offset, length), flags)
         if command != _CMD_DISC:
-            self._waiting[self._cookie] = what
+            self._waiting[self._cookie] = (what, offset, offset + length)
 
     def _drain(self) -> None:
         while self._waiting:
@@ -171,7 +175,13 @@ class NbdDisk(Disk):
                 return extents
 
     def _chunk(
-        self, kind: int, cookie: int, length: int, into: Optional[memoryview], at: int, extents: List[Tuple[int, int]]
+        self,
+        kind: int,
+        cookie: int,
+        length: int,
+        into: Optional[memoryview],
+        at: int,
+        extents: List[Tuple[int, int]],
     ) -> None:
         """One chunk of a structured reply."""
         if kind == _REPLY_OFFSET_DATA and into is not None:
@@ -185,15 +195,14 @@ class NbdDisk(Disk):
             extents.extend(struct.iter_unpack(">II", body[4:]))
         elif kind & _REPLY_ERROR_BIT:
             code = int.from_bytes(self._read(length)[:4], "big")
-            self._fail(code, self._waiting.get(cookie, "request"))
+            self._fail(code, self._waiting[cookie][0] if cookie in self._waiting else "request")
         elif kind != _REPLY_NONE or length:
             raise ProtocolError(f"an NBD reply of unknown type {kind}")
 
     def _finish(self, cookie: int) -> str:
-        what = self._waiting.pop(cookie, None)
-        if what is None:
+        if cookie not in self._waiting:
             raise ProtocolError(f"an NBD reply to no request of ours, cookie {cookie}")
-        return what
+        return self._waiting.pop(cookie)[0]
 
     def _block_status(self, offset: int, length: int) -> List[Tuple[int, int]]:
         """(length, state) pairs from `offset` on; together they may cover less than asked."""
@@ -243,7 +252,7 @@ class NbdDisk(Disk):
     def _option(self, option: int, data: bytes) -> Optional[List[Tuple[int, bytes]]]:
         """The replies to an option, or None when the server refuses it."""
         self._socket.sendall(_OPTION.pack(_OPTION_MAGIC, option, len(data)) + data)
-        replies = []
+        replies: List[Tuple[int, bytes]] = []
         while True:
             magic, _, kind, length = _OPTION_REPLY.unpack(self._read(_OPTION_REPLY.size))
             if magic != _OPTION_REPLY_MAGIC:

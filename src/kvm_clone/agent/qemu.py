@@ -74,10 +74,13 @@ def open_nbd(path: str, format_: str, *, writable: bool, compress: bool = False)
 
     With `compress`, whole clusters that were never written before are stored compressed.
     """
-    argv = ["qemu-nbd"] if writable else ["qemu-nbd", "--read-only"]
+    argv = ["qemu-nbd", "--discard=unmap"] if writable else ["qemu-nbd", "--read-only"]
     if compress:
         name = path.replace(",", ",,")
-        argv += ["--image-opts", f"driver=compress,file.driver={format_},file.file.driver=file,file.file.filename={name}"]
+        argv += [
+            "--image-opts",
+            f"driver=compress,file.driver={format_},file.file.driver=file,file.file.filename={name}",
+        ]
     else:
         argv += ["--format", format_, "--", path]
     return QemuNbdDisk(argv)

@@ -1,7 +1,8 @@
 """The control agent: answers the controller's calls, one operation's worth of state in one process.
 
-A call is {"id", "call", "args"}; it is answered by {"id", "ok"} or {"id", "error": {"kind", "message"}}, and before that
-perhaps by {"id", "progress"}. Calls run side by side. The end of the input, or silence, means that the controller is gone.
+A call is {"id", "call", "args"}; it is answered by {"id", "ok"} or {"id", "error": {"kind", "message"}}, and before
+that perhaps by {"id", "progress"}. Calls run side by side. The end of the input, or silence, means that the controller
+is gone.
 """
 
 from __future__ import annotations
@@ -141,5 +142,3 @@ def with_known_hosts(ssh: List[str], known_hosts: str) -> List[str]:
     path = f"/proc/{os.getpid()}/fd/{fd}"
     options = [f"UserKnownHostsFile={path}", "GlobalKnownHostsFile=/dev/null"]
     return [ssh[0], *[word for option in options for word in ("-o", option)], *ssh[1:]]
-
-

@@ -107,7 +107,8 @@ class Stage:
     def undo(self, *, past_commit: bool = False) -> List[str]:
         """Undo everything, newest first, and end the operation. What could not be undone is returned, and kept.
 
-        Once the journal says `define`, only a caller who knows that libvirt lacks the definition may undo: `past_commit`.
+        Once the journal says `define`, only a caller who knows that libvirt lacks the definition may undo:
+        `past_commit`.
         """
         left: List[str] = []
         if self._journal is not None:
@@ -232,8 +233,7 @@ def _own(path: str, spec: Dict[str, Any]) -> None:
 
 
 def _id_of(look_up: Any, name: str) -> int:
-    """The numeric id at index 2 of the entry, or root's when the host has no such name: libvirt gives the file to
-    QEMU's user when the VM starts."""
+    """A user's or group's number, or root's where the name is unknown: libvirt gives the file to QEMU at its start."""
     try:
         return int(look_up(name)[2])
     except KeyError:

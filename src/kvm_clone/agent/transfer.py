@@ -5,23 +5,34 @@ Nothing here knows of ssh: the sender gets a descriptor to write to, the receive
 
 from __future__ import annotations
 
-import os
 import select
 import time
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 from . import image
 from .disk import DATA as DATA_KIND
 from .disk import Disk, Extent, split
 from .errors import INTERRUPTED, AgentError, from_exception
 from .stream import Incoming
-from .wire import CHUNK, COMPRESSED, DATA, DISK_END, END, IDLE, RECORD_HEADER, ZERO, Record, unpack_record, write_all
+from .wire import (
+    CHUNK,
+    COMPRESSED,
+    DATA,
+    DISK_END,
+    END,
+    IDLE,
+    RECORD_HEADER,
+    ZERO,
+    Record,
+    unpack_record,
+    write_all,
+)
 
 IDLE_SECONDS = 5.0
 """A sender with nothing to send says so this often."""
 
 SILENCE_SECONDS = 60.0
-"""A receiver that hears nothing for so long takes the sender for dead: a cut network ends a TCP connection much later."""
+"""A receiver that hears nothing for so long takes the sender for dead: TCP notices a cut network much later."""
 
 REPORT_SECONDS = 0.25
 """A receiver reports what it has written this often."""
@@ -198,9 +209,7 @@ class Receiver:
 
     def _end(self, record: Record) -> None:
         if record.length != sum(self.written) or self._open:
-            raise AgentError(
-                INTERRUPTED, f"the source sent {record.length} bytes, {sum(self.written)} arrived here"
-            )
+            raise AgentError(INTERRUPTED, f"the source sent {record.length} bytes, {sum(self.written)} arrived here")
         self._report(self.written)
 
     def _report_now_and_then(self) -> None:

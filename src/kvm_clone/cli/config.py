@@ -44,9 +44,7 @@ def config_path(ctx: typer.Context) -> Path | None:
     "get",
     epilog="Examples:\n\nkvm-clone config get parallel\n\nkvm-clone config get ssh_options --output json",
 )
-def get_command(
-    ctx: typer.Context, key: KeyArgument, config: ConfigOption = None, output: OutputOption = None
-) -> None:
+def get_command(ctx: typer.Context, key: KeyArgument, config: ConfigOption = None, output: OutputOption = None) -> None:
     """Print the value in force, alone. A setting without a value prints nothing, and the exit code is 0."""
     loaded = settings_file.load_settings(config or config_path(ctx), {})
     value = settings_file.get_value(loaded, key)
@@ -93,9 +91,7 @@ def unset_command(
     _report(change, f"unset {key}", _format(path, output))
 
 
-@config_app.command(
-    "list", epilog="Examples:\n\nkvm-clone config list\n\nkvm-clone config list --output json"
-)
+@config_app.command("list", epilog="Examples:\n\nkvm-clone config list\n\nkvm-clone config list --output json")
 def list_command(ctx: typer.Context, config: ConfigOption = None, output: OutputOption = None) -> None:
     """Print every setting, its value, and where that came from. `-` stands for no value."""
     loaded = settings_file.load_settings(config or config_path(ctx), {})
@@ -113,9 +109,7 @@ def list_command(ctx: typer.Context, config: ConfigOption = None, output: Output
         _print_aligned(rows)
 
 
-@config_app.command(
-    "path", epilog='Examples:\n\nkvm-clone config path\n\n"$EDITOR" "$(kvm-clone config path)"'
-)
+@config_app.command("path", epilog='Examples:\n\nkvm-clone config path\n\n"$EDITOR" "$(kvm-clone config path)"')
 def path_command(ctx: typer.Context, config: ConfigOption = None, output: OutputOption = None) -> None:
     """Print the path of the configuration file, whether it exists or not."""
     path = config or config_path(ctx)
@@ -126,9 +120,7 @@ def path_command(ctx: typer.Context, config: ConfigOption = None, output: Output
         print(file)
 
 
-@config_app.command(
-    "init", epilog="Examples:\n\nkvm-clone config init\n\nkvm-clone config init --config ./ci.yaml"
-)
+@config_app.command("init", epilog="Examples:\n\nkvm-clone config init\n\nkvm-clone config init --config ./ci.yaml")
 def init_command(ctx: typer.Context, config: ConfigOption = None, output: OutputOption = None) -> None:
     """Write a file that explains every setting. A file that exists is left as it is, which is no error."""
     path = config or config_path(ctx)

@@ -1,0 +1,79 @@
+"""The command line: argv in; text, JSON and exit codes out. The only place that prints and exits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from kvm_clone.cli import output
+from kvm_clone.cli.clone import clone_command
+from kvm_clone.cli.config import config_app
+from kvm_clone.cli.context import Context
+from kvm_clone.cli.listing import list_command
+from kvm_clone.errors import ExitCode, KvmCloneError
+from kvm_clone.version import __version__
+
+app = typer.Typer(
+    name="kvm-clone",
+    help="Clone KVM/libvirt virtual machines between hosts over SSH. The source is never modified, the destination "
+    "is as it was until the clone is proven equal, and a failure rolls everything back.",
+    epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 refused before starting, 4 the destination VM exists, 5 cannot "
+    "connect or authenticate, 6 interrupted or transfer failed, 7 verification mismatch, 8 another operation holds "
+    "the lock, 130 Ctrl-C.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(
+    "clone",
+    epilog="Examples:\n\nkvm-clone clone host-a host-b web\n\n"
+    "kvm-clone clone root@10.0.0.1 ssh://root@10.0.0.2:2222 web --new-name web-copy --bandwidth-limit 100M\n\n"
+    "kvm-clone clone localhost host-b -- '-odd name'",
+)(clone_command)
+app.command(
+    "list",
+    epilog="Examples:\n\nkvm-clone list host-a host-b\n\nkvm-clone list host-a --state running --output json",
+)(list_command)
+app.add_typer(config_app, name="config")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvm-clone {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    ctx: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="The configuration file, instead of the usual one."),
+    ] = None,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Keep what every command shares."""
+    ctx.obj = Context(config_path=config)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with a documented code."""
+    try:
+        app(prog_name="kvm-clone")
+    except KvmCloneError as error:
+        output.report(error, as_json=output.json_wanted(sys.argv))
+        sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == ExitCode.USAGE and output.json_wanted(sys.argv):
+            output.report_usage()
+        raise
+    except Exception as error:  # noqa: BLE001 - the last line of defence: one clear error, no traceback
+        output.report_bug(error, as_json=output.json_wanted(sys.argv))
+        sys.exit(ExitCode.BUG)
+    sys.exit(ExitCode.DONE)

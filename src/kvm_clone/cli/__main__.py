@@ -1,0 +1,5 @@
+"""`python -m kvm_clone.cli`."""
+
+from kvm_clone.cli import main
+
+main()

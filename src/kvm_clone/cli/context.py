@@ -1,0 +1,106 @@
+"""What commands share: options that every connecting command has, the settings, and running a coroutine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from kvm_clone import config
+from kvm_clone.errors import ExitCode, KvmCloneError, TransferError
+from kvm_clone.ssh import SshOptions
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Context:
+    """The root command's options."""
+
+    config_path: Path | None = None
+
+
+SshConfigOption = Annotated[
+    Path | None,
+    typer.Option("-F", "--ssh-config", metavar="FILE", help="Passed to ssh as -F.", show_default=False),
+]
+SshKeyOption = Annotated[
+    Path | None,
+    typer.Option("-i", "--ssh-key", metavar="FILE", help="Passed to ssh as -i.", show_default=False),
+]
+SshOptionOption = Annotated[
+    list[str] | None,
+    typer.Option("--ssh-option", metavar="KEY=VALUE", help="Passed to ssh as -o. May be repeated.", show_default=False),
+]
+LogLevelOption = Annotated[
+    config.LogLevel | None,
+    typer.Option("--log-level", help="The least severe message that is shown on stderr."),
+]
+ConfigFileOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="The configuration file, instead of the usual one."),
+]
+
+
+def load(ctx: typer.Context, path: Path | None, flags: dict[str, object]) -> config.Settings:
+    """The settings with the flags that were given over them; sets up logging. Raises UsageError."""
+    root: Context = ctx.find_root().obj
+    settings = config.load_settings(path or root.config_path, flags).settings
+    logging.basicConfig(stream=sys.stderr, level=settings.log_level.value.upper(), format="%(levelname)s %(message)s")
+    return settings
+
+
+def ssh_options(settings: config.Settings) -> SshOptions:
+    """What the settings say of ssh."""
+    return SshOptions(
+        config=settings.ssh_config_path,
+        key=settings.ssh_key_path,
+        options=tuple(settings.ssh_options),
+        connect_timeout=settings.connect_timeout,
+        retries=settings.connect_retries,
+    )
+
+
+class InterruptedByUserError(KvmCloneError):
+    """Ctrl-C, after everything was rolled back."""
+
+    exit_code = ExitCode.CANCELLED
+
+
+def run(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine to its end. A signal cancels it once, and it may take its time to roll back.
+
+    Raises InterruptedByUserError for SIGINT, TransferError for SIGTERM and SIGHUP, and whatever the work raises.
+    """
+    return asyncio.run(_with_signals(work))
+
+
+async def _with_signals(work: Coroutine[Any, Any, Result]) -> Result:
+    received: list[signal.Signals] = []
+    task = asyncio.ensure_future(work)
+
+    def stop(number: signal.Signals) -> None:
+        received.append(number)
+        if len(received) == 1:
+            task.cancel()
+            print("\nstopping, and undoing what was written; this takes a moment", file=sys.stderr)
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop, number)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if not received:
+            raise
+        remedy = "run the same command again to start over"
+        text = f"stopped by {received[0].name}; what was written at the destination was undone"
+        kind = InterruptedByUserError if received[0] is signal.SIGINT else TransferError
+        raise kind(text, remedy=remedy) from None

@@ -1,0 +1,79 @@
+"""Errors and results as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from kvm_clone.errors import ExitCode, KvmCloneError
+
+
+def print_json(document: Any) -> None:
+    """Print the one document of a command on stdout."""
+    print(json.dumps(document, indent=2, default=str))
+
+
+def json_wanted(argv: Sequence[str]) -> bool:
+    """Whether the command line asks for JSON: for errors that come before it is understood."""
+    words = list(argv[: argv.index("--")] if "--" in argv else argv)
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    return any(word == "--output=json" or (word, after) == ("--output", "json") for word, after in pairs)
+
+
+def error_document(error: KvmCloneError) -> dict[str, Any]:
+    """The error as users' programs read it."""
+    document: dict[str, Any] = {
+        "type": type(error).__name__,
+        "exit_code": int(error.exit_code),
+        "message": str(error),
+        "subject": error.subject,
+        "remedy": error.remedy,
+    }
+    if error.findings:
+        document["findings"] = [asdict(finding) for finding in error.findings]
+    return document
+
+
+def report(error: KvmCloneError, *, as_json: bool) -> None:
+    """Say what happened, to what, and what to do: on stderr, and as a document when that was asked for."""
+    if as_json:
+        print_json({"error": error_document(error)})
+    if len(error.findings) > 1:
+        print("kvm-clone: refused, nothing was written:", file=sys.stderr)
+        for finding in error.findings:
+            print(f"  - {finding.text}", file=sys.stderr)
+            if finding.remedy:
+                print(f"    {finding.remedy}", file=sys.stderr)
+        return
+    print(f"kvm-clone: {error}", file=sys.stderr)
+    if error.remedy:
+        print(f"  what to do: {error.remedy}", file=sys.stderr)
+
+
+def report_usage() -> None:
+    """The document for a command line that cannot be understood; its text is on stderr already."""
+    print_json(
+        {
+            "error": {
+                "type": "UsageError",
+                "exit_code": int(ExitCode.USAGE),
+                "message": "the command line cannot be understood; stderr says why",
+                "subject": "",
+                "remedy": "see kvm-clone --help",
+            }
+        }
+    )
+
+
+def report_bug(error: Exception, *, as_json: bool) -> None:
+    """An exception that nobody expected: one clear error, the traceback only for --log-level debug."""
+    logging.getLogger(__name__).debug("unexpected", exc_info=error)
+    text = f"unexpected {type(error).__name__}: {error}"
+    report(
+        KvmCloneError(text, remedy="this is a bug: please report it with the output of --log-level debug"),
+        as_json=as_json,
+    )

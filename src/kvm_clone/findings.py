@@ -1,0 +1,29 @@
+"""What a plan has to say: the one form that plans, errors and results share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Severity(StrEnum):
+    """How much a finding weighs: a blocking one keeps the plan from being run."""
+
+    BLOCKING = "blocking"
+    WARNING = "warning"
+    INFO = "info"
+
+
+EXISTS = "domain-exists"
+"""The one blocking finding with an exit code of its own."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something the user must know before the plan is run."""
+
+    code: str
+    severity: Severity
+    subject: str
+    text: str
+    remedy: str = ""

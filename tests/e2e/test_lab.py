@@ -1,0 +1,145 @@
+"""The lab itself, through its command line."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from labclient import LAB, Lab
+
+pytestmark = pytest.mark.e2e
+
+
+def test_status_names_both_hosts(lab: Lab) -> None:
+    status = lab.command("status").stdout
+    for host in ("kc-a", "kc-b"):
+        assert any(line.startswith(host) and "power on  link up" in line for line in status.splitlines())
+
+
+def test_up_again_changes_nothing(lab: Lab) -> None:
+    boot = lab.run("kc-a", "stat", "-c", "%z", "/run").stdout
+    lab.command("up")
+    assert lab.run("kc-a", "stat", "-c", "%z", "/run").stdout == boot
+
+
+def test_exec_keeps_arguments_streams_and_exit_code(lab: Lab) -> None:
+    odd = ["a b", "", "--", "-x", "*", "it's", "$HOME"]
+    assert lab.run("kc-a", "printf", "%s|", *odd).stdout == "".join(f"{word}|" for word in odd)
+    done = lab.run("kc-b", "sh", "-c", "cat; hostname >&2; exit 7", check=False, input="text\n")
+    assert (done.returncode, done.stdout, done.stderr) == (7, "text\n", "kc-b\n")
+
+
+def test_hosts_differ_and_reach_each_other(lab: Lab) -> None:
+    addresses = [lab.run(host, "hostname", "-I").stdout.split()[0] for host in ("kc-a", "kc-b")]
+    assert lab.ssh("kc-a", f"ssh root@{addresses[1]} hostname").stdout == "kc-b\n"
+    assert lab.ssh("kc-b", "ssh kc-a hostname").stdout == "kc-a\n"
+    uuids = {
+        lab.run(host, "sh", "-c", "virsh capabilities | grep -m1 uuid").stdout for host in ("kc-a", "kc-b")
+    }
+    assert len(uuids) == 2
+
+
+def test_host_has_an_active_autostarted_pool(lab: Lab) -> None:
+    pool = lab.run("kc-b", "virsh", "pool-info", "default").stdout
+    fields = dict(line.split(":", 1) for line in pool.splitlines() if line)
+    assert fields["State"].strip() == "running"
+    assert fields["Autostart"].strip() == "yes"
+
+
+def test_guest_boots_and_reads_its_data_disk(lab: Lab) -> None:
+    vm = lab.vm("kc-a", "lab-guest", start=True)
+    try:
+        assert lab.wait_for_guest("kc-a", vm.serial) == "marker of lab-guest vdb"
+    finally:
+        _remove(lab, vm.uuid)
+
+
+@pytest.mark.parametrize("name", ["-odd name's", 'a "quoted" & <b>', "ünï cödé", "--help"])
+def test_vm_names_may_be_odd(lab: Lab, name: str) -> None:
+    vm = lab.vm("kc-a", name, ["raw:4M:1M"], boot=False)
+    try:
+        assert lab.run("kc-a", "virsh", "domname", vm.uuid).stdout.rstrip("\n") == name
+    finally:
+        _remove(lab, vm.uuid)
+
+
+def test_disk_content_is_reproducible_in_every_format(lab: Lab) -> None:
+    contents = []
+    for kind in ("raw", "qcow2", "raw"):
+        vm = lab.vm("kc-a", "lab-disk", [f"{kind}:16M:4M"], boot=False)
+        lab.run("kc-a", "qemu-img", "convert", "-f", kind, "-O", "raw", vm.disks["vda"], "/tmp/content")
+        contents.append(lab.run("kc-a", "sha256sum", "/tmp/content").stdout)
+        tail = lab.run("kc-a", "sh", "-c", "tail -c 512 /tmp/content | tr -d '\\0' | wc -c").stdout
+        assert int(tail) > 0, "data must reach the disk's end"
+        used = int(lab.run("kc-a", "stat", "-c", "%b", vm.disks["vda"]).stdout) * 512
+        assert used < 8 << 20, "holes must stay holes"
+    assert len(set(contents)) == 1
+    _remove(lab, vm.uuid)
+
+
+def test_vm_replaces_one_of_its_name(lab: Lab) -> None:
+    lab.vm("kc-a", "lab-again", ["raw:4M:1M", "raw:4M:1M"], boot=False)
+    vm = lab.vm("kc-a", "lab-again", ["qcow2:4M:1M"], boot=False)
+    images = lab.run("kc-a", "ls", "/var/lib/libvirt/images").stdout.split()
+    assert [name for name in images if name.startswith("lab-again")] == ["lab-again-vda.qcow2"]
+    _remove(lab, vm.uuid)
+
+
+def test_power_cut_keeps_disks_and_identity(lab: Lab) -> None:
+    vm = lab.vm("kc-b", "lab-power", ["raw:4M:1M"], boot=False)
+    lab.run("kc-b", "touch", "/run/gone")
+    lab.power("off", "kc-b")
+    assert lab.run("kc-b", "true", check=False).stderr == "lab: kc-b is off: run lab/lab power on kc-b\n"
+    lab.power("on", "kc-b")
+    assert lab.ssh("kc-b", "test ! -e /run/gone && virsh domname " + vm.uuid).stdout.strip() == "lab-power"
+    _remove(lab, vm.uuid, "kc-b")
+
+
+def test_net_cut_and_heal(lab: Lab) -> None:
+    lab.net("cut", "kc-b")
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            lab.ssh("kc-b", "true", timeout=2)
+    finally:
+        lab.net("heal", "kc-b")
+    assert lab.ssh("kc-b", "true").returncode == 0
+
+
+def test_net_shape_limits_the_rate(lab: Lab) -> None:
+    lab.net("shape", "kc-b", "--rate", "100mbit")
+    try:
+        assert "link up, shaped" in lab.command("status").stdout
+    finally:
+        lab.net("shape", "kc-b", "--clear")
+    assert "shaped" not in lab.command("status").stdout
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["exec", "kc-q", "--", "true"],
+        ["exec", "kc-a"],
+        ["vm", "kc-a"],
+        ["vm", "kc-a", "x", "--disk", "vmdk:1G"],
+        ["vm", "kc-a", "a/b"],
+        ["power", "sideways", "kc-a"],
+        ["net", "shape", "kc-a"],
+        ["net", "shape", "kc-a", "--rate", "much"],
+        ["frobnicate"],
+    ],
+)
+def test_errors_are_one_line(lab: Lab, argv: list[str]) -> None:
+    done = lab.command(*argv, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("lab: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_shows_examples() -> None:
+    done = subprocess.run([str(LAB), "--help"], capture_output=True, text=True, check=True)
+    assert "lab/lab vm kc-a web --start" in done.stdout
+
+
+def _remove(lab: Lab, uuid: str, host: str = "kc-a") -> None:
+    lab.run(host, "virsh", "destroy", uuid, check=False)
+    lab.run(host, "virsh", "undefine", uuid, "--remove-all-storage")
