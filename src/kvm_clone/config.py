@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode
 
 from kvm_clone.errors import UsageError
 from kvm_clone.options import Route
@@ -49,10 +50,6 @@ def _not_bool(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("not a number")  # noqa: TRY004 (a TypeError would pass through pydantic)
     return value
-
-
-def _lowered(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
 
 
 def _line(value: str) -> str:
@@ -105,15 +102,22 @@ PathValue = Annotated[Path, BeforeValidator(_path)]
 Integer = Annotated[int, BeforeValidator(_not_bool)]
 Line = Annotated[str, AfterValidator(_line)]
 # YAML's `timeout: 90` arrives as a number.
-NumberOrLine = Annotated[Line, Field(coerce_numbers_to_str=True)]
+NumberOrLine = Annotated[str, Field(coerce_numbers_to_str=True), AfterValidator(_line)]
 Rate = Annotated[NumberOrLine, AfterValidator(_rate)]
 Duration = Annotated[NumberOrLine, AfterValidator(_timeout)]
 Option = Annotated[str, AfterValidator(_option)]
 # NoDecode: the environment's text goes to _split_options instead of pydantic-settings' JSON decoder.
 Options = Annotated[tuple[Option, ...], NoDecode, BeforeValidator(_split_options)]
+_LOWERED = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
+
+_A_FILE = "the path of a file"
+_PAIRS = (
+    "Key=Value pairs, separated by commas or as a list, such as Compression=yes,Ciphers=aes128-ctr "
+    'or, with commas inside a value, ["Ciphers=aes128-ctr,aes256-ctr"]'
+)
 
 
-def _field(default: object, accepts: str, description: str, **limits: int) -> Any:
+def _field(default: object, accepts: str, description: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"accepts": accepts}, **limits)
 
 
@@ -131,45 +135,24 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    ssh_config_path: PathValue | None = _field(
-        None, "the path of a file", "The ssh_config file to use instead of ssh's own."
-    )
-    ssh_key_path: PathValue | None = _field(
-        None, "the path of a file", "The private key to offer to the hosts, besides those ssh finds itself."
-    )
-    ssh_options: Options = _field(
-        (),
-        "Key=Value pairs, separated by commas or as a list, such as Compression=yes,Ciphers=aes128-ctr "
-        'or, with commas inside a value, ["Ciphers=aes128-ctr,aes256-ctr"]',
-        "Options handed to ssh with -o.",
-    )
+    ssh_config_path: PathValue | None = _field(None, _A_FILE, "The ssh_config to use instead of ssh's own.")
+    ssh_key_path: PathValue | None = _field(None, _A_FILE, "A private key to offer besides those ssh finds.")
+    ssh_options: Options = _field((), _PAIRS, "Options handed to ssh with -o.")
     connect_timeout: Integer = _integer(10, 1, 600, "Seconds to wait for a host to answer.")
     connect_retries: Integer = _integer(3, 0, 20, "How often to try again when a host does not answer.")
-    route: Annotated[Route, BeforeValidator(_lowered)] = _choice(
+    route: Annotated[Route, _LOWERED] = _choice(
         Route.AUTO,
         "How data travels: from host to host (direct), through this machine (relay), or what fits (auto).",
     )
     parallel: Integer = _integer(2, 1, 64, "How many disks to work on at the same time.")
-    bandwidth_limit: Rate | None = _field(
-        None, RATE_ACCEPTS, "The most that a copy may send. Without it there is no limit."
-    )
+    bandwidth_limit: Rate | None = _field(None, RATE_ACCEPTS, "The most that a copy may send. Unset: no limit.")
     timeout: Duration | None = _field(
-        None,
-        f"{DURATION_ACCEPTS}; not zero",
-        "When to give up on a whole command. Without it there is no limit.",
+        None, f"{DURATION_ACCEPTS}; not zero", "When to give up on a whole command. Unset: no limit."
     )
-    pool: Line | None = _field(
-        None,
-        "the name of a storage pool",
-        "The destination's storage pool for new disks, unless a flag names another.",
-    )
+    pool: Line | None = _field(None, "the name of a storage pool", "The destination's pool for new disks.")
     verify: bool = _field(True, "true or false", "Whether to prove after a copy that the disks are equal.")
-    log_level: Annotated[LogLevel, BeforeValidator(_lowered)] = _choice(
-        LogLevel.WARNING, "The least severe message to show on stderr."
-    )
-    output: Annotated[Output, BeforeValidator(_lowered)] = _choice(
-        Output.TEXT, "The form of what commands print on stdout."
-    )
+    log_level: Annotated[LogLevel, _LOWERED] = _choice(LogLevel.WARNING, "The least severe message to show.")
+    output: Annotated[Output, _LOWERED] = _choice(Output.TEXT, "The form of what commands print on stdout.")
 
     @property
     def bandwidth_bytes_per_second(self) -> int | None:
@@ -184,6 +167,8 @@ class Settings(BaseModel):
 
 class _Environment(Settings, BaseSettings):
     """The settings as pydantic-settings looks for them in the environment."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True)
 
 
 KEYS: tuple[str, ...] = tuple(Settings.model_fields)
@@ -258,7 +243,7 @@ def load_settings(path: Path | None, overrides: Mapping[str, object]) -> Loaded:
     """
     file = config_file(path)
     document = read_document(file, must_exist=bool(path or os.environ.get(CONFIG_VARIABLE)))
-    environment = EnvSettingsSource(_Environment, env_prefix=ENV_PREFIX, env_ignore_empty=True)()
+    environment = EnvSettingsSource(_Environment)()
     layers: list[tuple[Layer, Mapping[str, Any], Callable[[str], str]]] = [
         (Layer.FILE, document.values, document.place),
         (Layer.ENVIRONMENT, environment, lambda key: ENV_PREFIX + key.upper()),
@@ -277,7 +262,7 @@ def read_document(path: Path, *, must_exist: bool = False) -> Document:
     """Read a configuration file; one that is not there is empty. Raises UsageError naming the file."""
     try:
         text = path.read_text("utf-8-sig")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         if must_exist:
             remedy = "`kvm-clone config init` with the same --config creates it"
             raise UsageError(f"{path}: no such configuration file", subject=str(path), remedy=remedy) from error
@@ -302,7 +287,7 @@ def parse_document(path: Path, text: str) -> Document:
         raise UsageError(f"{path} is not valid YAML: {where}{problem}", subject=str(path)) from error
     if values is None:
         return Document(path, text, {}, {})
-    if not isinstance(values, dict) or root.tag != "tag:yaml.org,2002:map":
+    if not isinstance(values, dict) or not isinstance(root, MappingNode):
         raise UsageError(f"{path} does not hold settings, one `key: value` a line", subject=str(path))
     lines = {str(key.value): key.start_mark.line + 1 for key, _ in root.value}
     return Document(path, text, {str(key): value for key, value in values.items()}, lines)

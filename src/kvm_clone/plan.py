@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from kvm_clone.errors import DomainExistsError, KvmCloneError, RefusedError
 from kvm_clone.facts import DestinationFacts, Directory, Facts, ImageFacts, SourceFacts
 from kvm_clone.findings import EXISTS, Finding, Severity
 from kvm_clone.options import CloneOptions, Route
+from kvm_clone.xmlspan import is_xml
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,8 @@ def make_plan(facts: Facts, options: CloneOptions, identity: Identity) -> Plan:
                 "let the source host connect to the destination by SSH, or use --route relay",
             ),
         )
-    route = Route.DIRECT if facts.route.direct else Route.RELAY
-    steps = _steps(disks, options, identity, _stage_directory(facts, disks))
+    route = Route.DIRECT if facts.route.direct and options.route is not Route.RELAY else Route.RELAY
+    steps = _steps(disks, options, identity, _stage_directory(facts, options, disks))
     return Plan(name, facts, options, identity, route, facts.route.reason, disks, findings, steps)
 
 
@@ -248,7 +250,7 @@ def _tool_findings(host: str, qemu_img: str | None, qemu_nbd: str | None) -> Ite
 def _destination_findings(facts: Facts, options: CloneOptions, name: str) -> Iterator[Finding]:
     destination, xml = facts.destination, facts.source.xml
     host = destination.host.name
-    if "/" in name or not name.strip() or "\n" in name:
+    if not _is_name(name):
         yield _block("name", name, f"{name!r} cannot be a VM's name.", "choose another --new-name")
     if name in destination.domains:
         yield _block(
@@ -257,8 +259,8 @@ def _destination_findings(facts: Facts, options: CloneOptions, name: str) -> Ite
             f"{host} already has a VM named {name}.",
             "choose another --new-name, or remove that VM first",
         )
-    elif options.preserve_uuid and xml.uuid in destination.domains.values():
-        owner = next(one for one, uuid in destination.domains.items() if uuid == xml.uuid)
+    owner = next((one for one, uuid in destination.domains.items() if uuid == xml.uuid and one != name), None)
+    if options.preserve_uuid and owner is not None:
         yield _block("uuid-in-use", name, f"VM {owner} on {host} has the UUID {xml.uuid}.", "leave out --preserve-uuid")
     yield from _tool_findings(host, destination.host.qemu_img, destination.host.qemu_nbd)
     for file in xml.os_files:
@@ -270,6 +272,11 @@ def _destination_findings(facts: Facts, options: CloneOptions, name: str) -> Ite
                 f"copy it to {host} at the same path",
             )
     yield from _reference_findings(destination, xml)
+
+
+def _is_name(name: str) -> bool:
+    """Whether libvirt and XML take the name, and a file can have it."""
+    return bool(name.strip()) and name not in (".", "..") and not re.search("[/\n]", name) and is_xml(name)
 
 
 def _reference_findings(destination: DestinationFacts, xml: definition.DomainXml) -> Iterator[Finding]:
@@ -300,7 +307,7 @@ def _place(facts: Facts, options: CloneOptions, name: str) -> tuple[tuple[Planne
     findings: list[Finding] = []
     taken: set[str] = set()
     for image in facts.source.images:
-        directory, finding = _directory_for(facts.destination, image, options.pool)
+        directory, finding = _directory_for(facts.destination, posixpath.dirname(image.path), options.pool)
         if finding is not None and finding not in findings:
             findings.append(finding)
         if directory is not None:
@@ -311,22 +318,29 @@ def _place(facts: Facts, options: CloneOptions, name: str) -> tuple[tuple[Planne
 
 
 def _directory_for(
-    destination: DestinationFacts, image: ImageFacts, pool_name: str | None
+    destination: DestinationFacts, source_directory: str, pool_name: str | None
 ) -> tuple[Directory | None, Finding | None]:
     host = destination.host.name
     pools = {pool.name: pool for pool in destination.pools}
-    same = destination.directories.get(posixpath.dirname(image.path))
+    same = destination.directories.get(source_directory)
     if pool_name is None and same is not None and same.exists:
-        directory: Directory | None = same
+        directory = same
     else:
         pool = pools.get(pool_name or "default")
         if pool is None or not pool.active or pool.type not in domains.FILE_POOLS:
             return None, _pool_finding(host, pool_name or "default", pool, sorted(pools))
-        directory = destination.directories.get(pool.path)
-    if directory is None or not directory.exists or not directory.writable:
-        path = directory.path if directory else ""
-        text = f"This user cannot write in {path} on {host}."
-        return None, _block("not-writable", path, text, "connect as another user, or name another pool with --pool")
+        directory = destination.directories.get(pool.path) or Directory(pool.path, exists=False, writable=False, free=0)
+    return _usable(host, directory)
+
+
+def _usable(host: str, directory: Directory) -> tuple[Directory | None, Finding | None]:
+    if not directory.exists:
+        text = f"{host} has no directory {directory.path}, although it has a storage pool there."
+        return None, _block("directory-missing", directory.path, text, "make it, or name another pool with --pool")
+    if not directory.writable:
+        text = f"This user cannot write in {directory.path} on {host}."
+        remedy = "connect as another user, or name another pool with --pool"
+        return None, _block("not-writable", directory.path, text, remedy)
     return directory, None
 
 
@@ -360,11 +374,12 @@ def _free_path(directory: Directory, image: ImageFacts, old: str, new: str, take
     raise AssertionError("more candidates than names")
 
 
-def _stage_directory(facts: Facts, disks: tuple[PlannedDisk, ...]) -> str:
-    """Where the journal lies: beside the first disk, or in the default pool for a VM without disks."""
+def _stage_directory(facts: Facts, options: CloneOptions, disks: tuple[PlannedDisk, ...]) -> str:
+    """Where the journal lies: beside the first disk; for a VM without disks, where its disks would be."""
     if disks:
         return posixpath.dirname(disks[0].final)
-    return next((pool.path for pool in facts.destination.pools if pool.path and pool.active), "/var/tmp")  # noqa: S108
+    directory, _ = _directory_for(facts.destination, "", options.pool)
+    return directory.path if directory else "/var/tmp"  # noqa: S108
 
 
 def _block(code: str, subject: str, text: str, remedy: str) -> Finding:

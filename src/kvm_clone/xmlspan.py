@@ -140,12 +140,17 @@ class Document:
         return match[0] if match else ""
 
 
+def is_xml(text: str) -> bool:
+    """Whether every character of `text` can stand in XML."""
+    return _NOT_XML.search(text) is None
+
+
 def escape(text: str, quote: str = "") -> str:
     """Return `text` as it may stand in an element, or in an attribute within `quote`.
 
     Raises RefusedError when it holds a character that XML cannot.
     """
-    if _NOT_XML.search(text):
+    if not is_xml(text):
         raise RefusedError(f"{text!r} holds a character that a domain's XML cannot.")
     escaped = text.translate(_ESCAPES)
     return escaped.replace(quote, "&quot;" if quote == '"' else "&apos;") if quote else escaped

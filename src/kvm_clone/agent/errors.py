@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 from typing import Any, Dict
 
+from .wire import ProtocolError
+
 # Kinds are a contract with the controller, which turns each into an exception with an exit code.
 BUG = "bug"
 EXISTS = "exists"  # a file that must not be there is there
@@ -55,4 +57,6 @@ def from_exception(error: BaseException, doing: str = "") -> AgentError:
         return AgentError(kind, f"{prefix}{error.strerror or error}{name}")
     if isinstance(error, EOFError):
         return AgentError(INTERRUPTED, f"{prefix}{error or 'the peer went away'}")
+    if isinstance(error, ProtocolError):
+        return AgentError(PROTOCOL, f"{prefix}{error}")
     return AgentError(BUG, f"{prefix}{type(error).__name__}: {error}")

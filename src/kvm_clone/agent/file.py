@@ -41,8 +41,15 @@ class FileDisk(Disk):
             return os.lseek(self._fd, position, whence)
         except OSError as error:
             if error.errno == errno.ENXIO:  # no data after this point
+                self._check_end()
                 return self.size
             raise
+
+    def _check_end(self) -> None:
+        """What was cut off while we read is no hole."""
+        end = os.fstat(self._fd).st_size
+        if end < self.size:
+            raise OSError(errno.EIO, f"the file ends at {end}, before the disk does", self.path)
 
     def readinto(self, offset: int, view: memoryview) -> None:
         """See Disk."""

@@ -195,7 +195,7 @@ class NbdDisk(Disk):
             extents.extend(struct.iter_unpack(">II", body[4:]))
         elif kind & _REPLY_ERROR_BIT:
             code = int.from_bytes(self._read(length)[:4], "big")
-            self._fail(code, self._waiting[cookie][0] if cookie in self._waiting else "request")
+            self._fail(code, self._waiting.get(cookie, ("request", 0, 0))[0])
         elif kind != _REPLY_NONE or length:
             raise ProtocolError(f"an NBD reply of unknown type {kind}")
 

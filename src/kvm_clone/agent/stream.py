@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import stat
 from typing import Optional
 
+from .errors import INTERRUPTED, AgentError
 from .wire import CHUNK, read_exact
 
 # The os module has it since Python 3.10; older ones take the buffered way.
@@ -23,8 +25,10 @@ class Incoming:
     bytes take a way through a pipe of our own.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, patience: Optional[float] = None) -> None:
+        """`patience`: after so many seconds of silence, reading raises AgentError (interrupted)."""
         self.fd = fd
+        self._patience = patience
         self._through: Optional[tuple[int, int]] = None
         if stat.S_ISFIFO(os.fstat(fd).st_mode):
             enlarge_pipe(fd)
@@ -39,19 +43,24 @@ class Incoming:
 
     def read(self, count: int) -> bytes:
         """The next `count` bytes, or none at the end of the stream. Raises EOFError when it ends within."""
-        return read_exact(self.fd, count)
+        return read_exact(self.fd, count, self._wait)
+
+    def _wait(self) -> None:
+        if self._patience is not None and not select.select([self.fd], [], [], self._patience)[0]:
+            raise AgentError(INTERRUPTED, f"nothing came from the source for {self._patience:.0f} seconds")
 
     def move(self, target: int, count: int, offset: Optional[int] = None) -> None:
         """Move the next `count` bytes to `target`, at `offset` of it when it is a file. Raises EOFError, OSError."""
         assert _splice is not None
         done = 0
         while done < count:
-            part = count - done
-            source = self.fd
-            if self._through is not None:
-                source = self._through[0]
-                part = _splice(self.fd, self._through[1], part)
-            moved = _move_exact(source, target, part, None if offset is None else offset + done)
+            self._wait()
+            at = None if offset is None else offset + done
+            if self._through is None:
+                moved = _splice(self.fd, target, count - done, offset_dst=at)
+            else:
+                part = _splice(self.fd, self._through[1], count - done)
+                moved = _move_exact(self._through[0], target, part, at)
             if not moved:
                 raise EOFError("the stream ended before a record's content")
             done += moved

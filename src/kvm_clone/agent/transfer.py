@@ -5,14 +5,14 @@ Nothing here knows of ssh: the sender gets a descriptor to write to, the receive
 
 from __future__ import annotations
 
-import select
+import contextlib
 import time
-from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Callable, Dict, Generator, Iterator, List, NamedTuple, Tuple
 
 from . import image
 from .disk import DATA as DATA_KIND
 from .disk import Disk, Extent, split
-from .errors import INTERRUPTED, AgentError, from_exception
+from .errors import INTERRUPTED, PROTOCOL, AgentError, from_exception
 from .stream import Incoming
 from .wire import (
     CHUNK,
@@ -23,6 +23,7 @@ from .wire import (
     IDLE,
     RECORD_HEADER,
     ZERO,
+    ProtocolError,
     Record,
     unpack_record,
     write_all,
@@ -83,16 +84,21 @@ class Sender:
     def run(self) -> None:
         """Send every disk and the end record. Raises AgentError; a reader that went away is `interrupted`."""
         waiting = iter(range(len(self._jobs)))
-        active: List[Tuple[int, Iterator[None]]] = []
-        while True:
-            while len(active) < self._parallel:
-                index = next(waiting, None)
-                if index is None:
+        active: List[Tuple[int, Generator[None, None, None]]] = []
+        try:
+            while True:
+                while len(active) < self._parallel:
+                    index = next(waiting, None)
+                    if index is None:
+                        break
+                    active.append((index, self._disk(index)))
+                if not active:
                     break
-                active.append((index, self._disk(index)))
-            if not active:
-                break
-            active = [(index, disk) for index, disk in active if self._step(index, disk)]
+                active = [(index, disk) for index, disk in active if self._step(index, disk)]
+        finally:
+            for _, disk in active:  # there are any only if something went wrong, which is the news
+                with contextlib.suppress(OSError, AgentError):
+                    disk.close()
         self._record(Record(END, 0, 0, self._sent))
 
     def _step(self, index: int, disk: Iterator[None]) -> bool:
@@ -105,7 +111,7 @@ class Sender:
             raise from_exception(error, f"reading {self._jobs[index].path}") from error
         return True
 
-    def _disk(self, index: int) -> Iterator[None]:
+    def _disk(self, index: int) -> Generator[None, None, None]:
         job = self._jobs[index]
         disk = image.open_for_reading(job.path, job.format)
         try:
@@ -145,8 +151,7 @@ class Receiver:
     """Writes the records of one stream to staged images."""
 
     def __init__(self, source: int, jobs: List[Job], report: Callable[[List[int]], None]) -> None:
-        self._fd = source
-        self._source = Incoming(source)
+        self._source = Incoming(source, SILENCE_SECONDS)
         self._jobs = jobs
         self._report = report
         self._reported = time.monotonic()
@@ -163,14 +168,15 @@ class Receiver:
                     return
                 self._apply(record)
                 self._report_now_and_then()
+        except (EOFError, OSError, ProtocolError) as error:
+            raise from_exception(error, "receiving") from error
         finally:
-            for disk in self._open.values():
-                disk.close()
+            for disk in self._open.values():  # there are any only if something went wrong, which is the news
+                with contextlib.suppress(OSError, AgentError):
+                    disk.close()
+            self._source.close()
 
     def _next(self) -> Record:
-        readable, _, _ = select.select([self._fd], [], [], SILENCE_SECONDS)
-        if not readable:
-            raise AgentError(INTERRUPTED, f"nothing came from the source for {SILENCE_SECONDS:.0f} seconds")
         header = self._source.read(RECORD_HEADER.size)
         if not header:
             raise AgentError(INTERRUPTED, "the stream from the source ended before its end")
@@ -179,9 +185,12 @@ class Receiver:
     def _apply(self, record: Record) -> None:
         if record.type == IDLE:
             return
+        if record.disk >= len(self._jobs):
+            raise ProtocolError(f"a record for disk {record.disk} of {len(self._jobs)}")
         job = self._jobs[record.disk]
         try:
             disk = self._disk(record.disk)
+            _check(record, disk.size)
             if record.type == DATA:
                 if isinstance(disk, image.StagedImage):
                     disk.compress(bool(record.flags & COMPRESSED))
@@ -217,3 +226,11 @@ class Receiver:
         if now - self._reported >= REPORT_SECONDS:
             self._reported = now
             self._report(self.written)
+
+
+def _check(record: Record, size: int) -> None:
+    """Raises AgentError (protocol) when the record does not fit a disk of `size` bytes."""
+    if record.type == DISK_END and record.offset != size:
+        raise AgentError(PROTOCOL, f"the source's disk has {record.offset} bytes, this one {size}")
+    if record.offset + record.length > size:
+        raise AgentError(PROTOCOL, f"a record up to byte {record.offset + record.length} of {size}")

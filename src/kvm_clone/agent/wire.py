@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Callable, Dict, NamedTuple, Optional
 
 MARKER = b"KVM-CLONE-AGENT "
 """Starts the line that ends the noise; the version and the payload's hash follow it."""
@@ -71,11 +71,15 @@ def unpack_record(header: bytes) -> Record:
     return Record(type_, disk, offset, length, flags)
 
 
-def read_exact(fd: int, count: int) -> bytes:
-    """`count` bytes from `fd`. Empty when the stream ends before the first; raises EOFError when it ends within."""
+def read_exact(fd: int, count: int, wait: Callable[[], None] = lambda: None) -> bytes:
+    """`count` bytes from `fd`. Empty when the stream ends before the first; raises EOFError when it ends within.
+
+    `wait` is called before each read.
+    """
     parts = []
     missing = count
     while missing:
+        wait()
         part = os.read(fd, min(missing, CHUNK))
         if not part:
             break

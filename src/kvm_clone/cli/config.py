@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvm_clone import config as settings_file
-from kvm_clone.config import Change, Loaded, Output
+from kvm_clone.config import KEYS, Loaded, Output, config_file, format_value, get_value, load_settings
+from kvm_clone.config_file import Change, init_file, set_value, unset_value
 from kvm_clone.errors import UsageError
 
 config_app = typer.Typer(
@@ -46,12 +46,12 @@ def config_path(ctx: typer.Context) -> Path | None:
 )
 def get_command(ctx: typer.Context, key: KeyArgument, config: ConfigOption = None, output: OutputOption = None) -> None:
     """Print the value in force, alone. A setting without a value prints nothing, and the exit code is 0."""
-    loaded = settings_file.load_settings(config or config_path(ctx), {})
-    value = settings_file.get_value(loaded, key)
+    loaded = load_settings(config or config_path(ctx), {})
+    value = get_value(loaded, key)
     if (output or loaded.settings.output) is Output.JSON:
         _print_json({"key": key, **_described(loaded, key)})
     elif value is not None:
-        print(settings_file.format_value(value))
+        print(format_value(value))
 
 
 @config_app.command(
@@ -68,7 +68,7 @@ def set_command(
 ) -> None:
     """Set a value in the file. The file is created when there is none, and its comments are kept."""
     path = config or config_path(ctx)
-    change = settings_file.set_value(path, key, value)
+    change = set_value(path, key, value)
     _report(change, f"set {key}", _format(path, output))
 
 
@@ -87,22 +87,19 @@ def unset_command(
 ) -> None:
     """Remove a value from the file. It is an error when the file does not set it."""
     path = config or config_path(ctx)
-    change = settings_file.unset_value(path, key, ignore_missing=ignore_missing)
+    change = unset_value(path, key, ignore_missing=ignore_missing)
     _report(change, f"unset {key}", _format(path, output))
 
 
 @config_app.command("list", epilog="Examples:\n\nkvm-clone config list\n\nkvm-clone config list --output json")
 def list_command(ctx: typer.Context, config: ConfigOption = None, output: OutputOption = None) -> None:
     """Print every setting, its value, and where that came from. `-` stands for no value."""
-    loaded = settings_file.load_settings(config or config_path(ctx), {})
+    loaded = load_settings(config or config_path(ctx), {})
     if (output or loaded.settings.output) is Output.JSON:
-        settings = {key: _described(loaded, key) for key in settings_file.KEYS}
+        settings = {key: _described(loaded, key) for key in KEYS}
         _print_json({"path": str(loaded.path), "settings": settings})
         return
-    rows = [
-        (key, settings_file.format_value(getattr(loaded.settings, key)) or "-", str(loaded.origins[key]))
-        for key in settings_file.KEYS
-    ]
+    rows = [(key, format_value(getattr(loaded.settings, key)) or "-", str(loaded.origins[key])) for key in KEYS]
     if sys.stdout.isatty():
         _print_table(rows)
     else:
@@ -113,7 +110,7 @@ def list_command(ctx: typer.Context, config: ConfigOption = None, output: Output
 def path_command(ctx: typer.Context, config: ConfigOption = None, output: OutputOption = None) -> None:
     """Print the path of the configuration file, whether it exists or not."""
     path = config or config_path(ctx)
-    file = settings_file.config_file(path)
+    file = config_file(path)
     if _format(path, output) is Output.JSON:
         _print_json({"path": str(file), "exists": file.exists()})
     else:
@@ -124,7 +121,7 @@ def path_command(ctx: typer.Context, config: ConfigOption = None, output: Output
 def init_command(ctx: typer.Context, config: ConfigOption = None, output: OutputOption = None) -> None:
     """Write a file that explains every setting. A file that exists is left as it is, which is no error."""
     path = config or config_path(ctx)
-    change = settings_file.init_file(path)
+    change = init_file(path)
     _report(change, "init", _format(path, output))
 
 
@@ -133,7 +130,7 @@ def _format(path: Path | None, flag: Output | None) -> Output:
     if flag is not None:
         return flag
     try:
-        return settings_file.load_settings(path, {}).settings.output
+        return load_settings(path, {}).settings.output
     except UsageError:
         return Output.TEXT
 

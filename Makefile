@@ -1,0 +1,43 @@
+# What people and CI run. Each target installs what it needs (scripts/install).
+
+.PHONY: help install demo test check format bench lab-up lab-down clean
+
+help:
+	@echo "make demo      a clone between two real hosts on this machine, from nothing"
+	@echo "make test      every test, real hosts included"
+	@echo "make check     ruff, strict mypy, format, shellcheck"
+	@echo "make format    format the code"
+	@echo "make bench     kvm-clone beside scp, rsync, nbdcopy and others"
+	@echo "make lab-up    two libvirt hosts, kc-a and kc-b;  make lab-down ends them"
+
+install:
+	@scripts/install
+
+demo:
+	@scripts/demo
+
+test:
+	@scripts/test
+
+check:
+	@scripts/check
+
+format:
+	@scripts/install dev
+	.venv/bin/ruff check --fix --quiet
+	.venv/bin/ruff format
+
+bench:
+	@scripts/install runtime lab dev bench
+	.venv/bin/python bench/bench.py $(BENCH)
+
+lab-up:
+	@scripts/install lab
+	@lab/lab up
+
+lab-down:
+	@lab/lab down
+
+clean:
+	@lab/lab down
+	rm -rf .venv .lab dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,135 @@
+"""Digests depend on nothing but the content."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvm_clone.agent import digest, image
+from kvm_clone.agent.disk import DATA, Disk, MemoryDisk
+from kvm_clone.agent.file import FileDisk
+from kvm_clone.agent.wire import CHUNK
+
+from .tools import KIB, MIB, Write, filled, make_qcow2, make_raw, noise
+
+
+def naive(content: bytes) -> list[bytes]:
+    """The definition, word for word."""
+    answer = []
+    for start in range(0, len(content), digest.SEGMENT):
+        segment = content[start : start + digest.SEGMENT]
+        chunks = [segment[at : at + digest.CHUNK] for at in range(0, len(segment), digest.CHUNK)]
+        answer.append(hashlib.sha256(b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)).digest())
+    return answer
+
+
+def of(disk: Disk) -> list[bytes]:
+    with closing(disk):
+        return list(digest.segments(disk))
+
+
+def memory(size: int, writes: Sequence[Write]) -> MemoryDisk:
+    disk = MemoryDisk(size)
+    for offset, data in writes:
+        disk.write(offset, memoryview(data))
+    return disk
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Chunks of 64 bytes and segments of 256, so that little content has many."""
+    forget()
+    monkeypatch.setattr(digest, "CHUNK", 64)
+    monkeypatch.setattr(digest, "SEGMENT", 256)
+    monkeypatch.setattr(MemoryDisk, "BLOCK", 16)
+    yield
+    forget()
+
+
+def forget() -> None:
+    digest._zero_chunk.cache_clear()
+    digest._zero_segment.cache_clear()
+
+
+SIZE = 3 * MIB + 512
+WRITES = [(0, noise(70_000)), (MIB - 1, noise(2)), (2 * MIB + 12_345, noise(40_000)), (SIZE - 1, b"\x01")]
+
+
+def test_every_kind_of_disk_has_the_same_digests(tmp_path: Path) -> None:
+    expected = naive(filled(SIZE, WRITES))
+    assert of(memory(SIZE, WRITES)) == expected
+    assert of(FileDisk(str(make_raw(tmp_path / "sparse", SIZE, WRITES)))) == expected
+    assert of(FileDisk(str(make_raw(tmp_path / "full", SIZE, [(0, bytes(SIZE)), *WRITES])))) == expected
+    for cluster_size in ("512", "4096", "65536", "2097152"):
+        for compress in (False, True):
+            path = tmp_path / f"{cluster_size}-{compress}"
+            make_qcow2(path, SIZE, WRITES, compress=compress, cluster_size=cluster_size)
+            assert of(image.open_for_reading(str(path), "qcow2")) == expected
+
+
+SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, digest.SEGMENT - 1, digest.SEGMENT, digest.SEGMENT + 1,
+         2 * digest.SEGMENT + CHUNK + 1]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_around_the_units(size: int) -> None:
+    writes = [(offset, b"\x01") for offset in (0, CHUNK - 1, CHUNK, digest.SEGMENT, size - 1) if 0 <= offset < size]
+    assert of(memory(size, [])) == naive(bytes(size))
+    assert of(memory(size, writes)) == naive(filled(size, writes))
+
+
+def test_a_flipped_byte_changes_its_segment_and_no_other() -> None:
+    size = 2 * digest.SEGMENT + CHUNK + 777
+    disk = memory(size, [(5 * CHUNK, noise(4 * KIB))])
+    before = list(digest.segments(disk))
+    borders = [0, CHUNK, digest.SEGMENT, 2 * digest.SEGMENT, 2 * digest.SEGMENT + CHUNK, size]
+    for border in borders:
+        for offset in {border - 1, border} & set(range(-1, size)) - {-1}:
+            disk.write(offset, memoryview(b"\x10"))
+            after = list(digest.segments(disk))
+            changed = [index for index, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]]
+            assert changed == [offset // digest.SEGMENT]
+            disk.write(offset, memoryview(b"\x00"))
+            assert list(digest.segments(disk)) == before
+
+
+@pytest.mark.parametrize("offset", [0, 1, CHUNK, 3 * CHUNK - 1, digest.SEGMENT - CHUNK])
+def test_zeros_that_are_stored_equal_a_hole(offset: int) -> None:
+    size = digest.SEGMENT + 100
+    disk = memory(size, [(offset, bytes(CHUNK))])
+    assert any(extent.kind == DATA for extent in disk.extents())
+    assert of(disk) == of(memory(size, []))
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("size", range(1, 600, 13))
+def test_every_single_byte_counts(size: int) -> None:
+    disk = memory(size, [])
+    before = list(digest.segments(disk))
+    for offset in range(size):
+        disk.write(offset, memoryview(b"\x01"))
+        after = list(digest.segments(disk))
+        changed = [index for index, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]]
+        assert changed == [offset // digest.SEGMENT]
+        disk.zero(offset, 1)
+
+
+@pytest.mark.usefixtures("small_units")
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.integers(0, 1100),
+    st.lists(st.tuples(st.integers(0, 1100), st.integers(0, 300), st.booleans()), max_size=8),
+)
+def test_against_the_definition(size: int, pieces: list[tuple[int, int, bool]]) -> None:
+    writes = []
+    for seed, (offset, length, data) in enumerate(pieces):
+        length = max(0, min(length, size - offset))
+        if length:
+            writes.append((offset, noise(length, seed) if data else bytes(length)))
+    assert of(memory(size, writes)) == naive(filled(size, writes))

@@ -1,0 +1,281 @@
+"""What goes wrong with NBD servers, and that none of them stays behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from kvm_clone.agent import errors, image, nbd, qemu
+from kvm_clone.agent.disk import DATA
+from kvm_clone.agent.errors import AgentError, from_exception
+from kvm_clone.agent.nbd import NbdDisk
+from kvm_clone.agent.stream import Incoming
+from kvm_clone.agent.wire import CHUNK, ProtocolError
+
+from .tools import (
+    KIB,
+    MIB,
+    arriving,
+    ending,
+    eventually,
+    make_qcow2,
+    make_raw,
+    nbdkit,
+    noise,
+    processes,
+    python,
+    read,
+)
+
+pytestmark = pytest.mark.timeout(30)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[NbdDisk]:
+    opened = qemu.open_nbd(str(make_qcow2(tmp_path / "disk", 64 * MIB)), "qcow2", writable=True)
+    yield opened
+    try:
+        opened.close()
+    except AgentError:
+        assert "dies" not in str(tmp_path)
+
+
+def fill(disk: NbdDisk) -> None:
+    content = memoryview(noise(CHUNK))
+    for offset in range(0, disk.size, CHUNK):
+        disk.write(offset, content)
+    disk.flush()
+
+
+def receive(how: str) -> Callable[[NbdDisk], None]:
+    def act(disk: NbdDisk) -> None:
+        with arriving(noise(CHUNK) * 64, how=how) as source:
+            incoming = Incoming(source)
+            try:
+                for offset in range(0, disk.size, CHUNK):
+                    disk.receive(offset, CHUNK, incoming)
+                disk.flush()
+            finally:
+                incoming.close()
+
+    return act
+
+
+ACTS: dict[str, Callable[[NbdDisk], None]] = {
+    "write": fill,
+    "receive from a pipe": receive("pipe"),
+    "receive from a socket": receive("socket"),
+    "read": lambda disk: disk.readinto(0, memoryview(bytearray(4 * MIB))),
+    "zero": lambda disk: (disk.zero(0, MIB), disk.flush())[0],
+    "extents": lambda disk: [None for _ in disk.extents()][0],
+    "flush": lambda disk: disk.flush(),
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_a_server_that_was_killed(act: str, disk: NbdDisk, tmp_path: Path) -> None:
+    disk.write(0, memoryview(noise(CHUNK)))
+    (server,) = processes(str(tmp_path / "disk"))
+    os.kill(server, signal.SIGKILL)
+    with pytest.raises(OSError) as caught:
+        ACTS[act](disk)
+    assert from_exception(caught.value).kind == errors.INTERRUPTED
+    with pytest.raises(AgentError, match="qemu-nbd: ended with status -9"):
+        disk.close()
+    disk.close()
+
+
+def test_a_server_that_is_killed_while_it_writes(disk: NbdDisk, tmp_path: Path) -> None:
+    (server,) = processes(str(tmp_path / "disk"))
+    for offset in range(0, 8 * CHUNK, CHUNK):
+        disk.write(offset, memoryview(noise(CHUNK)))
+    os.kill(server, signal.SIGKILL)
+    with pytest.raises(OSError):
+        fill(disk)
+    with pytest.raises(AgentError):
+        disk.close()
+
+
+@pytest.mark.parametrize("act", ["write", "read", "flush"])
+def test_a_server_that_hangs(act: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nbd, "_TIMEOUT", 1.0)
+    path = make_qcow2(tmp_path / "disk", 64 * MIB)
+    with closing(qemu.open_nbd(str(path), "qcow2", writable=True)) as disk:
+        (server,) = processes(str(path))
+        os.kill(server, signal.SIGSTOP)
+        begun = time.monotonic()
+        try:
+            with pytest.raises(OSError) as caught:
+                ACTS[act](disk)
+        finally:
+            os.kill(server, signal.SIGCONT)
+        assert caught.value.errno == errno.ETIMEDOUT
+        assert time.monotonic() - begun < 10
+
+
+def test_writing_to_a_read_only_export(tmp_path: Path) -> None:
+    path = make_qcow2(tmp_path / "disk", MIB, [(0, b"kept")])
+    with closing(qemu.open_nbd(str(path), "qcow2", writable=False)) as disk:
+        disk.write(0, memoryview(b"lost"))
+        with pytest.raises(OSError) as caught:
+            disk.flush()
+        assert from_exception(caught.value).kind in (errors.PERMISSION, errors.READ_ONLY)
+        assert "write at 0" in str(caught.value)
+    with closing(image.MappedDisk(str(path), "qcow2")) as reader:
+        assert read(reader, 0, 4) == b"kept"
+
+
+NOT_NBD = {
+    "another protocol": (b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n", ProtocolError),
+    "zeros": (bytes(18), ProtocolError),
+    "the oldstyle handshake": (struct.pack(">QQQ", nbd._MAGIC, 0x420281861253, MIB), ProtocolError),
+    "no fixed newstyle": (struct.pack(">QQH", nbd._MAGIC, nbd._OPTION_MAGIC, 0), ProtocolError),
+    "nonsense after the greeting": (struct.pack(">QQH", nbd._MAGIC, nbd._OPTION_MAGIC, 3) + b"?" * 20, ProtocolError),
+    "nothing": (b"", ConnectionResetError),
+    "a part of a greeting": (struct.pack(">Q", nbd._MAGIC), ConnectionResetError),
+}
+
+
+@pytest.mark.parametrize("name", NOT_NBD)
+def test_a_server_that_does_not_speak_nbd(name: str) -> None:
+    says, error = NOT_NBD[name]
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(says)
+        theirs.shutdown(socket.SHUT_WR)
+        with pytest.raises(error):
+            NbdDisk(ours)
+
+
+def test_a_server_without_the_extensions_has_only_data(tmp_path: Path) -> None:
+    with nbdkit("--no-sr", "file", str(make_raw(tmp_path / "disk", 100_001, [(7, b"x")]))) as disk:
+        assert [(extent.offset, extent.length, extent.kind) for extent in disk.extents()] == [(0, 100_001, DATA)]
+        assert read(disk) == bytes(7) + b"x" + bytes(100_001 - 8)
+
+
+def test_a_disk_that_is_larger_than_one_request_can_name() -> None:
+    with nbdkit("memory", "10T") as disk:
+        disk.write(disk.size - 1, memoryview(b"x"))
+        disk.zero(0, 5 << 30)
+        disk.flush()
+        extents = list(disk.extents(disk.size - (3 << 30)))
+        assert extents[0].offset == disk.size - (3 << 30)
+        assert extents[-1].end == disk.size
+        assert all(first.end == second.offset for first, second in zip(extents, extents[1:]))
+        assert extents[-1].kind == DATA
+        assert sum(extent.length for extent in extents if extent.kind == DATA) < MIB
+
+
+@pytest.mark.parametrize("act", ["write", "receive from a pipe", "receive from a socket"])
+def test_a_full_filesystem(act: str, way: str, small: Path) -> None:
+    with closing(image.StagedImage(str(make_qcow2(small / "disk", 64 * MIB)))) as staged:
+        with pytest.raises(OSError) as caught:
+            ACTS[act](staged._nbd)
+        assert caught.value.errno == errno.ENOSPC
+        assert from_exception(caught.value).kind == errors.NO_SPACE
+
+
+@pytest.mark.parametrize(("filter_", "act"), [("pwrite", "write"), ("zero", "zero"), ("flush", "flush"),
+                                              ("pread", "read"), ("extents", "extents")])  # fmt: skip
+@pytest.mark.parametrize("structured", [True, False])
+def test_the_error_that_the_server_names(filter_: str, act: str, structured: bool) -> None:
+    if filter_ == "extents" and not structured:
+        pytest.skip("extents need structured replies")
+    options = [] if structured else ["--no-sr"]
+    arguments = ["--filter=error", "memory", "8M", f"error-{filter_}=ENOSPC", f"error-{filter_}-rate=1"]
+    with nbdkit(*options, *arguments) as disk:
+        with pytest.raises(OSError) as caught:
+            ACTS[act](disk)
+        assert caught.value.errno == errno.ENOSPC
+        assert os.strerror(errno.ENOSPC) in str(caught.value)
+
+
+def test_a_failed_write_is_not_forgotten() -> None:
+    with nbdkit("--filter=error", "memory", "8M", "error-pwrite=EIO", "error-pwrite-rate=1") as disk:
+        disk.write(0, memoryview(b"x"))
+        for _ in range(2):
+            with pytest.raises(OSError, match="write at 0"):
+                disk.flush()
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_close_leaves_no_process(compress: bool, tmp_path: Path) -> None:
+    path = str(make_qcow2(tmp_path / "a name, with: '\"comma", MIB))
+    disk = image.StagedImage(path)
+    disk.compress(compress)
+    assert len(processes(str(tmp_path))) == 1
+    disk.write(0, memoryview(noise(64 * KIB)))
+    disk.flush()
+    disk.close()
+    assert not processes(str(tmp_path))
+
+
+OWNER = """
+import sys, time
+from kvm_clone.agent import image
+disk = image.StagedImage(sys.argv[1])
+disk.write(0, memoryview(b"x" * 65536))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_process_outlives_its_owner(number: signal.Signals, tmp_path: Path) -> None:
+    path = make_qcow2(tmp_path / "disk", MIB)
+    with ending(python(OWNER, path)) as owner:
+        assert owner.stdout
+        assert owner.stdout.readline() == b"ready\n"
+        assert len(processes(str(path))) == 2
+        owner.send_signal(number)
+        owner.wait()
+        assert eventually(lambda: not processes(str(path)))
+
+
+def test_qemu_nbd_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_qcow2(tmp_path / "disk", MIB)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(AgentError, match="qemu-nbd is not installed") as caught:
+        qemu.open_nbd(str(path), "qcow2", writable=True)
+    assert caught.value.kind == errors.MISSING
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_an_image_of_another_format(writable: bool, tmp_path: Path) -> None:
+    path = make_raw(tmp_path / "disk", MIB)
+    with pytest.raises(AgentError, match="Image is not in qcow2 format"):
+        qemu.open_nbd(str(path), "qcow2", writable=writable)
+    with pytest.raises(AgentError, match="Image is not in qcow2 format"):
+        image.open_for_reading(str(path), "qcow2")
+    assert not processes(str(path))
+
+
+def test_an_image_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(AgentError, match="No such file"):
+        qemu.open_nbd(str(tmp_path / "disk"), "qcow2", writable=True)
+
+
+def test_an_image_that_another_process_writes(disk: NbdDisk, tmp_path: Path) -> None:
+    with pytest.raises(AgentError, match="lock"):
+        qemu.open_nbd(str(tmp_path / "disk"), "qcow2", writable=True)
+
+
+def test_descriptors_do_not_leak(tmp_path: Path) -> None:
+    path = str(make_qcow2(tmp_path / "disk", MIB))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with closing(image.StagedImage(path)) as staged:
+            staged.compress(True)
+        with pytest.raises(AgentError):
+            qemu.open_nbd(sys.executable, "qcow2", writable=False)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -1,0 +1,420 @@
+"""One stream from a sender to a receiver, whole and torn."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from kvm_clone.agent import digest, errors, image, transfer
+from kvm_clone.agent.errors import AgentError
+from kvm_clone.agent.file import FileDisk
+from kvm_clone.agent.transfer import Job, Receiver, Sender
+from kvm_clone.agent.wire import (
+    CHUNK,
+    COMPRESSED,
+    DATA,
+    DISK_END,
+    END,
+    IDLE,
+    RECORD_HEADER,
+    ZERO,
+    ProtocolError,
+    Record,
+    unpack_record,
+)
+
+from .tools import (
+    KIB,
+    MIB,
+    Write,
+    arriving,
+    make_qcow2,
+    make_raw,
+    need,
+    noise,
+    processes,
+    through_pipe,
+)
+
+pytestmark = pytest.mark.timeout(30)
+
+
+def copy(source: Sequence[Job], target: Sequence[Job], parallel: int = 1, rate: int = 0) -> list[int]:
+    """Send through a real pipe; what the receiver reports at its end. Raises what either end raised."""
+    incoming, out = os.pipe()
+    failures: list[Exception] = []
+
+    def send() -> None:
+        try:
+            Sender(out, list(source), parallel, rate).run()
+        except Exception as error:
+            failures.append(error)
+        finally:
+            os.close(out)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    reports: list[list[int]] = []
+    try:
+        Receiver(incoming, list(target), lambda written: reports.append(list(written))).run()
+    except AgentError as error:
+        failures.append(error)
+    finally:
+        os.close(incoming)
+        sender.join()
+    if failures:
+        raise failures[0]
+    return reports[-1]
+
+
+def same(first: Job, second: Job) -> bool:
+    need("qemu-img")
+    argv = ["qemu-img", "compare", "-s", "-f", first.format, "-F", second.format, first.path, second.path]
+    strict = first.format == second.format
+    return subprocess.run([*argv[:2], *argv[2 + (not strict) :]], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def digests(job: Job) -> list[bytes]:
+    disk = image.open_for_reading(job.path, job.format)
+    try:
+        return list(digest.segments(disk))
+    finally:
+        disk.close()
+
+
+SIZE = 5 * MIB + 512
+WRITES = [(0, noise(100_000)), (MIB - 3, noise(7, 1)), (2 * MIB, noise(MIB + 4097, 2)), (SIZE - 1, b"\x01")]
+
+
+def make(path: Path, format_: str, size: int = SIZE, writes: Sequence[Write] = WRITES, **options: str) -> Job:
+    if format_ == image.RAW:
+        return Job(str(make_raw(path, size, writes)), format_)
+    return Job(str(make_qcow2(path, size, writes, **options)), format_)
+
+
+@pytest.mark.parametrize("to", ["raw", "qcow2"])
+@pytest.mark.parametrize("format_", ["raw", "qcow2"])
+@pytest.mark.parametrize("parallel", [1, 2, 3])
+def test_several_disks(parallel: int, format_: str, to: str, tmp_path: Path) -> None:
+    contents: list[Sequence[Write]] = [WRITES, [], [(3 * MIB, noise(2 * MIB, 3))], [(0, noise(SIZE, 4))]]
+    source = [make(tmp_path / f"from {number}", format_, writes=writes) for number, writes in enumerate(contents)]
+    target = [make(tmp_path / f"to {number}", to, writes=[]) for number in range(len(contents))]
+    written = copy(source, target, parallel)
+    for one, other in zip(source, target, strict=True):
+        assert same(one, other)
+        assert digests(one) == digests(other)
+    assert written[1] == 0
+    assert written[3] == SIZE
+    assert not processes(str(tmp_path))
+
+
+def test_both_ways_of_moving(way: str, tmp_path: Path) -> None:
+    for to in ("raw", "qcow2"):
+        source, target = make(tmp_path / f"from-{to}", "qcow2"), make(tmp_path / f"to-{to}", to, writes=[])
+        copy([source], [target])
+        assert same(source, target)
+
+
+@pytest.mark.parametrize("size", [1, 511, 4097, CHUNK - 1, CHUNK, CHUNK + 1])
+def test_raw_sizes(size: int, tmp_path: Path) -> None:
+    source = make(tmp_path / "from", "raw", size, [(0, noise(size))])
+    target = make(tmp_path / "to", "raw", size, [])
+    copy([source], [target])
+    assert Path(target.path).read_bytes() == noise(size)
+
+
+OPTIONS: list[dict[str, str]] = [
+    {"cluster_size": "512"},
+    {"cluster_size": "4096"},
+    {"cluster_size": "65536", "extended_l2": "on"},
+    {"cluster_size": "2097152"},
+    {"compat": "0.10"},
+    {"lazy_refcounts": "on"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_qcow2_of_every_kind(options: dict[str, str], tmp_path: Path) -> None:
+    source = make(tmp_path / "from", "qcow2", **options)
+    target = make(tmp_path / "to", "qcow2", writes=[], **options)
+    copy([source], [target])
+    assert same(source, target)
+    subprocess.run(["qemu-img", "check", "-q", target.path], check=True)
+
+
+def stored(job: Job) -> int:
+    """How many bytes the image's file takes."""
+    return os.stat(job.path).st_blocks * 512
+
+
+def compressed_clusters(job: Job) -> int:
+    """As `qemu-img check` counts them."""
+    argv = ["qemu-img", "check", "--output=json", "-f", "qcow2", job.path]
+    answer = json.loads(subprocess.run(argv, check=True, stdout=subprocess.PIPE).stdout)
+    return int(answer.get("compressed-clusters", 0))
+
+
+SQUEEZABLE = b"squeeze me " * (4 * MIB // 11)
+
+
+@pytest.mark.parametrize("cluster_size", ["512", "4096", "65536", "1048576"])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_compressed_stays_compressed(fresh: bool, cluster_size: str, tmp_path: Path) -> None:
+    path = make_qcow2(tmp_path / "from", SIZE, [(MIB - 700, SQUEEZABLE)], compress=True, cluster_size=cluster_size)
+    source = Job(str(path), "qcow2", fresh)
+    target = make(tmp_path / "to", "qcow2", writes=[], cluster_size=cluster_size)
+    copy([source], [target])
+    assert same(source, target)
+    assert compressed_clusters(target) == compressed_clusters(source) > 0
+    assert stored(target) <= stored(source) * 1.05
+
+
+def test_compressed_and_plain_in_one_image(tmp_path: Path) -> None:
+    path = make_qcow2(tmp_path / "from", SIZE, [(MIB, SQUEEZABLE)], compress=True)
+    command = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 100k", "-c", "write -P 8 3M 64k", str(path)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    source, target = Job(str(path), "qcow2"), make(tmp_path / "to", "qcow2", writes=[])
+    copy([source, source], [target, make(tmp_path / "second", "qcow2", writes=[])], parallel=2)
+    assert same(source, target)
+    assert compressed_clusters(target) == compressed_clusters(source) > 0
+
+
+def test_compressed_clusters_that_no_record_can_carry_arrive_plain(tmp_path: Path) -> None:
+    path = make_qcow2(tmp_path / "from", SIZE, [(MIB, SQUEEZABLE)], compress=True, cluster_size="2097152")
+    source, target = Job(str(path), "qcow2"), make(tmp_path / "to", "qcow2", writes=[], cluster_size="2097152")
+    copy([source], [target])
+    assert same(source, target)
+
+
+@pytest.mark.parametrize("to", ["raw", "qcow2"])
+@pytest.mark.parametrize("format_", ["raw", "qcow2"])
+def test_old_data_is_overwritten_with_zeros_unless_fresh(format_: str, to: str, tmp_path: Path) -> None:
+    source = make(tmp_path / "from", format_)
+    target = make(tmp_path / "to", to, writes=[(0, noise(SIZE, 9))])
+    copy([source._replace(fresh=False)], [target])
+    assert digests(source) == digests(target)
+    assert stored(target) < 2 * MIB
+
+
+def test_holes_stay_holes(tmp_path: Path) -> None:
+    for format_ in ("raw", "qcow2"):
+        source = make(tmp_path / f"from-{format_}", format_, 64 * MIB, [(32 * MIB, b"x")])
+        target = make(tmp_path / f"to-{format_}", format_, 64 * MIB, [])
+        assert copy([source], [target])[0] <= 64 * KIB
+        assert stored(target) < MIB
+
+
+def test_a_format_that_is_not_handled(tmp_path: Path) -> None:
+    make_raw(tmp_path / "disk", 512)
+    for open_ in (image.open_for_reading, image.open_for_filling):
+        with pytest.raises(AgentError, match="vmdk") as caught:
+            open_(str(tmp_path / "disk"), "vmdk")
+        assert caught.value.kind == errors.UNSUPPORTED
+
+
+def test_the_rate_is_held(tmp_path: Path) -> None:
+    rate, size = 4 * MIB, 9 * MIB
+    source = make(tmp_path / "from", "raw", size, [(0, noise(size))])
+    target = make(tmp_path / "to", "raw", size, [])
+    begun = time.monotonic()
+    copy([source], [target], rate=rate)
+    seconds = time.monotonic() - begun
+    assert seconds >= 2
+    assert 0.9 * rate < size / seconds < 1.05 * rate
+
+
+def stream_of(jobs: Sequence[Job], parallel: int = 1) -> tuple[bytes, list[tuple[int, Record]]]:
+    """A whole stream, and its records with their positions."""
+    content = through_pipe(lambda out: Sender(out, list(jobs), parallel, 0).run())
+    records, position = [], 0
+    while position < len(content):
+        record = unpack_record(content[position : position + RECORD_HEADER.size])
+        records.append((position, record))
+        position += RECORD_HEADER.size + (record.length if record.type == DATA else 0)
+    return content, records
+
+
+def cuts_of(content: bytes, records: list[tuple[int, Record]]) -> Iterator[int]:
+    """Every border between records, and places within headers and contents."""
+    for position, record in records:
+        yield from (position, position + 1, position + RECORD_HEADER.size - 1)
+        if record.type == DATA:
+            yield from (position + RECORD_HEADER.size, position + RECORD_HEADER.size + 1)
+            yield position + RECORD_HEADER.size + record.length - 1
+
+
+@pytest.mark.parametrize("to", ["raw", "qcow2"])
+def test_a_torn_stream_is_never_a_success(to: str, tmp_path: Path) -> None:
+    writes = [(0, noise(5000)), (200_000, noise(100_000)), (MIB, b"x")]
+    source = [make(tmp_path / f"from {number}", "raw", 2 * MIB, writes)._replace(fresh=not number) for number in (0, 1)]
+    target = [make(tmp_path / f"to {number}", to, 2 * MIB, []) for number in (0, 1)]
+    content, records = stream_of(source, parallel=2)
+    assert {record.type for _, record in records} == {DATA, ZERO, DISK_END, END}
+    for cut in cuts_of(content, records):
+        with arriving(content[:cut]) as incoming, pytest.raises(AgentError) as caught:
+            Receiver(incoming, target, lambda _: None).run()
+        assert caught.value.kind == errors.INTERRUPTED, f"{cut}: {caught.value}"
+        assert not processes(str(tmp_path))
+    with arriving(content) as incoming:
+        Receiver(incoming, target, lambda _: None).run()
+    assert [digests(job) for job in source] == [digests(job) for job in target]
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [Record(END, 0, 0, 1)],
+        [Record(ZERO, 0, 0, 512), Record(END, 0, 0, 0)],
+        [Record(DISK_END, 0, 4096, 0), Record(END, 0, 0, 77)],
+    ],
+)
+def test_an_end_that_does_not_fit_what_came(records: list[Record], tmp_path: Path) -> None:
+    target = make(tmp_path / "to", "raw", 4096, [])
+    with (
+        arriving(b"".join(record.pack() for record in records)) as incoming,
+        pytest.raises(AgentError) as caught,
+    ):
+        Receiver(incoming, [target], lambda _: None).run()
+    assert caught.value.kind == errors.INTERRUPTED
+
+
+NOT_RECORDS = {
+    "wrong magic": b"KVMX" + Record(END, 0, 0, 0).pack()[4:],
+    "text": b"Last login: Thu Jan  1 00:00:00",
+    "unknown type": Record(IDLE + 1, 0, 0, 0).pack(),
+    "type 0": Record(0, 0, 0, 0).pack(),
+    "longer than a chunk": Record(DATA, 0, 0, CHUNK + 1).pack() + bytes(CHUNK + 1),
+    "a disk that is not in the request": Record(DATA, 1, 0, 1).pack() + b"x",
+    "outside the disk": Record(DATA, 0, 4095, 2).pack() + b"xx",
+    "zeros outside the disk": Record(ZERO, 0, 4095, 2).pack(),
+    "another size at the end": Record(DISK_END, 0, 8192, 0).pack(),
+}
+
+
+@pytest.mark.parametrize("name", NOT_RECORDS)
+def test_what_is_not_the_protocol(name: str, tmp_path: Path) -> None:
+    target = make(tmp_path / "to", "raw", 4096, [])
+    with (
+        arriving(NOT_RECORDS[name] + Record(END, 0, 0, 0).pack()) as incoming,
+        pytest.raises(AgentError) as caught,
+    ):
+        Receiver(incoming, [target], lambda _: None).run()
+    assert caught.value.kind == errors.PROTOCOL
+    assert Path(target.path).stat().st_size == 4096
+
+
+@pytest.mark.parametrize("size", [0, 1, 3 * MIB])
+def test_a_source_that_shrinks_under_the_sender(size: int, tmp_path: Path) -> None:
+    source = make(tmp_path / "from", "raw", 8 * MIB, [(0, noise(4 * MIB)), (6 * MIB, noise(2 * MIB))])
+    incoming, out = os.pipe()
+    sender = Sender(out, [source], 1, 0)
+    failures: list[AgentError] = []
+
+    def send() -> None:
+        try:
+            sender.run()
+        except AgentError as error:
+            failures.append(error)
+        finally:
+            os.close(out)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    os.read(incoming, 1)
+    os.truncate(source.path, size)
+    while os.read(incoming, MIB):
+        pass
+    thread.join()
+    os.close(incoming)
+    assert [source.path in str(error) for error in failures] == [True]
+    assert failures[0].kind == errors.IO
+
+
+def test_a_source_that_shrinks_before_a_hole_is_looked_for(tmp_path: Path) -> None:
+    path = make_raw(tmp_path / "disk", 8 * MIB, [(0, b"x"), (4 * MIB, b"y")])
+    disk = FileDisk(str(path))
+    extents = disk.extents()
+    next(extents)
+    os.truncate(path, MIB)
+    with pytest.raises(OSError):
+        list(extents)
+    disk.close()
+
+
+def test_a_source_that_is_not_there(tmp_path: Path) -> None:
+    missing = Job(str(tmp_path / "nowhere"), "raw")
+    with pytest.raises(AgentError, match="nowhere") as caught:
+        copy([missing], [make(tmp_path / "to", "raw", 512, [])])
+    assert caught.value.kind == errors.MISSING
+
+
+def test_a_receiver_that_goes_away(tmp_path: Path) -> None:
+    source = make(tmp_path / "from", "raw", 8 * MIB, [(0, noise(8 * MIB))])
+    incoming, out = os.pipe()
+    os.close(incoming)
+    with pytest.raises(AgentError) as caught:
+        Sender(out, [source], 1, 0).run()
+    os.close(out)
+    assert caught.value.kind == errors.INTERRUPTED
+
+
+def test_a_full_target(small: Path, tmp_path: Path) -> None:
+    source = make(tmp_path / "from", "raw", 16 * MIB, [(0, noise(16 * MIB))])
+    for format_ in ("raw", "qcow2"):
+        target = make(small / format_, format_, 16 * MIB, [])
+        with pytest.raises(AgentError, match=f"writing {target.path}") as caught:
+            receive_only([source], [target])
+        assert caught.value.kind == errors.NO_SPACE
+        os.unlink(target.path)
+
+
+def receive_only(source: Sequence[Job], target: Sequence[Job]) -> None:
+    content, _ = stream_of(source)
+    with arriving(content) as incoming:
+        Receiver(incoming, list(target), lambda _: None).run()
+
+
+SILENT_AFTER = {
+    "nothing": 0,
+    "a record": RECORD_HEADER.size,
+    "a part of a header": RECORD_HEADER.size + 7,
+    "a data record's header": 2 * RECORD_HEADER.size,
+    "a part of a data record": 2 * RECORD_HEADER.size + 2048,
+}
+
+
+@pytest.mark.parametrize("how", ["pipe", "socket"])
+@pytest.mark.parametrize("after", SILENT_AFTER)
+def test_silence(after: str, how: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "SILENCE_SECONDS", 0.3)
+    content = Record(IDLE, 0, 0, 0).pack() + Record(DATA, 0, 0, 4096).pack() + noise(4096)
+    target = make(tmp_path / "to", "qcow2", 4096, [])
+    with arriving(content[: SILENT_AFTER[after]], how=how, then_silence=True) as incoming:
+        with pytest.raises(AgentError, match="nothing came from the source") as caught:
+            Receiver(incoming, [target], lambda _: None).run()
+        assert caught.value.kind == errors.INTERRUPTED
+    assert not processes(str(tmp_path))
+
+
+def test_idle_records_break_the_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "SILENCE_SECONDS", 0.4)
+    monkeypatch.setattr(transfer, "IDLE_SECONDS", 0.1)
+    size = 3 * 4096
+    source = make(tmp_path / "from", "raw", size, [(0, noise(size))])
+    target = make(tmp_path / "to", "raw", size, [])
+    assert copy([source], [target], rate=8192) == [size]
+    assert Path(target.path).read_bytes() == noise(size)
+
+
+def test_flags_of_a_record_survive_the_wire() -> None:
+    record = Record(DATA, 65_535, (1 << 64) - 1, CHUNK, COMPRESSED)
+    assert unpack_record(record.pack()) == record
+    with pytest.raises(ProtocolError):
+        unpack_record(bytes(RECORD_HEADER.size))
