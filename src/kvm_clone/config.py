@@ -141,8 +141,7 @@ class Settings(BaseModel):
     connect_timeout: Integer = _integer(10, 1, 600, "Seconds to wait for a host to answer.")
     connect_retries: Integer = _integer(3, 0, 20, "How often to try again when a host does not answer.")
     route: Annotated[Route, _LOWERED] = _choice(
-        Route.AUTO,
-        "How data travels: from host to host (direct), through this machine (relay), or what fits (auto).",
+        Route.AUTO, "How data travels: from host to host (direct), through this machine (relay), or what fits (auto)."
     )
     parallel: Integer = _integer(2, 1, 64, "How many disks to work on at the same time.")
     bandwidth_limit: Rate | None = _field(None, RATE_ACCEPTS, "The most that a copy may send. Unset: no limit.")

@@ -30,6 +30,8 @@ from kvm_clone.errors import UsageError
 # What comes up to the document's start mark, the document, and what comes from its end mark on.
 _PARTS = re.compile(r"((?:.*^)?---[ \t]*(?:#[^\n]*)?\n)?(.*?)(^\.\.\.\s.*)?\Z", re.DOTALL | re.MULTILINE)
 
+_BLOCKS = (LiteralScalarString, FoldedScalarString)
+
 
 @dataclass(frozen=True)
 class Change:
@@ -138,7 +140,7 @@ def _edited(document: config.Document, key: str, value: object) -> str:
     with suppress(YAMLError, UsageError):  # UsageError: what came out is no configuration file
         head, body, tail = _PARTS.findall(document.text)[0]
         data = _yaml().load(body)
-        text = head + _changed(body, data, key, value) + tail
+        text = f"{head}{_changed(body, data, key, value)}{tail}"
         comments = (line.strip() for token in _tokens(data) for line in token.value.splitlines())
         if config.parse_document(document.path, text).values == wanted and all(line in text for line in comments):
             return text
@@ -172,7 +174,7 @@ def _without(data: CommentedMap, name: object) -> str:
     """Remove the entry, and put the comment lines below it in front of the next entry or at the end."""
     slots = data.ca.items.pop(name, [])
     # A comment begins on the entry's own line, with a line break if there is none; after a block, below it.
-    start = "\n" if isinstance(data[name], LiteralScalarString | FoldedScalarString) else ""
+    start = "\n" if isinstance(data[name], _BLOCKS) else ""
     below = ((start + token.value).partition("\n")[2] for token in _tokens([slots[2:], data[name]]))
     kept = "".join([*(token.value for token in _tokens(slots[1:2])), *below])
     names = list(data)
@@ -193,8 +195,8 @@ def _tokens(node: Any) -> list[CommentToken]:
     parts: list[Any] = []
     if isinstance(node, CommentedMap | CommentedSeq):
         parts = [node.ca.comment, *node.ca.items.values(), node.ca.end]
-    elif isinstance(node, LiteralScalarString | FoldedScalarString):
-        parts = [getattr(node, "comment", None)]
+    elif isinstance(node, _BLOCKS) and (comment := getattr(node, "comment", None)):  # behind its | or >
+        parts = [CommentToken(f"{comment.strip()}\n", CommentMark(0))]
     if isinstance(node, list | dict):
         parts += node.values() if isinstance(node, dict) else node
     # The comment behind `key:` belongs to the entry and to the list that is its value.

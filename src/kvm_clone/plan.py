@@ -14,6 +14,9 @@ from kvm_clone.findings import EXISTS, Finding, Severity
 from kvm_clone.options import CloneOptions, Route
 from kvm_clone.xmlspan import is_xml
 
+_NAME_MAX = 255
+"""Bytes in a file's name, on every filesystem that images live on."""
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -365,13 +368,21 @@ def _free_path(directory: Directory, image: ImageFacts, old: str, new: str, take
     if new != old and stem.startswith(old):
         stem = new + stem.removeprefix(old)
     # Names end up in paths that people type: a VM's name may hold what they would have to quote.
-    candidates = [stem, f"{stem}-{image.target}"]
-    candidates += [f"{stem}-{image.target}-{number}" for number in range(1, len(directory.names) + len(taken) + 2)]
-    for candidate in candidates:
-        path = posixpath.join(directory.path, f"{candidate}{extension}")
-        if posixpath.basename(path) not in directory.names and path not in taken:
+    endings = ["", f"-{image.target}"]
+    endings += [f"-{image.target}-{number}" for number in range(1, len(directory.names) + len(taken) + 2)]
+    for ending in endings:
+        file = _file_name(stem, f"{ending}{extension}")
+        path = posixpath.join(directory.path, file)
+        if file not in directory.names and path not in taken:
             return path
     raise AssertionError("more candidates than names")
+
+
+def _file_name(stem: str, ending: str) -> str:
+    """Both together, the stem cut where a file's name could not hold it."""
+    room = _NAME_MAX - len(ending.encode())
+    raw = stem.encode(errors="surrogatepass")
+    return (stem if len(raw) <= room else raw[: max(room, 0)].decode(errors="ignore")) + ending
 
 
 def _stage_directory(facts: Facts, options: CloneOptions, disks: tuple[PlannedDisk, ...]) -> str:

@@ -69,11 +69,11 @@ class Meter:
 
     @property
     def rate(self) -> float:
-        """Bytes a second; 0 until it can be known."""
+        """Bytes a second; 0 until it can be known, and when a count begins anew."""
         if len(self._samples) < 2:
             return 0.0
         (then, before), (now, done) = self._samples[0], self._samples[-1]
-        return (done - before) / (now - then) if now > then else 0.0
+        return max(0, done - before) / (now - then) if now > then else 0.0
 
     def remaining(self, total: int) -> float | None:
         """Seconds until `total` bytes are done, None while it cannot be known."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def make_directory() -> Path:
 def _remove_stale(root: Path) -> None:
     for path in root.glob(f"{_PREFIX}[0-9]*-*"):
         pid = path.name.removeprefix(_PREFIX).partition("-")[0]
-        ours = path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.geteuid()
-        if ours and pid.isdecimal() and not Path("/proc", pid).exists():
+        if pid.isdecimal() and not Path("/proc", pid).exists() and _is_our_directory(path):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_our_directory(path: Path) -> bool:
+    try:
+        about = path.lstat()
+    except FileNotFoundError:  # another process is removing it too
+        return False
+    return stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid()

@@ -6,7 +6,7 @@ import asyncio
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from kvm_clone.errors import AuthenticationError, ConnectError, HostKeyError, UsageError
 
@@ -17,6 +17,10 @@ _KEEPALIVE_SECONDS = 5
 _KEEPALIVE_COUNT = 3
 """Unless configured, a silent peer counts as gone after 15 seconds: ssh alone would wait for TCP to give up."""
 
+_BATCH_KEEPALIVE = "300"
+"""Debian's default in batch mode: the user did not ask for it."""
+
+_NO_KEY = "not accessible"
 _REFUSED = ("Permission denied", "Too many authentication failures", "No more authentication methods")
 _HOST_KEY = (
     "Host key verification failed",
@@ -59,7 +63,7 @@ class Address:
     @property
     def local(self) -> bool:
         """Whether this is the machine we run on, reached without SSH."""
-        return self.target == LOCALHOST
+        return self.text == LOCALHOST
 
     def argv(self) -> list[str]:
         """The words that name the host in an ssh command line."""
@@ -73,16 +77,25 @@ def parse_address(text: str) -> Address:
     target, port = text, None
     if text.startswith("ssh://"):
         try:
-            parts = urlsplit(text)
-            host, port = parts.hostname, parts.port
+            target, port = _parse_uri(text)
         except ValueError as error:
             raise UsageError(f"{text!r} is not an address: {error}", remedy=remedy) from None
-        if not host or parts.path.strip("/") or parts.query or parts.password:
-            raise UsageError(f"{text!r} is not an address", remedy=remedy)
-        target = f"{parts.username}@{host}" if parts.username else host
-    if not target or target.startswith("-") or any(character.isspace() for character in target):
+    user, at, host = target.rpartition("@")
+    malformed = not host or (at and not user) or "://" in target or not text.isprintable() or " " in text
+    if malformed or target.startswith("-") or host.startswith("-"):  # ssh would take a dash for an option
         raise UsageError(f"{text!r} is not an address", remedy=remedy)
     return Address(text, target, port)
+
+
+def _parse_uri(text: str) -> tuple[str, int | None]:
+    parts = urlsplit(text)
+    host, port = parts.hostname or "", parts.port
+    if parts.path.strip("/") or parts.query or parts.fragment or parts.password or port == 0:
+        raise ValueError("only a user, a host and a port have a place in it")
+    # urlsplit gives the host in lower case, and an alias in ssh_config may have capitals.
+    start = parts.netloc.lower().rindex(host)
+    host = parts.netloc[start : start + len(host)]
+    return (f"{unquote(parts.username)}@{host}" if parts.username else host), port
 
 
 @dataclass(frozen=True)
@@ -109,20 +122,26 @@ def base_argv(options: SshOptions) -> list[str]:
 
 
 async def effective(address: Address, options: SshOptions) -> Effective:
-    """Ask ssh what it would do. Raises UsageError when it cannot read its configuration."""
-    argv = [*base_argv(options), "-G", *address.argv()]
-    process = await asyncio.create_subprocess_exec(
-        *argv,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    """Ask ssh what it would do. Raises UsageError when it cannot read its configuration or key, ConnectError."""
+    argv = [*base_argv(options), "-G", "-T", *address.argv()]
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except FileNotFoundError as error:
+        text = f"cannot connect to {address.text}: this machine has no ssh"
+        raise ConnectError(text, subject=address.text, remedy="install openssh-client here") from error
     out, err = await process.communicate()
-    if process.returncode:
+    said = err.decode(errors="replace")
+    # A key that -i names and that is not there is no error to ssh: it tries the others.
+    if process.returncode or _NO_KEY in said:
         raise UsageError(
-            f"ssh does not accept its configuration: {_last_line(err.decode(errors='replace'))}",
+            f"ssh does not accept its configuration: {'; '.join(said.splitlines())}",
             subject=address.text,
-            remedy="check --ssh-config, --ssh-option and your ssh_config",
+            remedy="check --ssh-config, --ssh-key, --ssh-option and your ssh_config",
         )
     pairs = (line.partition(" ") for line in out.decode(errors="replace").splitlines())
     return Effective({keyword.lower(): value for keyword, _, value in pairs})
@@ -135,9 +154,11 @@ def policy(known: Effective, options: SshOptions, *, interactive: bool) -> list[
         wanted["StrictHostKeyChecking"] = "yes"
     if known.get("connecttimeout") in ("none", "0", ""):
         wanted["ConnectTimeout"] = str(options.connect_timeout)
-    if known.get("serveraliveinterval") in ("0", ""):
+    batch = known.get("batchmode") == "yes"
+    if known.get("serveraliveinterval") in ("0", "", _BATCH_KEEPALIVE if batch else ""):
         wanted["ServerAliveInterval"] = str(_KEEPALIVE_SECONDS)
-        wanted["ServerAliveCountMax"] = str(_KEEPALIVE_COUNT)
+        if known.get("serveralivecountmax") in ("3", ""):
+            wanted["ServerAliveCountMax"] = str(_KEEPALIVE_COUNT)
     if not interactive:
         wanted["BatchMode"] = "yes"
     return [word for key, value in wanted.items() for word in ("-o", f"{key}={value}")]
@@ -145,19 +166,19 @@ def policy(known: Effective, options: SshOptions, *, interactive: bool) -> list[
 
 def failure(host: str, stderr: str, status: int | None) -> ConnectError:
     """What ended a connection, from ssh's own words."""
-    said = _last_line(stderr)
     if any(text in stderr for text in _HOST_KEY):
         return HostKeyError(
-            f"the key that {host} shows is unknown or has changed: {said}",
+            f"the key that {host} shows is unknown or has changed: {_last_line(stderr, _HOST_KEY)}",
             subject=host,
             remedy=f"make sure it is the right machine, then update known_hosts, as by: ssh {shlex.quote(host)}",
         )
     if any(text in stderr for text in _REFUSED):
         return AuthenticationError(
-            f"{host} refused to let us in: {said}",
+            f"{host} refused to let us in: {_last_line(stderr, _REFUSED)}",
             subject=host,
             remedy="check the user name and key (-i, --ssh-config), or load the key into ssh-agent",
         )
+    said = _last_line(stderr)
     return ConnectError(
         f"cannot connect to {host}: {said or f'ssh ended with status {status}'}",
         subject=host,
@@ -171,29 +192,40 @@ def worth_retrying(error: ConnectError, stderr: str) -> bool:
     return not refused and any(text in stderr for text in _NETWORK)
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+def _last_line(text: str, words: tuple[str, ...] = ("",)) -> str:
+    """The last line that is not empty and has one of the words: behind a jump host, ssh's last line says little."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and any(word in line for word in words)]
     return lines[-1] if lines else ""
 
 
 async def known_host_lines(known: Effective) -> list[str]:
     """The keys by which this machine knows the host, as `marker? type key` without host names."""
     port = known.get("port")
-    name = known.get("hostkeyalias") or known.get("hostname")
+    names = [known.get("hostkeyalias") or known.get("hostname")]
     if not known.get("hostkeyalias") and port not in ("", "22"):
-        name = f"[{name}]:{port}"
+        names.insert(0, f"[{names[0]}]:{port}")
+    for name in names:  # ssh too takes a key without a port where there is none for the port
+        found = [line for file in _known_hosts_files(known) for line in await _lines_of(name, file)]
+        if found:
+            return found
+    return []
+
+
+def _known_hosts_files(known: Effective) -> list[str]:
+    files = f"{known.get('userknownhostsfile')} {known.get('globalknownhostsfile')}".split()
+    return [file for file in files if file != "none"]
+
+
+async def _lines_of(name: str, file: str) -> list[str]:
+    process = await asyncio.create_subprocess_exec(
+        "ssh-keygen", "-F", name, "-f", str(Path(file).expanduser()),
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    out, _ = await process.communicate()
     found: list[str] = []
-    for file in f"{known.get('userknownhostsfile')} {known.get('globalknownhostsfile')}".split():
-        if file == "none":
-            continue
-        process = await asyncio.create_subprocess_exec(
-            "ssh-keygen", "-F", name, "-f", str(Path(file).expanduser()),
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-        )  # fmt: skip
-        out, _ = await process.communicate()
-        for line in out.decode(errors="replace").splitlines():
-            words = line.split()
-            marker = [words.pop(0)] if words and words[0].startswith("@") else []
-            if len(words) >= 3 and not line.startswith("#"):
-                found.append(" ".join([*marker, *words[1:3]]))
+    for line in out.decode(errors="replace").splitlines():
+        words = line.split()
+        marker = [words.pop(0)] if words and words[0].startswith("@") else []
+        if len(words) >= 3 and not line.startswith("#"):
+            found.append(" ".join([*marker, *words[1:3]]))
     return found

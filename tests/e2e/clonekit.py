@@ -136,10 +136,16 @@ def picture(lab: Lab, host: str) -> Picture:
         for path in sorted(root.rglob("*"))
         if path.is_file() or path.is_symlink()
     )
-    domains = lab.run(host, "virsh", "list", "--all", "--uuid", "--name").stdout
-    locks = lab.run(host, "sh", "-c", "ls -A /run/lock /run | grep kvm-clone || true").stdout
-    processes = f"{agents(lab, host)} {pids(lab, host, 'qemu-nbd')} {pids(lab, host, 'qemu-img')}"
+    seen = lab.run(host, "sh", "-c", _LOOK).stdout
+    domains, locks, processes = seen.split("--\n")
     return Picture(files, domains, locks, processes)
+
+
+_LOOK = r"""
+virsh list --all --uuid --name; echo --
+ls -A /run/lock /run | grep kvm-clone; echo --
+pgrep -f 'python3 -I -c exec\('; pgrep -x 'qemu-nbd|qemu-img'; true
+"""
 
 
 def assert_becomes(lab: Lab, host: str, before: Picture, seconds: float = SETTLED_SECONDS) -> None:
@@ -161,6 +167,5 @@ def identical(lab: Lab, source: Vm, target: str, clone_path: str, image_format: 
 
 def remove(lab: Lab, host: str, *names: str) -> None:
     """Remove VMs and their disks, as a test's end."""
-    for name in names:
-        lab.run(host, "virsh", "destroy", "--domain", name, check=False)
-        lab.run(host, "virsh", "undefine", "--domain", name, "--remove-all-storage", check=False)
+    script = 'for vm; do virsh destroy --domain "$vm"; virsh undefine --domain "$vm" --remove-all-storage; done; true'
+    lab.run(host, "sh", "-c", script, "remove", *names)

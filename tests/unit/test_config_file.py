@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,9 +46,6 @@ def read(file: Path) -> str:
     return file.read_bytes().decode()
 
 
-# --- edits
-
-
 @dataclass(frozen=True)
 class Edit:
     name: str
@@ -75,6 +71,7 @@ EDITS = [
     Edit("no value, comments after", "pool:\n# c\n\nverify: no\n", "pool", None, "# c\n\nverify: no\n"),
     Edit("block", "pool: |-\n  a\n# c\n\nverify: no\n", "pool", "b", "pool: |-\n  b\n# c\n\nverify: no\n"),
     Edit("block, unset", "pool: |\n  a\n# c\n\nverify: no\n", "pool", None, "# c\n\nverify: no\n"),
+    Edit("block, comments", "pool: | # c\n  a\n# d\n", "pool", "b", "pool: |-\n  b\n# d\n# c\n"),
     Edit("value below its key", "pool:\n  a # c\nverify: no\n", "pool", "b", "pool: b # c\nverify: no\n"),
     Edit("quotes around it", "pool: 'a'\n", "pool", "b c", "pool: 'b c'\n"),
     Edit("other quotes stay", "pool: 'a'\ntimeout: \"5m\"\n", "pool", None, "timeout: \"5m\"\n"),
@@ -191,7 +188,8 @@ def test_an_unchanged_value_does_not_touch_the_file(file: Path) -> None:
     set_value(file, "pool", "a")
     before = file.stat()
     assert not set_value(file, "pool", "a").changed
-    assert file.stat() == before
+    after = file.stat()
+    assert (after.st_ino, after.st_ctime_ns) == (before.st_ino, before.st_ctime_ns)
 
 
 def test_a_new_file_follows_the_umask_and_a_dangling_link(tmp_path: Path) -> None:
@@ -239,9 +237,6 @@ def test_a_write_is_durable_before_and_after_the_rename(file: Path, monkeypatch:
     assert calls == ["temporary", "rename", "directory"]
 
 
-# --- init
-
-
 def test_init_writes_a_template_that_changes_nothing(file: Path) -> None:
     assert init_file(file) == Change(file, changed=True)
     loaded = load_settings(file, {})
@@ -282,9 +277,6 @@ def test_init_creates_the_directories(home: Path) -> None:
     assert init_file(None) == Change(home / ".config/kvm-clone/config.yaml", changed=True)
 
 
-# --- text
-
-
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1)
 
 
@@ -300,17 +292,6 @@ def test_what_is_printed_can_be_set(
     for key in ("pool", "ssh_options", "parallel"):
         set_value(file, key, format_value(getattr(settings, key)))
     assert load_settings(file, {}).settings == settings
-
-
-@given(text=st.text(max_size=40))
-def test_no_file_makes_reading_raise_anything_else(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    file = tmp_path_factory.getbasetemp() / "any.yaml"
-    for content in (text, f"pool: {text}", f"ssh_options: [{text}"):
-        write(file, content)
-        try:
-            load_settings(file, {})
-        except UsageError as error:
-            assert str(file) in str(error)
 
 
 LINES = [

@@ -30,8 +30,10 @@ class MappedDisk(Disk):
         self._nbd: Optional[NbdDisk] = None
         about = qemu.info(path, format_)
         self.size = int(about["virtual-size"])
-        # A compressed cluster has to be written by one request, and a request carries a chunk at most.
-        self._keeps_compression = int(about.get("cluster-size", 0)) <= CHUNK
+        # A compressed cluster has to be written by one request, and a request carries a chunk at most; QEMU's compress
+        # filter wants a whole last cluster too.
+        cluster = int(about["cluster-size"])
+        self._keeps_compression = cluster <= CHUNK and self.size % cluster == 0
 
     def extents(self, start: int = 0, end: Optional[int] = None) -> Iterator[Extent]:
         """See Disk."""

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import struct
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple, Union
 
 from .disk import DATA, HOLE, ZERO, Disk, Extent, bounded
 from .stream import Incoming
@@ -89,13 +89,14 @@ class NbdDisk(Disk):
         for start in range(0, len(data), CHUNK):
             part = data[start : start + CHUNK]
             self._begin_write(offset + start, len(part))
-            self._socket.sendall(part)
+            self._send(part)
 
     def receive(self, offset: int, length: int, source: Incoming) -> None:
         """See Disk."""
         if source.can_move:
             self._begin_write(offset, length)
-            source.move(self._socket.fileno(), length)
+            with _timeout():
+                source.move(self._socket.fileno(), length)
         else:
             super().receive(offset, length, source)
 
@@ -137,9 +138,13 @@ class NbdDisk(Disk):
 
     def _request(self, command: int, offset: int, length: int, what: str, flags: int = 0) -> None:
         self._cookie += 1
-        self._socket.sendall(_REQUEST.pack(_REQUEST_MAGIC, 0, command, self._cookie, offset, length), flags)
+        self._send(_REQUEST.pack(_REQUEST_MAGIC, 0, command, self._cookie, offset, length), flags)
         if command != _CMD_DISC:
             self._waiting[self._cookie] = (what, offset, offset + length)
+
+    def _send(self, data: Union[bytes, memoryview], flags: int = 0) -> None:
+        with _timeout():
+            self._socket.sendall(data, flags)
 
     def _drain(self) -> None:
         while self._waiting:
@@ -223,10 +228,8 @@ class NbdDisk(Disk):
 
     def _read_into(self, view: memoryview) -> None:
         while view:
-            try:
+            with _timeout():
                 count = self._socket.recv_into(view)
-            except BlockingIOError as error:
-                raise OSError(errno.ETIMEDOUT, f"the NBD server gave no answer in {_TIMEOUT:.0f} s") from error
             if not count:
                 raise ConnectionResetError(errno.ECONNRESET, "the NBD server closed the connection")
             view = view[count:]
@@ -263,6 +266,15 @@ class NbdDisk(Disk):
             if kind == _REP_ACK:
                 return replies
             replies.append((kind, body))
+
+
+@contextlib.contextmanager
+def _timeout() -> Iterator[None]:
+    """What a socket says when its time is over, in clear words."""
+    try:
+        yield
+    except BlockingIOError as error:
+        raise OSError(errno.ETIMEDOUT, f"the NBD server did nothing for {_TIMEOUT:.0f} s") from error
 
 
 def _set_timeout(connection: socket.socket, seconds: float) -> None:

@@ -116,7 +116,7 @@ class Sender:
         disk = image.open_for_reading(job.path, job.format)
         try:
             # Compressed ranges first: see image.StagedImage.
-            if job.format == image.QCOW2 and any(extent.compressed for extent in disk.extents()):
+            if job.fresh and job.format == image.QCOW2 and any(extent.compressed for extent in disk.extents()):
                 yield from self._extents(index, disk, job.fresh, compressed=True)
             yield from self._extents(index, disk, job.fresh, compressed=False)
             self._record(Record(DISK_END, index, disk.size, 0))
@@ -125,6 +125,8 @@ class Sender:
 
     def _extents(self, index: int, disk: Disk, fresh: bool, *, compressed: bool) -> Iterator[None]:
         for extent in disk.extents():
+            if not fresh:  # QEMU stores compressed only what was never written
+                extent = extent._replace(compressed=False)
             if extent.kind != DATA_KIND:
                 if not fresh and not compressed:
                     self._record(Record(ZERO, index, extent.offset, extent.length))

@@ -1,0 +1,197 @@
+"""facts.py, from what qemu-img says of images that it made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvm_clone.agent import facts as agent
+from kvm_clone.agent import qemu
+from kvm_clone.facts import HostFacts, ImageFacts, host_facts, image_facts
+
+MIB = 1 << 20
+SIZE = 3 * MIB + 512
+
+if shutil.which("qemu-img") is None:
+    if os.environ.get("CI") == "true":
+        pytest.fail("qemu-img is not installed", pytrace=False)
+    pytest.skip("qemu-img is not installed", allow_module_level=True)
+
+
+def make(path: Path, options: str = "", *more: str, size: int = SIZE) -> Path:
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", *(["-o", options] if options else []), *more]
+    subprocess.run([*argv, str(path), str(size)], check=True)
+    return path
+
+
+def known(path: Path) -> ImageFacts:
+    return image_facts("vda", str(path), "qcow2", agent.disk(str(path), "qcow2"))
+
+
+def features(path: Path) -> dict[str, Any]:
+    """What makes one empty image unlike another."""
+    about = qemu.info(str(path), "qcow2")
+    return {"virtual-size": about["virtual-size"], "cluster-size": about["cluster-size"], **about["format-specific"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", {"cluster_size": "65536", "compat": "1.1", "refcount_bits": "16"}),
+        ("compat=0.10", {"cluster_size": "65536", "compat": "0.10", "refcount_bits": "16"}),
+        ("compat=v2,cluster_size=512", {"cluster_size": "512", "compat": "0.10", "refcount_bits": "16"}),
+        ("cluster_size=4k", {"cluster_size": "4096", "compat": "1.1", "refcount_bits": "16"}),
+        ("cluster_size=2M", {"cluster_size": "2097152", "compat": "1.1", "refcount_bits": "16"}),
+        ("refcount_bits=1", {"cluster_size": "65536", "compat": "1.1", "refcount_bits": "1"}),
+        ("refcount_bits=64", {"cluster_size": "65536", "compat": "1.1", "refcount_bits": "64"}),
+        (
+            "lazy_refcounts=on",
+            {"cluster_size": "65536", "compat": "1.1", "refcount_bits": "16", "lazy_refcounts": "on"},
+        ),
+        (
+            "compression_type=zstd",
+            {"cluster_size": "65536", "compat": "1.1", "refcount_bits": "16", "compression_type": "zstd"},
+        ),
+        (
+            "extended_l2=on,cluster_size=128k",
+            {"cluster_size": "131072", "compat": "1.1", "refcount_bits": "16", "extended_l2": "on"},
+        ),
+        (
+            "extended_l2=on,cluster_size=1M,compression_type=zstd,lazy_refcounts=on,refcount_bits=32",
+            {
+                "cluster_size": "1048576",
+                "compat": "1.1",
+                "refcount_bits": "32",
+                "compression_type": "zstd",
+                "extended_l2": "on",
+                "lazy_refcounts": "on",
+            },
+        ),
+        ("preallocation=metadata", {"cluster_size": "65536", "compat": "1.1", "refcount_bits": "16"}),
+    ],
+)
+def test_the_options_make_an_image_with_the_same_features(
+    tmp_path: Path, options: str, expected: dict[str, str]
+) -> None:
+    image = known(make(tmp_path / "a.qcow2", options))
+    assert dict(image.options) == expected
+    copy = tmp_path / "b.qcow2"
+    qemu.create(str(copy), image.format, image.virtual_size, dict(image.options))
+    assert features(copy) == features(tmp_path / "a.qcow2")
+    assert dict(known(copy).options) == expected
+
+
+def test_a_bitmap_is_no_feature_to_recreate(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.qcow2")
+    plain = known(path).options
+    subprocess.run(["qemu-img", "bitmap", "--add", str(path), "backup"], check=True)
+    assert known(path).options == plain
+
+
+def test_what_is_known_of_a_plain_image(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.qcow2")
+    subprocess.run(["qemu-io", "-c", "write -P 7 1M 192k", str(path)], check=True, capture_output=True)
+    path.chmod(0o640)
+    image = known(path)
+    about = path.stat()
+    assert image == ImageFacts(
+        "vda",
+        str(path),
+        "qcow2",
+        virtual_size=SIZE,
+        allocated=about.st_blocks * 512,
+        data=192 << 10,
+        mode=0o640,
+        user=path.owner(),
+        group=path.group(),
+        fingerprint=agent.fingerprint(str(path)),
+        options=(("cluster_size", "65536"), ("compat", "1.1"), ("refcount_bits", "16")),
+    )
+
+
+def test_a_raw_image_has_no_options(tmp_path: Path) -> None:
+    path = tmp_path / "a.raw"
+    path.write_bytes(b"x" * 4096)
+    os.truncate(path, SIZE)
+    image = image_facts("vdb", str(path), "raw", agent.disk(str(path), "raw"))
+    assert (image.virtual_size, image.data, image.options, image.error) == (SIZE, 4096, (), "")
+
+
+def test_a_backing_file(tmp_path: Path) -> None:
+    make(tmp_path / "base.qcow2")
+    path = make(tmp_path / "a.qcow2", "", "-b", str(tmp_path / "base.qcow2"), "-F", "qcow2")
+    assert known(path).backing == str(tmp_path / "base.qcow2")
+
+
+def test_a_data_file(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.qcow2", f"data_file={tmp_path}/data.raw")
+    assert known(path).data_file == f"{tmp_path}/data.raw"
+
+
+def test_encryption(tmp_path: Path) -> None:
+    secret = ["--object", "secret,id=s,data=open sesame"]
+    options = "encrypt.format=aes,encrypt.key-secret=s"  # LUKS takes seconds to make
+    plain, path = make(tmp_path / "plain.qcow2"), make(tmp_path / "a.qcow2", options, *secret)
+    answer = {**agent.disk(str(plain), "qcow2"), "image": qemu.info(str(path), "qcow2")}
+    assert image_facts("vda", str(path), "qcow2", answer).encrypted
+    assert not known(plain).encrypted
+
+
+def test_internal_snapshots(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.qcow2")
+    assert known(path).snapshots == ()
+    for name in ("before", "after the update"):
+        subprocess.run(["qemu-img", "snapshot", "-c", name, str(path)], check=True)
+    assert known(path).snapshots == ("before", "after the update")
+
+
+def test_a_corrupt_image(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.qcow2")
+    assert not known(path).corrupt
+    with path.open("r+b") as file:
+        file.seek(79)  # the last byte of incompatible_features; bit 1 says corrupt
+        file.write(b"\2")
+    assert known(path).corrupt
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    image = known(tmp_path / "missing.qcow2")
+    assert image == ImageFacts("vda", f"{tmp_path}/missing.qcow2", "qcow2", error="No such file or directory")
+
+
+def test_a_file_of_another_format(tmp_path: Path) -> None:
+    (tmp_path / "a.qcow2").write_bytes(b"no image" * 1000)
+    assert "not in qcow2 format" in known(tmp_path / "a.qcow2").error
+
+
+def test_a_device(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/dev/zero")
+    image = image_facts("vda", f"{tmp_path}/link", "raw", agent.disk(f"{tmp_path}/link", "raw"))
+    assert not image.regular
+
+
+@pytest.mark.parametrize(("answer", "in_use"), [({}, False), ({"in_use": True}, True), ({"in_use": False}, False)])
+def test_an_error_says_whether_the_image_is_in_use(answer: dict[str, Any], in_use: bool) -> None:
+    image = image_facts("vda", "/a", "raw", {"error": "locked", **answer})
+    assert image == ImageFacts("vda", "/a", "raw", error="locked", in_use=in_use)
+
+
+def test_host_facts() -> None:
+    here = host_facts("kc-a", agent.host())
+    version = subprocess.run(["qemu-img", "--version"], check=True, capture_output=True, text=True).stdout
+    assert here.name == "kc-a"
+    assert here.hostname == os.uname().nodename
+    assert here.qemu_img
+    assert f"version {here.qemu_img}" in version
+
+
+def test_a_host_without_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    here = host_facts("kc-a", agent.host())
+    assert isinstance(here, HostFacts)
+    assert (here.qemu_img, here.qemu_nbd) == (None, None)

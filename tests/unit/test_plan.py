@@ -1,0 +1,734 @@
+"""plan.py as tables: facts and options in, findings, places and steps out."""
+
+from __future__ import annotations
+
+import ast
+import posixpath
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvm_clone import plan as plan_module
+from kvm_clone.definition import DiskXml, read_domain
+from kvm_clone.domains import STATES, Domain, Pool
+from kvm_clone.errors import DomainExistsError, ExitCode, RefusedError
+from kvm_clone.facts import DestinationFacts, Directory, Facts, HostFacts, ImageFacts, RouteFacts, SourceFacts
+from kvm_clone.findings import Finding, Severity
+from kvm_clone.options import CloneOptions, Route
+from kvm_clone.plan import (
+    BeginStage,
+    CheckSource,
+    CopyDisks,
+    CreateDisk,
+    DefineDomain,
+    EndStage,
+    Identity,
+    Plan,
+    ProveDisks,
+    PublishDisk,
+    make_plan,
+)
+
+UUID = "6695eb01-f6a4-4304-b9aa-97f2502e193f"
+OTHER_UUID = "12345678-9abc-4def-8123-456789abcdef"
+IMAGES = "/var/lib/libvirt/images"
+IDENTITY = Identity(operation="0123456789ab", uuid=OTHER_UUID, macs=())
+DEFAULT = Pool("default", "dir", IMAGES, active=True)
+
+
+def disk_xml(path: str, target: str = "vda", inside: str = "", *, device: str = "disk", format_: str = "qcow2") -> str:
+    path = path.replace("&", "&amp;").replace("'", "&apos;")
+    return (
+        f"<disk type='file' device='{device}'><driver name='qemu' type='{format_}'/><source file='{path}'/>"
+        f"<target dev='{target}' bus='virtio'/>{inside}</disk>"
+    )
+
+
+def domain_xml(devices: str, os: str = "") -> str:
+    return (
+        f"<domain type='kvm'><name>NAME</name><uuid>{UUID}</uuid><memory>1024</memory><vcpu>1</vcpu>"
+        f"<os>{os}</os><devices>{devices}</devices></domain>"
+    )
+
+
+ONE_DISK = disk_xml(f"{IMAGES}/web.qcow2")
+DIRECT = RouteFacts(True, "kc-a can connect to kc-b")
+NOTHING_ASKED = CloneOptions()
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two hosts that differ from a pair between which VM web, which has one disk, can be cloned without a remark.
+
+    `image` changes what is known of every image, `domain` of the VM, `present` holds the paths at the destination.
+    """
+
+    devices: str = ONE_DISK
+    os: str = ""
+    name: str = "web"
+    domain: dict[str, Any] = field(default_factory=dict)
+    image: dict[str, Any] = field(default_factory=dict)
+    source_host: dict[str, Any] = field(default_factory=dict)
+    destination_host: dict[str, Any] = field(default_factory=dict)
+    domains: dict[str, str] = field(default_factory=dict)
+    pools: tuple[Pool, ...] = (DEFAULT,)
+    directories: tuple[Directory, ...] = (Directory(IMAGES, exists=True, writable=True, free=1 << 40),)
+    present: tuple[str, ...] = ()
+    route: RouteFacts = DIRECT
+    options: CloneOptions = NOTHING_ASKED
+
+    def facts(self) -> Facts:
+        xml = domain_xml(self.devices, self.os).replace("NAME", self.name)
+        read = read_domain(xml)
+        tools = HostFacts("kc-a", "kc-a.example.org", "3.11.2", "7.2.22", "7.2.22")
+        domain = replace(Domain(self.name, UUID, "shut off", True, xml), **self.domain)
+        paths = {disk.path for disk in (*read.media, *read.referenced_disks) if disk.path}
+        paths |= {file.path for file in read.os_files}
+        return Facts(
+            SourceFacts(
+                replace(tools, **self.source_host),
+                domain,
+                read,
+                tuple(self._image(disk) for disk in read.own_disks),
+            ),
+            DestinationFacts(
+                replace(tools, name="kc-b", hostname="kc-b.example.org", **self.destination_host),
+                self.domains,
+                self.pools,
+                {directory.path: directory for directory in self.directories},
+                {path: path in self.present for path in paths},
+            ),
+            self.route,
+        )
+
+    def _image(self, disk: DiskXml) -> ImageFacts:
+        plain = ImageFacts(disk.target, disk.path or "", disk.format, virtual_size=1 << 30, data=1 << 20)
+        return replace(plain, **self.image)
+
+    def plan(self) -> Plan:
+        return make_plan(self.facts(), self.options, IDENTITY)
+
+
+def images(*names: str, writable: bool = True, path: str = IMAGES) -> tuple[Directory, ...]:
+    return (Directory(path, exists=True, writable=writable, free=1 << 40, names=frozenset(names)),)
+
+
+def options(**changes: Any) -> CloneOptions:
+    return CloneOptions(**changes)
+
+
+def with_device(xml: str) -> str:
+    return ONE_DISK + xml
+
+
+def codes(plan: Plan) -> list[str]:
+    return [finding.code for finding in plan.findings]
+
+
+ISO = disk_xml("/iso/debian.iso", "sda", "<readonly/>", device="cdrom", format_="raw")
+SHARED = disk_xml("/shared/data.raw", "vdb", "<shareable/>", format_="raw")
+READ_ONLY = disk_xml("/shared/base.raw", "vdb", "<readonly/>", format_="raw")
+BLOCK_DISK = "<disk type='block' device='disk'><source dev='/dev/vg/web'/><target dev='vda'/></disk>"
+NETWORK_DISK = (
+    "<disk type='network' device='disk'><driver type='raw'/><source protocol='rbd' name='p/i'/>"
+    "<target dev='vda'/>%s</disk>"
+)
+
+WARNINGS = {
+    "hostdev",
+    "filesystem",
+    "shmem",
+    "interface-direct",
+    "interface-hostdev",
+    "medium-missing",
+    "referenced-disk",
+}
+"""The codes of findings that do not keep a plan from being run."""
+
+APPEARS: dict[str, tuple[str, str, Case]] = {
+    # what the definition says
+    "firmware variables": ("nvram", "web", Case(os="<nvram>/var/lib/web_VARS.fd</nvram>")),
+    "a TPM": ("tpm", "web", Case(with_device("<tpm model='tpm-crb'><backend type='emulator'/></tpm>"))),
+    "persistent memory": (
+        "memory",
+        "web",
+        Case(with_device("<memory model='nvdimm'><source><path>/p</path></source></memory>")),
+    ),
+    "a passed-through LUN": (
+        "disk-device",
+        "sdb",
+        Case(with_device("<disk type='block' device='lun'><source dev='/dev/sdz'/><target dev='sdb'/></disk>")),
+    ),
+    "a block device": ("disk-type", "vda", Case(BLOCK_DISK)),
+    "a network disk": ("disk-type", "vda", Case(NETWORK_DISK % "")),
+    "a disk without a file": (
+        "disk-source",
+        "vdb",
+        Case(with_device("<disk type='file' device='disk'><target dev='vdb'/></disk>")),
+    ),
+    "a foreign format": ("disk-format", "vda", Case(disk_xml(f"{IMAGES}/web.vmdk", format_="vmdk"))),
+    "libvirt's encryption": (
+        "disk-encryption",
+        "vda",
+        Case(disk_xml(f"{IMAGES}/web.qcow2", "vda", "<encryption format='luks'/>")),
+    ),
+    "a backing store": (
+        "disk-backing",
+        "vda",
+        Case(disk_xml(f"{IMAGES}/web.qcow2", "vda", "<backingStore type='file'><source file='/b'/></backingStore>")),
+    ),
+    "a mirror": ("disk-mirror", "vda", Case(disk_xml(f"{IMAGES}/web.qcow2", "vda", "<mirror type='file'/>"))),
+    "a slice": (
+        "disk-slices",
+        "vda",
+        Case(ONE_DISK.replace("web.qcow2'/>", "web.qcow2'><slices/></source>")),
+    ),
+    "reservations": (
+        "disk-reservations",
+        "vda",
+        Case(ONE_DISK.replace("web.qcow2'/>", "web.qcow2'><reservations managed='yes'/></source>")),
+    ),
+    "a data store": (
+        "disk-datastore",
+        "vda",
+        Case(ONE_DISK.replace("web.qcow2'/>", "web.qcow2'><dataStore/></source>")),
+    ),
+    "an open file": ("disk-fdgroup", "vda", Case(ONE_DISK.replace("web.qcow2'/>", "web.qcow2' fdgroup='f'/>"))),
+    "a host device": (
+        "hostdev",
+        "web",
+        Case(with_device("<hostdev type='pci'><source><address bus='0x01'/></source></hostdev>")),
+    ),
+    "a shared directory": ("filesystem", "web", Case(with_device("<filesystem><source dir='/srv'/></filesystem>"))),
+    "shared memory": ("shmem", "web", Case(with_device("<shmem name='s'/>"))),
+    "a macvtap interface": (
+        "interface-direct",
+        "web",
+        Case(with_device("<interface type='direct'><source dev='eth0'/></interface>")),
+    ),
+    "a passed-through interface": ("interface-hostdev", "web", Case(with_device("<interface type='hostdev'/>"))),
+    # what libvirt says of the VM
+    "a running VM": ("source-state", "web", Case(domain={"state": "running"}, image={"error": "not looked at"})),
+    "a saved VM": ("managed-save", "web", Case(domain={"managed_save": True})),
+    "snapshots": ("snapshots", "web", Case(domain={"snapshots": ("before", "after")})),
+    # what the source says of the images
+    "an image in use": ("disk-in-use", "vda", Case(image={"error": "kc-a: it is locked", "in_use": True})),
+    "an image that is gone": ("disk-unreadable", "vda", Case(image={"error": "No such file or directory"})),
+    "a link to a device": ("disk-block-device", "vda", Case(image={"regular": False})),
+    "a backing file": ("disk-backing", "vda", Case(image={"backing": "/b.qcow2"})),
+    "a data file": ("disk-data-file", "vda", Case(image={"data_file": "/d.raw"})),
+    "encryption within": ("disk-encrypted", "vda", Case(image={"encrypted": True})),
+    "a corrupt image": ("disk-corrupt", "vda", Case(image={"corrupt": True})),
+    "internal snapshots": ("disk-snapshots", "vda", Case(image={"snapshots": ("one",)})),
+    # tools
+    "no qemu-img at the source": ("tool-missing", "kc-a", Case(source_host={"qemu_img": None})),
+    "no qemu-nbd at the source": ("tool-missing", "kc-a", Case(source_host={"qemu_nbd": None})),
+    "no qemu-img at the destination": ("tool-missing", "kc-b", Case(destination_host={"qemu_img": None})),
+    "no qemu-nbd at the destination": ("tool-missing", "kc-b", Case(destination_host={"qemu_nbd": None})),
+    # names at the destination
+    "an existing VM": ("domain-exists", "web", Case(domains={"web": OTHER_UUID})),
+    "an existing VM of the new name": (
+        "domain-exists",
+        "copy",
+        Case(domains={"copy": OTHER_UUID}, options=options(new_name="copy")),
+    ),
+    "a taken UUID": (
+        "uuid-in-use",
+        "copy",
+        Case(domains={"other": UUID}, options=options(new_name="copy", preserve_uuid=True)),
+    ),
+    "a slash in the name": ("name", "a/b", Case(options=options(new_name="a/b"))),
+    "a newline in the name": ("name", "a\nb", Case(options=options(new_name="a\nb"))),
+    "a name of spaces": ("name", "  ", Case(options=options(new_name="  "))),
+    "a name that is a directory": ("name", "..", Case(options=options(new_name=".."))),
+    "a control character in the name": ("name", "a\x1bb", Case(options=options(new_name="a\x1bb"))),
+    "a name that is no text": ("name", "a\udcff", Case(options=options(new_name="a\udcff"))),
+    # files at the destination
+    "no kernel": ("boot-file-missing", "/boot/vmlinuz", Case(os="<kernel>/boot/vmlinuz</kernel>")),
+    "no loader": ("boot-file-missing", "/usr/share/bios.bin", Case(os="<loader>/usr/share/bios.bin</loader>")),
+    "no medium": ("medium-missing", "sda", Case(with_device(ISO))),
+    "no shared disk": ("referenced-disk-missing", "vdb", Case(with_device(SHARED))),
+    "no read-only disk": ("referenced-disk-missing", "vdb", Case(with_device(READ_ONLY))),
+    "a shared disk": ("referenced-disk", "vdb", Case(with_device(SHARED), present=("/shared/data.raw",))),
+    "a read-only disk": ("referenced-disk", "vdb", Case(with_device(READ_ONLY), present=("/shared/base.raw",))),
+    "a shared network disk": (
+        "referenced-disk",
+        "vdb",
+        Case(with_device((NETWORK_DISK % "<shareable/>").replace("vda", "vdb"))),
+    ),
+    # where the disks go
+    "no default pool": ("pool-missing", "default", Case(pools=(), directories=())),
+    "no pool of that name": ("pool-missing", "fast", Case(options=options(pool="fast"))),
+    "an inactive default pool": (
+        "pool-inactive",
+        "default",
+        Case(pools=(replace(DEFAULT, active=False),), directories=()),
+    ),
+    "an inactive pool": (
+        "pool-inactive",
+        "fast",
+        Case(pools=(DEFAULT, Pool("fast", "dir", "/fast", active=False)), options=options(pool="fast")),
+    ),
+    "a volume group": (
+        "pool-type",
+        "vg",
+        Case(pools=(DEFAULT, Pool("vg", "logical", "/dev/vg", active=True)), options=options(pool="vg")),
+    ),
+    "a pool without its directory": ("directory-missing", IMAGES, Case(directories=())),
+    "a pool whose directory is gone": (
+        "directory-missing",
+        IMAGES,
+        Case(directories=(Directory(IMAGES, exists=False, writable=False, free=0),)),
+    ),
+    "a read-only directory": ("not-writable", IMAGES, Case(directories=images(writable=False))),
+    "a read-only pool": (
+        "not-writable",
+        "/fast",
+        Case(
+            pools=(DEFAULT, Pool("fast", "dir", "/fast", active=True)),
+            directories=(*images(), *images(path="/fast", writable=False)),
+            options=options(pool="fast"),
+        ),
+    ),
+    "no direct route": (
+        "route",
+        "kc-b",
+        Case(route=RouteFacts(False, "No route to host"), options=options(route=Route.DIRECT)),
+    ),
+}
+
+DOES_NOT_APPEAR: dict[str, tuple[tuple[str, ...], Case]] = {
+    "a plain VM": (("source-state", "managed-save", "snapshots", "tool-missing", "name"), Case()),
+    "a raw disk": (("disk-format",), Case(disk_xml(f"{IMAGES}/web.img", format_="raw"))),
+    "an explicit end of the chain": (
+        ("disk-backing",),
+        Case(disk_xml(f"{IMAGES}/web.qcow2", "vda", "<backingStore/>")),
+    ),
+    "a loader that keeps nothing": (
+        ("nvram", "boot-file-missing"),
+        Case(os="<loader type='rom'>/usr/share/bios.bin</loader>", present=("/usr/share/bios.bin",)),
+    ),
+    "memory without a file": (("memory",), Case(with_device("<memory model='dimm'/>"))),
+    "an interface on a network": (
+        ("interface-direct", "interface-hostdev"),
+        Case(with_device("<interface type='network'><source network='default'/></interface>")),
+    ),
+    "other VMs": (("domain-exists",), Case(domains={"web2": OTHER_UUID, "WEB": UUID})),
+    "a new name beside the old": (
+        ("domain-exists", "uuid-in-use"),
+        Case(domains={"web": UUID}, options=options(new_name="copy")),
+    ),
+    "a UUID that is kept and free": (
+        ("uuid-in-use",),
+        Case(domains={"other": OTHER_UUID}, options=options(preserve_uuid=True)),
+    ),
+    "an awkward name": (("name",), Case(options=options(new_name='-o\'neil "two" …'))),
+    "a kernel that is there": (
+        ("boot-file-missing",),
+        Case(os="<kernel>/boot/vmlinuz</kernel>", present=("/boot/vmlinuz",)),
+    ),
+    "a medium that is there": (("medium-missing",), Case(with_device(ISO), present=("/iso/debian.iso",))),
+    "an empty drive": (
+        ("medium-missing",),
+        Case(with_device("<disk type='file' device='cdrom'><target dev='sda'/><readonly/></disk>")),
+    ),
+    "no pool but the same directory": (("pool-missing",), Case(pools=())),
+    "an inactive pool at the same directory": (("pool-inactive",), Case(pools=(replace(DEFAULT, active=False),))),
+    "a pool that is not asked for": (
+        ("pool-type", "pool-inactive", "not-writable"),
+        Case(
+            pools=(DEFAULT, Pool("vg", "logical", "/dev/vg", active=False)),
+            directories=(*images(), *images(path="/dev/vg", writable=False)),
+        ),
+    ),
+    "a mounted pool": (
+        ("pool-type",),
+        Case(
+            pools=(Pool("nfs", "netfs", "/nfs", active=True),),
+            directories=images(path="/nfs"),
+            options=options(pool="nfs"),
+        ),
+    ),
+    "a direct route": (("route",), Case(options=options(route=Route.DIRECT))),
+    "no direct route, none asked for": (("route",), Case(route=RouteFacts(False, "No route to host"))),
+    "a VM without disks": (("pool-missing",), Case("", pools=(), directories=())),
+}
+
+
+@pytest.mark.parametrize("what", APPEARS)
+def test_a_finding_appears(what: str) -> None:
+    code, subject, case = APPEARS[what]
+    plan = case.plan()
+    severity = Severity.WARNING if code in WARNINGS else Severity.BLOCKING
+    assert [(one.code, one.subject, one.severity) for one in plan.findings] == [(code, subject, severity)]
+    assert plan.findings[0].text.endswith((".", plan.route_reason))
+    assert plan.blocking == (plan.findings if severity is Severity.BLOCKING else ())
+    assert (plan.refusal() is None) == (severity is Severity.WARNING)
+
+
+@pytest.mark.parametrize("what", DOES_NOT_APPEAR)
+def test_a_finding_does_not_appear(what: str) -> None:
+    wrong, case = DOES_NOT_APPEAR[what]
+    plan = case.plan()
+    assert set(wrong) <= {code for code, _, _ in APPEARS.values()}, "a code that nothing has cannot appear"
+    assert plan.findings == ()
+    assert plan.refusal() is None
+
+
+def test_every_code_of_the_plan_is_in_the_table() -> None:
+    tree = ast.parse(Path(plan_module.__file__).read_text())
+    written = {
+        node.args[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("_block", "Finding")
+        and isinstance(node.args[0], ast.Constant)
+    }
+    written |= {
+        node.elts[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Tuple) and len(node.elts) == 4 and isinstance(node.elts[0], ast.Constant)
+    }
+    assert len(written) > 20
+    assert written <= {code for code, _, _ in APPEARS.values()}
+
+
+@pytest.mark.parametrize("state", sorted({*STATES.values()} - {"shut off"}))
+def test_only_a_vm_that_is_shut_off_is_cloned(state: str) -> None:
+    plan = Case(domain={"state": state}).plan()
+    assert codes(plan) == ["source-state"]
+    assert state in plan.findings[0].text
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (APPEARS["an image in use"][2], ["vda", f"{IMAGES}/web.qcow2"]),
+        (APPEARS["an image that is gone"][2], ["No such file or directory", f"{IMAGES}/web.qcow2"]),
+        (APPEARS["a backing file"][2], ["/b.qcow2"]),
+        (APPEARS["snapshots"][2], ["before, after"]),
+        (APPEARS["internal snapshots"][2], ["(one)"]),
+        (APPEARS["no kernel"][2], ["kc-b", "/boot/vmlinuz", "kernel"]),
+        (APPEARS["no medium"][2], ["kc-b", "/iso/debian.iso"]),
+        (APPEARS["a taken UUID"][2], ["other", UUID, "kc-b"]),
+        (APPEARS["no pool of that name"][2], ["fast", "kc-b"]),
+        (APPEARS["a volume group"][2], ["vg", "logical"]),
+        (APPEARS["no direct route"][2], ["No route to host"]),
+    ],
+)
+def test_a_finding_says_what_it_is_about(case: Case, words: list[str]) -> None:
+    (finding,) = case.plan().findings
+    assert [word for word in words if word not in finding.text] == []
+
+
+@pytest.mark.parametrize(
+    ("case", "remedy"),
+    [
+        (APPEARS["a running VM"][2], "virsh shutdown web"),
+        (APPEARS["a saved VM"][2], "virsh managedsave-remove"),
+        (APPEARS["an existing VM"][2], "--new-name"),
+        (APPEARS["a taken UUID"][2], "--preserve-uuid"),
+        (APPEARS["no pool of that name"][2], "default"),
+        (APPEARS["no default pool"][2], "it has none"),
+        (APPEARS["an inactive pool"][2], "virsh pool-start fast"),
+        (APPEARS["no direct route"][2], "--route relay"),
+        (APPEARS["no qemu-nbd at the destination"][2], "install qemu-utils"),
+    ],
+)
+def test_a_remedy_says_what_to_do(case: Case, remedy: str) -> None:
+    refusal = case.plan().refusal()
+    assert refusal is not None
+    assert remedy in refusal.remedy
+
+
+def test_every_finding_is_reported_at_once() -> None:
+    case = Case(
+        devices=ONE_DISK + disk_xml("/data/log.raw", "vdb", format_="raw") + ISO + SHARED + "<tpm model='tpm-crb'/>",
+        os="<kernel>/boot/vmlinuz</kernel>",
+        domain={"managed_save": True, "snapshots": ("s",)},
+        image={"corrupt": True, "backing": "/b", "snapshots": ("i",)},
+        source_host={"qemu_img": None, "qemu_nbd": None},
+        destination_host={"qemu_nbd": None},
+        domains={"web": OTHER_UUID, "other": UUID},
+        route=RouteFacts(False, "No route to host"),
+        options=options(pool="fast", preserve_uuid=True, route=Route.DIRECT),
+    )
+    plan = case.plan()
+    of_each_image = ["disk-backing", "disk-corrupt", "disk-snapshots"]
+    assert codes(plan) == [
+        "managed-save",
+        "snapshots",
+        "tpm",
+        *of_each_image,
+        *of_each_image,
+        "tool-missing",
+        "tool-missing",
+        "domain-exists",
+        "uuid-in-use",
+        "tool-missing",
+        "boot-file-missing",
+        "medium-missing",
+        "referenced-disk-missing",
+        "pool-missing",
+        "route",
+    ]
+    refusal = plan.refusal()
+    assert isinstance(refusal, RefusedError)
+    assert refusal.findings == plan.blocking
+    assert [finding for finding in plan.blocking if finding.text.rstrip(".") not in str(refusal)] == []
+    assert "medium-missing" not in {finding.code for finding in refusal.findings}
+
+
+def test_two_disks_that_share_a_file_are_both_named() -> None:
+    plan = Case(ONE_DISK + disk_xml(f"{IMAGES}/web.qcow2", "vdb")).plan()
+    assert [(one.code, one.subject) for one in plan.findings] == [("disk-duplicate", "vda"), ("disk-duplicate", "vdb")]
+
+
+def test_nothing_is_said_of_an_image_whose_disk_is_refused() -> None:
+    assert codes(Case(BLOCK_DISK, image={"error": "not looked at"}).plan()) == ["disk-type"]
+
+
+def test_the_same_pool_is_complained_of_once() -> None:
+    devices = ONE_DISK + disk_xml(f"{IMAGES}/log.qcow2", "vdb")
+    assert codes(Case(devices, pools=(), directories=()).plan()) == ["pool-missing"]
+
+
+EXISTS = Case(domains={"web": OTHER_UUID})
+
+
+@pytest.mark.parametrize(
+    ("case", "code"),
+    [
+        (EXISTS, ExitCode.EXISTS),
+        (replace(EXISTS, devices=with_device(ISO)), ExitCode.EXISTS),  # a warning beside it
+        (replace(EXISTS, domain={"managed_save": True}), ExitCode.REFUSED),
+        (Case(domains={"web": OTHER_UUID, "x": UUID}, options=options(preserve_uuid=True)), ExitCode.REFUSED),
+        (Case(domains={"web": UUID}, options=options(preserve_uuid=True)), ExitCode.EXISTS),
+        (replace(EXISTS, destination_host={"qemu_img": None}), ExitCode.REFUSED),
+        (replace(EXISTS, pools=(), directories=()), ExitCode.REFUSED),
+        (Case(pools=(), directories=()), ExitCode.REFUSED),
+        (Case(image={"corrupt": True}), ExitCode.REFUSED),
+    ],
+)
+def test_exit_code_of_a_refusal(case: Case, code: ExitCode) -> None:
+    refusal = case.plan().refusal()
+    assert isinstance(refusal, DomainExistsError if code is ExitCode.EXISTS else RefusedError)
+    assert refusal.exit_code is code
+    assert refusal.subject == "web"
+
+
+def test_the_same_remedy_is_given_once() -> None:
+    refusal = Case(destination_host={"qemu_img": None, "qemu_nbd": None}).plan().refusal()
+    assert refusal is not None
+    assert len(refusal.findings) == 2
+    assert refusal.remedy.count("install qemu-utils") == 1
+
+
+FAST = Pool("fast", "dir", "/fast", active=True)
+POOLS = (DEFAULT, FAST)
+BOTH = (*images(), *images(path="/fast"))
+SAME = images(path="/data")
+
+
+def finals(plan: Plan) -> list[str]:
+    assert plan.refusal() is None
+    return [disk.final for disk in plan.disks]
+
+
+@pytest.mark.parametrize(
+    ("source", "case", "final"),
+    [
+        ("/data/web.qcow2", Case(directories=(*BOTH, *SAME)), "/data/web.qcow2"),
+        ("/data/web.qcow2", Case(directories=BOTH), f"{IMAGES}/web.qcow2"),
+        (
+            "/data/web.qcow2",
+            Case(directories=(*BOTH, Directory("/data", exists=False, writable=False, free=0))),
+            f"{IMAGES}/web.qcow2",
+        ),
+        ("/data/web.qcow2", Case(directories=(*BOTH, *SAME), options=options(pool="fast")), "/fast/web.qcow2"),
+        ("/data/web.qcow2", Case(directories=(*BOTH, *SAME), options=options(pool="default")), f"{IMAGES}/web.qcow2"),
+        ("/data/sub/web.qcow2", Case(directories=(*BOTH, *SAME)), f"{IMAGES}/web.qcow2"),
+        ("/fast/web.qcow2", Case(directories=BOTH), "/fast/web.qcow2"),
+    ],
+)
+def test_directory(source: str, case: Case, final: str) -> None:
+    assert finals(replace(case, devices=disk_xml(source), pools=POOLS).plan()) == [final]
+
+
+def test_the_same_directory_is_not_passed_over_because_it_cannot_be_written() -> None:
+    case = Case(disk_xml("/data/web.qcow2"), pools=POOLS, directories=(*BOTH, *images(path="/data", writable=False)))
+    assert [(one.code, one.subject) for one in case.plan().findings] == [("not-writable", "/data")]
+
+
+@pytest.mark.parametrize(
+    ("file", "new_name", "taken", "final"),
+    [
+        ("web.qcow2", None, (), "web.qcow2"),
+        ("web.qcow2", None, ("other.qcow2", "web.raw", "web"), "web.qcow2"),
+        ("web.qcow2", None, ("web.qcow2",), "web-vda.qcow2"),
+        ("web.qcow2", None, ("web.qcow2", "web-vda.qcow2"), "web-vda-1.qcow2"),
+        ("web.qcow2", None, ("web.qcow2", "web-vda.qcow2", "web-vda-1.qcow2"), "web-vda-2.qcow2"),
+        ("web.qcow2", "web", ("web.qcow2",), "web-vda.qcow2"),
+        ("web.qcow2", "copy", (), "copy.qcow2"),
+        ("web.qcow2", "copy", ("copy.qcow2",), "copy-vda.qcow2"),
+        ("web-data.qcow2", "copy", (), "copy-data.qcow2"),
+        ("web2.qcow2", "copy", (), "copy2.qcow2"),
+        ("my-web.qcow2", "copy", (), "my-web.qcow2"),
+        ("disk.qcow2", "copy", ("disk.qcow2",), "disk-vda.qcow2"),
+        ("web.web.img", "copy", (), "copy.web.img"),
+        ("web", "copy", (), "copy"),
+        ("web", None, ("web",), "web-vda"),
+        (".web", "copy", (".web",), ".web-vda"),
+        ("web.tar.gz", None, ("web.tar.gz",), "web.tar-vda.gz"),
+        ("web.qcow2", 'o\'neil "two" & co', (), 'o\'neil "two" & co.qcow2'),
+        ("web.qcow2", "-rf", (), "-rf.qcow2"),
+        ("-web disk's.qcow2", None, ("-web disk's.qcow2",), "-web disk's-vda.qcow2"),
+        ("a & b.qcow2", "copy", (), "a & b.qcow2"),
+        ("web.qcow2", "größe", (), "größe.qcow2"),
+        ("web.qcow2", "x" * 252, (), "x" * 249 + ".qcow2"),
+        ("web.qcow2", "ö" * 200, (), "ö" * 124 + ".qcow2"),
+        ("x" * 250 + ".img", None, (), "x" * 250 + ".img"),
+        ("x" * 251 + ".img", None, ("x" * 251 + ".img",), "x" * 247 + "-vda.img"),
+    ],
+)
+def test_file_name(file: str, new_name: str | None, taken: tuple[str, ...], final: str) -> None:
+    case = Case(disk_xml(f"{IMAGES}/{file}"), directories=images(*taken), options=options(new_name=new_name))
+    assert finals(case.plan()) == [f"{IMAGES}/{final}"]
+
+
+@pytest.mark.parametrize(
+    ("sources", "taken", "expected"),
+    [
+        (["/a/disk.raw", "/b/disk.raw"], (), ["disk.raw", "disk-vdb.raw"]),
+        (["/a/disk.raw", "/b/disk.raw", "/c/disk.raw"], (), ["disk.raw", "disk-vdb.raw", "disk-vdc.raw"]),
+        (["/a/disk.raw", "/b/disk.raw"], ("disk.raw",), ["disk-vda.raw", "disk-vdb.raw"]),
+        (["/a/disk.raw", "/b/disk.raw"], ("disk-vdb.raw",), ["disk.raw", "disk-vdb-1.raw"]),
+        (["/a/disk-vdb.raw", "/b/disk.raw"], ("disk.raw",), ["disk-vdb.raw", "disk-vdb-1.raw"]),
+        (["/a/disk.raw", "/b/disk.qcow2"], (), ["disk.raw", "disk.qcow2"]),
+    ],
+)
+def test_disks_of_one_vm_do_not_collide(sources: list[str], taken: tuple[str, ...], expected: list[str]) -> None:
+    devices = "".join(disk_xml(path, f"vd{letter}") for path, letter in zip(sources, "abc", strict=False))
+    plan = Case(devices, directories=images(*taken)).plan()
+    assert [(disk.target, disk.final) for disk in plan.disks] == [
+        (f"vd{letter}", f"{IMAGES}/{name}") for letter, name in zip("abc", expected, strict=False)
+    ]
+
+
+def test_the_same_name_in_two_directories_is_no_collision() -> None:
+    devices = disk_xml("/a/disk.raw") + disk_xml("/b/disk.raw", "vdb")
+    plan = Case(devices, directories=(*images(path="/a"), *images(path="/b"))).plan()
+    assert finals(plan) == ["/a/disk.raw", "/b/disk.raw"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "facts", "taken"),
+    [
+        (Route.AUTO, RouteFacts(True, "kc-a can connect to kc-b"), Route.DIRECT),
+        (Route.AUTO, RouteFacts(False, "kc-a cannot connect to kc-b: No route to host"), Route.RELAY),
+        (Route.DIRECT, RouteFacts(True, "kc-a can connect to kc-b"), Route.DIRECT),
+        (Route.RELAY, RouteFacts(False, "asked for"), Route.RELAY),
+        (Route.RELAY, RouteFacts(True, "kc-a can connect to kc-b"), Route.RELAY),
+    ],
+)
+def test_route(wanted: Route, facts: RouteFacts, taken: Route) -> None:
+    plan = Case(route=facts, options=options(route=wanted)).plan()
+    assert (plan.route, plan.route_reason) == (taken, facts.reason)
+    assert plan.refusal() is None
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_steps_in_order(verify: bool) -> None:
+    devices = disk_xml("/b/web.qcow2") + disk_xml("/a/log.raw", "vdb", format_="raw")
+    plan = Case(devices, directories=(*images(path="/a"), *images(path="/b")), options=options(verify=verify)).plan()
+    one, two = plan.disks
+    assert plan.steps == (
+        BeginStage("/b"),
+        CreateDisk(one),
+        CreateDisk(two),
+        CopyDisks((one, two)),
+        *((ProveDisks((one, two)),) if verify else ()),
+        CheckSource((one, two)),
+        PublishDisk(one),
+        PublishDisk(two),
+        DefineDomain(IDENTITY.uuid),
+        EndStage(("/a", "/b")),
+    )
+
+
+VOLUMES = Pool("a-vg", "logical", "/dev/a-vg", active=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "directory"),
+    [
+        (Case(), IMAGES),
+        (Case(pools=(FAST, VOLUMES, DEFAULT), directories=BOTH), IMAGES),
+        (Case(pools=POOLS, directories=BOTH, options=options(pool="fast")), "/fast"),
+        (Case(pools=(VOLUMES,)), "/var/tmp"),
+        (Case(pools=(replace(DEFAULT, active=False),)), "/var/tmp"),
+        (Case(directories=images(writable=False)), "/var/tmp"),
+        (Case(pools=(), directories=()), "/var/tmp"),
+    ],
+)
+def test_steps_of_a_vm_without_disks(case: Case, directory: str) -> None:
+    plan = replace(case, devices="").plan()
+    assert plan.refusal() is None
+    assert plan.steps == (BeginStage(directory), CheckSource(()), DefineDomain(IDENTITY.uuid), EndStage(()))
+
+
+@pytest.mark.parametrize(("new_name", "name"), [(None, "web"), ("copy", "copy")])
+def test_name(new_name: str | None, name: str) -> None:
+    assert Case(options=options(new_name=new_name)).plan().name == name
+
+
+def test_the_same_facts_make_the_same_plan() -> None:
+    case = Case(with_device(ISO), options=options(new_name="copy"))
+    assert case.plan() == case.plan()
+
+
+def test_an_information_does_not_block() -> None:
+    plan = replace(Case().plan(), findings=(Finding("x", Severity.INFO, "web", "Worth knowing."),))
+    assert plan.blocking == ()
+    assert plan.refusal() is None
+
+
+# Few stems and endings, so that names collide, and their like in the directory.
+STEMS = st.sampled_from(["web", "disk", "disk-vda", "disk-vda-1", "copy", ".web", "a b", "x" * 255])
+FILES = st.builds(lambda stem, ending: (stem + ending)[:255], STEMS, st.sampled_from(["", ".raw", ".qcow2", ".tar.gz"]))
+TAKEN = st.frozensets(
+    FILES | st.builds(lambda ending, file: posixpath.splitext(file)[0] + ending, st.sampled_from(
+        ["-vda.raw", "-vdb.raw", "-vda-1.raw", "-vda-2.raw", "-vdb-1", "-vda"]
+    ), FILES),
+    max_size=12,
+)  # fmt: skip
+DIRECTORIES = st.sampled_from([IMAGES, "/data", "/elsewhere"])
+
+
+@given(
+    paths=st.lists(st.builds(posixpath.join, DIRECTORIES, FILES), unique=True, max_size=6),
+    names=st.fixed_dictionaries({IMAGES: TAKEN, "/data": TAKEN}),
+    new_name=st.none() | st.sampled_from(["web", "copy", "disk", "-x", "y" * 254]) | st.text(min_size=1),
+    pool=st.sampled_from([None, "default"]),
+)
+def test_final_paths_are_unique_and_free(
+    paths: list[str], names: dict[str, frozenset[str]], new_name: str | None, pool: str | None
+) -> None:
+    devices = "".join(disk_xml(path, f"vd{letter}") for path, letter in zip(paths, "abcdef", strict=False))
+    directories = tuple(Directory(path, True, True, 0, present) for path, present in names.items())
+    plan = Case(devices, directories=directories, options=options(new_name=new_name, pool=pool)).plan()
+    final = [disk.final for disk in plan.disks]
+    assert len(final) == len(set(final)) == len(paths)
+    if plan.refusal() is not None:
+        assert codes(plan) == ["name"]
+        return
+    for path in final:
+        directory, file = posixpath.split(path)
+        assert file not in names[directory]
+        assert file not in ("", ".", "..")
+        assert len(file.encode()) <= 255
