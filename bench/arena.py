@@ -84,7 +84,7 @@ class Arena:
     def check(self, copy: str) -> None:
         """Compare a copy at the destination with the source's disk. Raises BenchError when they differ."""
         files = [str(self.outside(SOURCE, self.image)), str(self.outside(DESTINATION, copy))]
-        run(["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "qcow2", *files], environment(), LIMIT_SECONDS)
+        run(["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", *files], environment(), LIMIT_SECONDS)
 
     def _entered(self, host: str, *argv: str) -> list[str]:
         return lab_host.entered(self.lab.host(host), *argv)

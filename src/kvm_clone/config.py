@@ -278,8 +278,8 @@ def parse_document(path: Path, text: str) -> Document:
     yaml = YAML(typ="safe", pure=True)
     try:
         values, root = yaml.load(text), yaml.compose(text)
-    # ValueError: ruamel's own for scalars such as the date 2024-13-99.
-    except (YAMLError, ValueError, RecursionError) as error:
+    # Not only YAMLError: `2024-13-99`, `!!int` without a number, a list for a key and deep nesting raise others.
+    except (YAMLError, ValueError, LookupError, TypeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0] or type(error).__name__
         where = f"line {mark.line + 1}: " if mark else ""
