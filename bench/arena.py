@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from processes import BenchError, Done, check_running, run, running
+from processes import BenchError, Done, check_running, ignore_ending_signals, run, running
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "lab"))
@@ -120,6 +120,7 @@ def arena(size: str, data: str, needed: int, *, keep: bool) -> Iterator[Arena]:
     except LabError as error:
         raise BenchError(str(error)) from error
     finally:
+        ignore_ending_signals()
         if not keep:
             _lab("down")
             shutil.rmtree(STATE)

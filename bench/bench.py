@@ -19,7 +19,7 @@ from typing import NoReturn
 from arena import Arena, arena, size_in_bytes
 from methods import METHODS, Copied, Method
 from peaks import Watch
-from processes import BenchError
+from processes import ENDING_SIGNALS, BenchError, ignore_ending_signals
 from report import Report
 
 _SLACK = 256 << 20
@@ -84,16 +84,14 @@ def _peaks(place: Arena, method: Method) -> dict[str, int]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
-    # Once is enough: the lab is brought down in peace.
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)
+    ignore_ending_signals()  # once is enough
     raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark; the exit code."""
     asked = arguments(argv)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING_SIGNALS:
         signal.signal(number, _interrupt)
     if os.geteuid() != 0:
         print("bench: must run as root, as the lab must", file=sys.stderr)

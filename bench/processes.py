@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _INTERRUPT_SECONDS = 15.0
 _KILL_SECONDS = 5.0
 
@@ -27,6 +28,12 @@ class Done:
 
     seconds: float
     output: str
+
+
+def ignore_ending_signals() -> None:
+    """From now on nothing disturbs what puts things in order."""
+    for number in ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def run(argv: Sequence[str], environment: Mapping[str, str], limit: float) -> Done:

@@ -196,7 +196,7 @@ def _tokens(node: Any) -> list[CommentToken]:
     if isinstance(node, CommentedMap | CommentedSeq):
         parts = [node.ca.comment, *node.ca.items.values(), node.ca.end]
     elif isinstance(node, _BLOCKS) and (comment := getattr(node, "comment", None)):  # behind its | or >
-        parts = [CommentToken(f"{comment.strip()}\n", CommentMark(0))]
+        parts = [CommentToken(f"{comment.strip()}\n", CommentMark(0)) if isinstance(comment, str) else comment]
     if isinstance(node, list | dict):
         parts += node.values() if isinstance(node, dict) else node
     # The comment behind `key:` belongs to the entry and to the list that is its value.

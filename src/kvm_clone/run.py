@@ -190,6 +190,8 @@ class Run:
         self._on_event(PhaseStarted(Phase.PROVE, "digesting the disks on both hosts"))
         started = time.monotonic()
         room = asyncio.Semaphore(self._plan.options.parallel)
+        for disk in disks:
+            self._on_event(DiskProgress(Phase.PROVE, disk.target, 0, disk.image.virtual_size))
 
         async def one(disk: PlannedDisk) -> None:
             async with room:

@@ -90,7 +90,7 @@ def test_a_flipped_byte_changes_its_segment_and_no_other() -> None:
     before = list(digest.segments(disk))
     borders = [0, CHUNK, digest.SEGMENT, 2 * digest.SEGMENT, 2 * digest.SEGMENT + CHUNK, size]
     for border in borders:
-        for offset in {border - 1, border} & set(range(-1, size)) - {-1}:
+        for offset in (offset for offset in (border - 1, border) if 0 <= offset < size):
             disk.write(offset, memoryview(b"\x10"))
             after = list(digest.segments(disk))
             changed = [index for index, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]]

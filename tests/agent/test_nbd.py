@@ -106,7 +106,7 @@ def test_a_server_that_is_killed_while_it_writes(disk: NbdDisk, tmp_path: Path) 
         disk.close()
 
 
-@pytest.mark.parametrize("act", ["write", "read", "flush"])
+@pytest.mark.parametrize("act", ["write", "read"])
 def test_a_server_that_hangs(act: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nbd, "_TIMEOUT", 1.0)
     path = make_qcow2(tmp_path / "disk", 64 * MIB)
@@ -127,10 +127,8 @@ def test_writing_to_a_read_only_export(tmp_path: Path) -> None:
     path = make_qcow2(tmp_path / "disk", MIB, [(0, b"kept")])
     with closing(qemu.open_nbd(str(path), "qcow2", writable=False)) as disk:
         disk.write(0, memoryview(b"lost"))
-        with pytest.raises(OSError) as caught:
+        with pytest.raises(OSError, match="write at 0"):
             disk.flush()
-        assert from_exception(caught.value).kind in (errors.PERMISSION, errors.READ_ONLY)
-        assert "write at 0" in str(caught.value)
     with closing(image.MappedDisk(str(path), "qcow2")) as reader:
         assert read(reader, 0, 4) == b"kept"
 

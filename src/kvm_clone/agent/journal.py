@@ -7,6 +7,7 @@ as if it had never been written. docs/design.md says what each record means for 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -79,8 +80,10 @@ class Journal:
         """Add a record and return when it is durable. Raises OSError."""
         entry: Record = {"record": record, **fields}
         line = encode(entry)
+        end = os.fstat(self._fd).st_size
         if os.write(self._fd, line) != len(line):
-            raise OSError(f"{self.path} took only a part of a record")
+            os.ftruncate(self._fd, end)  # a part of a record would spoil the next one
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
         os.fsync(self._fd)
         self.records.append(entry)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import subprocess
 from typing import Any, Callable, List, Sequence
 
-from .errors import IO, MISSING, AgentError
+from .errors import IO, MISSING, NO_SPACE, AgentError
 
 _PR_SET_PDEATHSIG = 1
 """prctl(2)."""
@@ -36,7 +37,8 @@ def run(argv: Sequence[str]) -> str:
     child = start(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = child.communicate()
     if child.returncode:
-        raise AgentError(IO, last_words(argv[0], child.returncode, err))
+        said = last_words(argv[0], child.returncode, err)
+        raise AgentError(NO_SPACE if os.strerror(errno.ENOSPC) in said else IO, said)
     return out.decode()
 
 

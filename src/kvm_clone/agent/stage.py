@@ -5,16 +5,20 @@ Everything that is made is journalled before it is made, so that undoing needs t
 
 from __future__ import annotations
 
+import functools
 import grp
 import hashlib
 import os
 import pwd
+import threading
 import time
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple, TypeVar, cast
 
 from . import image, journal, qemu
-from .errors import EXISTS, UNSUPPORTED, AgentError, from_exception
+from .errors import EXISTS, IO, UNSUPPORTED, AgentError, from_exception
 from .lock import OperationLock
+
+_Step = TypeVar("_Step", bound=Callable[..., Any])
 
 _LOCK_DIRECTORIES = ("/run/lock", "/var/lock", "/run")
 """Where a lock may lie, the first that exists. One place for each host, so that the lock covers every pool."""
@@ -36,6 +40,17 @@ def lock_path(name: str) -> str:
     return os.path.join(directory, f"kvm-clone-{key_of(name)}.lock")
 
 
+def _one_at_a_time(step: _Step) -> _Step:
+    """Calls run side by side, and the end of the operation must not overtake a step that is under way."""
+
+    @functools.wraps(step)
+    def waiting(self: Stage, *arguments: Any, **options: Any) -> Any:
+        with self._turn:
+            return step(self, *arguments, **options)
+
+    return cast(_Step, waiting)
+
+
 class Stage:
     """One operation's staged files, its journal and its lock, held by this process."""
 
@@ -50,14 +65,20 @@ class Stage:
         self.operation = operation
         self._lock = OperationLock(lock_path(name), {"operation": operation, "pid": os.getpid(), **about})
         self._journal: Optional[journal.Journal] = None
+        self._turn = threading.RLock()
         try:
             path = journal_path(directory, name)
             if os.path.exists(path):
-                undo_all(_replay_file(path))
+                left = undo_all(_replay_file(path))
+                if left:
+                    raise AgentError(IO, f"an earlier attempt cannot be undone: {'; '.join(left)}")
                 os.unlink(path)
             self._journal = journal.Journal(path)
             self._append(journal.BEGIN, operation=operation, name=name, started=time.time(), **about)
         except BaseException:
+            if self._journal is not None:
+                self._journal.remove()  # there is nothing yet that it would have to undo
+                self._journal = None
             self.release()
             raise
 
@@ -70,6 +91,7 @@ class Stage:
         """The temporary name of a disk, in the directory where it will live."""
         return os.path.join(os.path.dirname(final), f".kvm-clone-{self.operation}-{disk}.part")
 
+    @_one_at_a_time
     def create(self, disk: str, final: str, spec: Dict[str, Any]) -> str:
         """Make the empty staged image; its path. `spec`: format, size in bytes, options, mode, user, group."""
         part = self.part_path(disk, final)
@@ -88,10 +110,12 @@ class Stage:
             raise from_exception(error, f"creating {part}") from error
         return part
 
+    @_one_at_a_time
     def note(self, record: str, fields: Dict[str, Any]) -> None:
         """Journal that a step was taken (`copied`, `proven`) or is about to be (`define`), or is past (`committed`)."""
         self._append(record, **fields)
 
+    @_one_at_a_time
     def publish(self, disk: str, final: str) -> None:
         """Give the staged file its final name, which nothing may have. Raises AgentError (exists)."""
         part = self.part_path(disk, final)
@@ -104,6 +128,7 @@ class Stage:
         except OSError as error:
             raise from_exception(error, f"giving {part} its final name {final}") from error
 
+    @_one_at_a_time
     def undo(self, *, past_commit: bool = False) -> List[str]:
         """Undo everything, newest first, and end the operation. What could not be undone is returned, and kept.
 
@@ -121,6 +146,7 @@ class Stage:
         self.release()
         return left
 
+    @_one_at_a_time
     def finish(self) -> None:
         """End the operation: its result stays."""
         if self._journal is not None:
@@ -128,6 +154,7 @@ class Stage:
             self._journal = None
         self.release()
 
+    @_one_at_a_time
     def abandon(self) -> None:
         """The controller is gone: undo, unless libvirt may have the definition already."""
         if self._journal is None or any(entry["record"] == journal.DEFINE for entry in self._journal.records):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -13,6 +14,7 @@ from kvm_clone.cli.clone import clone_command
 from kvm_clone.cli.config import config_app
 from kvm_clone.cli.context import Context
 from kvm_clone.cli.listing import list_command
+from kvm_clone.config import Output
 from kvm_clone.errors import ExitCode, KvmCloneError
 from kvm_clone.version import __version__
 
@@ -59,21 +61,35 @@ def root(
     ] = False,
 ) -> None:
     """Keep what every command shares."""
-    ctx.obj = Context(config_path=config)
+    ctx.ensure_object(Context).config_path = config
 
 
 def main() -> NoReturn:
     """Run the command line and exit with a documented code."""
+    _open_missing_streams()
+    shared = Context()
     try:
-        app(prog_name="kvm-clone")
+        app(prog_name="kvm-clone", obj=shared)
     except KvmCloneError as error:
-        output.report(error, as_json=output.json_wanted(sys.argv))
+        output.report(error, as_json=_json_wanted(shared))
         sys.exit(error.exit_code)
     except SystemExit as end:
-        if end.code == ExitCode.USAGE and output.json_wanted(sys.argv):
+        not_understood = end.code == ExitCode.USAGE and shared.output is None
+        if not_understood and _json_wanted(shared):
             output.report_usage()
         raise
     except Exception as error:  # noqa: BLE001 - the last line of defence: one clear error, no traceback
-        output.report_bug(error, as_json=output.json_wanted(sys.argv))
+        output.report_bug(error, as_json=_json_wanted(shared))
         sys.exit(ExitCode.BUG)
     sys.exit(ExitCode.DONE)
+
+
+def _json_wanted(shared: Context) -> bool:
+    return output.json_wanted(sys.argv) if shared.output is None else shared.output is Output.JSON
+
+
+def _open_missing_streams() -> None:
+    """Whoever started us may have closed some; print() writes what is meant for a closed one to stdout."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - open to the end

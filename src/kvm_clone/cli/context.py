@@ -20,11 +20,12 @@ from kvm_clone.ssh import SshOptions
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
-    """The root command's options."""
+    """The root command's options, and the form of the output once it is known."""
 
     config_path: Path | None = None
+    output: config.Output | None = None
 
 
 SshConfigOption = Annotated[
@@ -53,6 +54,7 @@ def load(ctx: typer.Context, path: Path | None, flags: dict[str, object]) -> con
     """The settings with the flags that were given over them; sets up logging. Raises UsageError."""
     root: Context = ctx.find_root().obj
     settings = config.load_settings(path or root.config_path, flags).settings
+    root.output = settings.output
     logging.basicConfig(stream=sys.stderr, level=settings.log_level.value.upper(), format="%(levelname)s %(message)s")
     return settings
 

@@ -1,0 +1,155 @@
+"""The journal: what was appended is there after any crash."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvm_clone.agent import errors, journal
+from kvm_clone.agent.errors import AgentError
+from kvm_clone.agent.journal import Journal, encode, replay
+
+from .tools import ending, lacking, python
+
+RECORDS: list[dict[str, Any]] = [
+    {"record": "begin", "operation": "0f", "name": "a 'quoted' \"name\"", "started": 1.5},
+    {"record": "create", "disk": "vda", "part": "/images/line\nbreak"},
+    {"record": "publish", "disk": "vda", "device": 2**40, "inode": 2**60, "final": "/images/\u00e4 \u4e16"},
+]
+CONTENT = b"".join(map(encode, RECORDS))
+LAST = len(CONTENT) - len(encode(RECORDS[-1]))
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.dictionaries(st.text(), VALUES, max_size=4), max_size=5))
+def test_round_trip(records: list[dict[str, Any]]) -> None:
+    assert replay(b"".join(map(encode, records))) == records
+
+
+def test_a_record_is_one_line_of_ascii() -> None:
+    for record in RECORDS:
+        assert encode(record).isascii()
+        assert encode(record).count(b"\n") == 1
+
+
+@pytest.mark.parametrize("cut", range(LAST, len(CONTENT)))
+@pytest.mark.parametrize("garbage", [b"", b"\0" * 100, b"\xff"])
+def test_a_torn_last_record_never_was(cut: int, garbage: bytes) -> None:
+    assert replay(CONTENT[:cut] + garbage) == RECORDS[:-1]
+
+
+@pytest.mark.parametrize("at", range(LAST, len(CONTENT) - 1))
+def test_a_damaged_last_record_never_was(at: int) -> None:
+    damaged = bytearray(CONTENT)
+    damaged[at] ^= 0x80
+    assert replay(bytes(damaged)) == RECORDS[:-1]
+
+
+@pytest.mark.parametrize("at", range(LAST - 1))
+def test_a_damaged_inner_record_is_an_error(at: int) -> None:
+    damaged = bytearray(CONTENT)
+    damaged[at] ^= 0x80
+    if bytes(damaged).count(b"\n") < 3:
+        damaged[at] ^= 0x81
+    with pytest.raises(AgentError, match="damaged") as caught:
+        replay(bytes(damaged))
+    assert caught.value.kind == errors.UNSUPPORTED
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 4096, b"half a line", b"\n", b"00000000 {}\n"])
+def test_nothing_that_counts(content: bytes) -> None:
+    assert replay(content) == []
+
+
+WRITER = """
+import sys
+from kvm_clone.agent.journal import Journal
+journal = Journal(sys.argv[1])
+journal.append("begin", number=0)
+journal.append("create", number=1)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_appended_records_outlive_their_writer(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with ending(python(WRITER, path)) as writer:
+        assert writer.stdout
+        assert writer.stdout.readline() == b"ready\n"
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+    assert replay(path.read_bytes()) == [{"record": "begin", "number": 0}, {"record": "create", "number": 1}]
+
+
+def test_append_is_durable_before_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "journal"
+    synced: list[bytes] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        real(fd)
+        if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+            synced.append(path.read_bytes())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    opened = Journal(str(path))
+    opened.append("begin", name="x")
+    assert synced == [encode({"record": "begin", "name": "x"})]
+    assert opened.records == replay(synced[-1])
+    opened.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_journal_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    path.write_bytes(CONTENT)
+    with pytest.raises(FileExistsError):
+        Journal(str(path))
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError):
+        Journal(str(tmp_path / "link"))
+    assert path.read_bytes() == CONTENT
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_only_the_owner_reads_it(tmp_path: Path) -> None:
+    Journal(str(tmp_path / "journal")).close()
+    assert (tmp_path / "journal").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_record_that_found_no_room_does_not_spoil_the_next(small: Path) -> None:
+    opened = Journal(str(small / "journal"))
+    opened.append("begin")
+    space = os.statvfs(small)
+    (small / "filler").write_bytes(bytes((space.f_bavail - 1) * space.f_frsize))
+    with pytest.raises(OSError):
+        opened.append("create", part="x" * 64 * 1024)
+    (small / "filler").unlink()
+    opened.append("create", part="y")
+    opened.close()
+    assert replay((small / "journal").read_bytes()) == opened.records
+    assert [record.get("part") for record in opened.records] == [None, "y"]
+
+
+def test_a_full_disk_at_begin() -> None:
+    if not os.path.exists("/dev/full"):
+        lacking("/dev/full is not there")
+    opened = Journal.__new__(Journal)
+    opened.path, opened.records, opened._fd = "/dev/full", [], os.open("/dev/full", os.O_WRONLY)
+    with pytest.raises(OSError):
+        opened.append(journal.BEGIN)
+    assert opened.records == []
+    opened.close()

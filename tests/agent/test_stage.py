@@ -1,0 +1,474 @@
+"""What an operation does to a directory, and that undoing it leaves the directory as it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvm_clone.agent import errors, image, journal, qemu, stage
+from kvm_clone.agent.errors import AgentError
+from kvm_clone.agent.stage import Stage
+
+from .tools import KIB, MIB, ending, eventually, lacking, need, processes, python
+
+pytestmark = pytest.mark.timeout(60)
+
+NAME = "a VM's \"name\", with $(everything) but a slash"
+RAW = {"format": "raw", "size": MIB + 1, "options": {}, "mode": 0o640, "user": "root", "group": "root"}
+QCOW2 = {**RAW, "format": "qcow2", "size": MIB, "options": {"cluster_size": "4096", "compat": "1.1"}}
+
+
+@pytest.fixture(autouse=True)
+def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    directory = tmp_path / "locks"
+    directory.mkdir()
+    monkeypatch.setattr(stage, "_LOCK_DIRECTORIES", (str(directory),))
+    return directory
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Path:
+    """A directory with files of others in it."""
+    directory = tmp_path / "the pool's -directory"
+    directory.mkdir()
+    (directory / "other.qcow2").write_bytes(b"not ours")
+    (directory / ".kvm-clone-0123456789abcdef.journal").write_bytes(b"another VM's")
+    return directory
+
+
+def seen(directory: Path) -> dict[str, tuple[int, int, bytes]]:
+    return {
+        entry.name: (entry.stat().st_ino, entry.stat().st_mtime_ns, entry.read_bytes()) for entry in directory.iterdir()
+    }
+
+
+def begin(pool: Path, operation: str = "0f") -> Stage:
+    return Stage(str(pool), NAME, operation, {"source": "elsewhere"})
+
+
+def test_a_whole_operation(pool: Path, locks: Path) -> None:
+    need("qemu-img")
+    before = seen(pool)
+    staged = begin(pool)
+    for disk, spec in (("vda", RAW), ("vdb", QCOW2)):
+        final = str(pool / f"{disk}.img")
+        part = staged.create(disk, final, spec)
+        about = os.stat(part)
+        assert os.path.dirname(part) == str(pool)
+        assert about.st_mode & 0o777 == 0o640
+        assert about.st_blocks * 512 < 512 * KIB
+        staged.note(journal.COPIED, {"disk": disk, "bytes": 0})
+        staged.publish(disk, final)
+        assert os.path.samestat(about, os.stat(final))
+        assert not os.path.exists(part)
+    staged.note(journal.DEFINE, {"uuid": "u"})
+    staged.note(journal.COMMITTED, {})
+    staged.finish()
+    assert os.stat(pool / "vda.img").st_size == MIB + 1
+    about = qemu.info(str(pool / "vdb.img"), "qcow2")
+    assert (about["virtual-size"], about["cluster-size"]) == (MIB, 4096)
+    after = seen(pool)
+    assert set(after) - set(before) == {"vda.img", "vdb.img"}
+    assert {name: after[name] for name in before} == before
+    assert not list(locks.iterdir())
+
+
+Step = Callable[[Stage, Path], object]
+STEPS: list[Step] = [
+    lambda staged, pool: staged.create("vda", str(pool / "a name.img"), RAW),
+    lambda staged, pool: staged.create("vdb", str(pool / "-n'\".qcow2"), QCOW2),
+    lambda staged, pool: staged.note(journal.COPIED, {"disk": "vda", "bytes": 1}),
+    lambda staged, pool: staged.note(journal.PROVEN, {"disk": "vda"}),
+    lambda staged, pool: staged.publish("vda", str(pool / "a name.img")),
+    lambda staged, pool: staged.publish("vdb", str(pool / "-n'\".qcow2")),
+]
+
+
+@pytest.mark.parametrize("count", range(len(STEPS) + 1))
+@pytest.mark.parametrize("how", ["undo", "abandon", "the next one"])
+def test_undo_after_any_step(how: str, count: int, pool: Path, locks: Path) -> None:
+    before = seen(pool)
+    staged = begin(pool)
+    for step in STEPS[:count]:
+        step(staged, pool)
+    if how == "undo":
+        assert staged.undo() == []
+    elif how == "abandon":
+        staged.abandon()
+    else:
+        staged.release()
+        assert stage.unsettled(str(pool), NAME) is None
+        begin(pool, "10").finish()
+    assert seen(pool) == before
+    assert not list(locks.iterdir())
+
+
+class PowerCutError(BaseException):
+    """The process ends here and does nothing more."""
+
+
+CALLS = ["open", "truncate", "chmod", "chown", "link", "unlink", "fsync", "write"]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_undo_after_a_crash_before_any_system_call(call: str, pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = seen(pool)
+    crashes = 0
+    for survived in range(100):
+        staged = begin(pool, f"{survived:02x}")
+        if not crash(staged, pool, call, survived, monkeypatch):
+            assert staged.undo() == []
+            break
+        crashes += 1
+        staged.release()
+        begin(pool, "ff").undo()
+        assert seen(pool) == before
+    assert crashes > 0
+    assert seen(pool) == before
+
+
+def crash(staged: Stage, pool: Path, call: str, survived: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Do the steps, but end before system call number `survived`; whether it came to that."""
+    real, left = getattr(os, call), survived
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        nonlocal left
+        if not left:
+            raise PowerCutError
+        left -= 1
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, failing)
+        try:
+            for step in STEPS:
+                step(staged, pool)
+        except PowerCutError:
+            return True
+    return False
+
+
+def test_create_refuses_a_name_that_is_taken(pool: Path) -> None:
+    (pool / "dangling").symlink_to(pool / "nowhere")
+    before = seen_names(pool)
+    staged = begin(pool)
+    for name in ("other.qcow2", "dangling"):
+        with pytest.raises(AgentError) as caught:
+            staged.create("vda", str(pool / name), RAW)
+        assert caught.value.kind == errors.EXISTS
+    staged.undo()
+    assert seen_names(pool) == before
+
+
+def seen_names(directory: Path) -> set[str]:
+    return {entry.name for entry in directory.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link", "directory"])
+def test_publish_never_overwrites(kind: str, pool: Path) -> None:
+    final = pool / "disk.img"
+    staged = begin(pool)
+    staged.create("vda", str(final), RAW)
+    if kind == "file":
+        final.write_bytes(b"came in between")
+    elif kind == "directory":
+        final.mkdir()
+    else:
+        final.symlink_to(pool / "nowhere")
+    about = os.lstat(final)
+    with pytest.raises(AgentError, match=r"disk\.img") as caught:
+        staged.publish("vda", str(final))
+    assert caught.value.kind == errors.EXISTS
+    assert staged.undo() == []
+    assert os.path.samestat(os.lstat(final), about)
+    if kind == "file":
+        assert final.read_bytes() == b"came in between"
+    assert seen_names(pool) == {"other.qcow2", ".kvm-clone-0123456789abcdef.journal", "disk.img"}
+
+
+def test_undo_leaves_a_file_that_took_the_place_of_ours(pool: Path) -> None:
+    final = pool / "disk.img"
+    staged = begin(pool)
+    staged.create("vda", str(final), RAW)
+    staged.publish("vda", str(final))
+    held = final.open("rb")  # keeps the inode's number from being used again
+    final.unlink()
+    final.write_bytes(b"another one's")
+    assert staged.undo() == []
+    held.close()
+    assert final.read_bytes() == b"another one's"
+
+
+HOLDER = """
+import sys, time
+from kvm_clone.agent import stage
+pool, locks, name, then = sys.argv[1:]
+stage._LOCK_DIRECTORIES = (locks,)
+spec = {"format": "raw", "size": 4096, "options": {}, "mode": 0o600, "user": "root", "group": "root"}
+staged = stage.Stage(pool, name, "dead", {"source": "elsewhere"})
+for disk in ("vda", "vdb"):
+    staged.create(disk, f"{pool}/{disk}.img", spec)
+staged.publish("vda", f"{pool}/vda.img")
+for record in then.split():
+    staged.note(record, {})
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(pool: Path, locks: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with ending(python(HOLDER, pool, locks, NAME, "")) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        yield process
+
+
+def dead(pool: Path, locks: Path, then: str) -> None:
+    """Leave behind what a killed holder leaves."""
+    with ending(python(HOLDER, pool, locks, NAME, then)) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def test_a_live_holder_is_named(holder: subprocess.Popen[bytes], pool: Path) -> None:
+    before = seen(pool)
+    for act in (lambda: begin(pool), lambda: stage.settle(str(pool), NAME, committed=True)):
+        with pytest.raises(AgentError, match=f"operation dead, pid {holder.pid}, source elsewhere") as caught:
+            act()
+        assert caught.value.kind == errors.LOCKED
+    assert seen(pool) == before
+    other = Stage(str(pool), "another VM", "10", {})
+    other.finish()
+
+
+def test_a_dead_holders_leftovers_are_undone(pool: Path, locks: Path) -> None:
+    before = seen(pool)
+    dead(pool, locks, "")
+    assert len(seen(pool)) == len(before) + 3
+    staged = begin(pool, "10")
+    staged.create("vda", str(pool / "vda.img"), RAW)
+    staged.undo()
+    assert seen(pool) == before
+
+
+@pytest.mark.parametrize(("then", "committed"), [("define", False), ("define committed", True)])
+def test_what_may_have_been_committed_is_left_to_whoever_asks_libvirt(
+    then: str, committed: bool, pool: Path, locks: Path
+) -> None:
+    dead(pool, locks, then)
+    left = seen(pool)
+    assert stage.unsettled(str(pool), NAME) == {"operation": "dead", "committed": committed}
+    with pytest.raises(AgentError, match="libvirt has to be asked") as caught:
+        begin(pool)
+    assert caught.value.kind == errors.UNSUPPORTED
+    assert seen(pool) == left
+
+
+def test_settle_keeps_the_files_of_what_was_committed(pool: Path, locks: Path) -> None:
+    before = seen(pool)
+    dead(pool, locks, "define")
+    assert stage.settle(str(pool), NAME, committed=True) == []
+    assert stage.unsettled(str(pool), NAME) is None
+    assert seen_names(pool) - set(before) >= {"vda.img"}
+    assert not [name for name in seen_names(pool) - set(before) if name.endswith(".journal")]
+    begin(pool).finish()
+
+
+@pytest.mark.parametrize("then", ["define", "define committed"])
+def test_settle_undoes_what_was_not_committed(then: str, pool: Path, locks: Path) -> None:
+    before = seen(pool)
+    dead(pool, locks, then)
+    assert stage.settle(str(pool), NAME, committed=False) == []
+    assert seen(pool) == before
+    assert not list(locks.iterdir())
+
+
+def test_nothing_is_unsettled_at_first(pool: Path) -> None:
+    assert stage.unsettled(str(pool), NAME) is None
+    staged = begin(pool)
+    assert stage.unsettled(str(pool), NAME) is None
+    staged.finish()
+
+
+def test_abandon_after_define_leaves_everything(pool: Path, locks: Path) -> None:
+    staged = begin(pool)
+    for step in STEPS:
+        step(staged, pool)
+    staged.note(journal.DEFINE, {"uuid": "u"})
+    with pytest.raises(AgentError, match="libvirt has to be asked"):
+        staged.undo()
+    left = seen_names(pool)
+    staged.abandon()
+    assert seen_names(pool) == left
+    assert not list(locks.iterdir())
+    assert stage.unsettled(str(pool), NAME) == {"operation": "0f", "committed": False}
+    assert stage.settle(str(pool), NAME, committed=False) == []
+
+
+def test_undo_past_the_commit_point(pool: Path) -> None:
+    before = seen(pool)
+    staged = begin(pool)
+    for step in STEPS:
+        step(staged, pool)
+    staged.note(journal.DEFINE, {"uuid": "u"})
+    assert staged.undo(past_commit=True) == []
+    assert seen(pool) == before
+
+
+@pytest.fixture
+def stuck(pool: Path) -> Iterator[Callable[[Path], None]]:
+    """Make a file that even root cannot remove."""
+    need("chattr")
+    made: list[Path] = []
+
+    def make(path: Path) -> None:
+        if subprocess.run(["chattr", "+i", str(path)], capture_output=True).returncode:
+            lacking("the filesystem or the user cannot make a file immutable")
+        made.append(path)
+
+    yield make
+    for path in made:
+        subprocess.run(["chattr", "-i", str(path)], check=False, capture_output=True)
+
+
+@pytest.mark.parametrize("how", ["undo", "settle", "the next one", "abandon"])
+def test_undo_goes_on_past_a_failure_and_keeps_the_journal(
+    how: str, pool: Path, locks: Path, stuck: Callable[[Path], None]
+) -> None:
+    before = seen(pool)
+    staged = begin(pool)
+    parts = [Path(staged.create(disk, str(pool / f"{disk}.img"), RAW)) for disk in ("vda", "vdb", "vdc")]
+    stuck(parts[1])
+    if how == "undo":
+        (said,) = staged.undo()
+        assert str(parts[1]) in said
+    elif how == "abandon":
+        staged.abandon()
+    elif how == "settle":
+        staged.release()
+        (said,) = stage.settle(str(pool), NAME, committed=False)
+        assert str(parts[1]) in said
+    else:
+        staged.release()
+        with pytest.raises(AgentError, match=parts[1].name):
+            begin(pool, "10")
+    assert [part.exists() for part in parts] == [False, True, False]
+    assert not list(locks.iterdir())
+    subprocess.run(["chattr", "-i", str(parts[1])], check=True)
+    begin(pool, "11").finish()
+    assert seen(pool) == before
+
+
+def test_no_room_for_an_image(small: Path) -> None:
+    fill(small, but=3)
+    staged = begin(small)
+    with pytest.raises(AgentError) as caught:
+        staged.create("vda", str(small / "disk.img"), QCOW2)
+    assert caught.value.kind == errors.NO_SPACE
+    assert staged.undo() == []
+    assert seen_names(small) == {"filler"}
+
+
+def test_no_room_for_the_journal(small: Path, locks: Path) -> None:
+    fill(small, but=0)
+    with pytest.raises(OSError) as caught:
+        begin(small)
+    assert errors.from_exception(caught.value).kind == errors.NO_SPACE
+    assert seen_names(small) == {"filler"}
+    assert not list(locks.iterdir())
+
+
+def fill(directory: Path, but: int) -> None:
+    """Leave `but` blocks."""
+    space = os.statvfs(directory)
+    (directory / "filler").write_bytes(bytes((space.f_bavail - but) * space.f_frsize))
+
+
+def test_a_directory_that_is_not_there(tmp_path: Path, locks: Path) -> None:
+    with pytest.raises(OSError):
+        begin(tmp_path / "nowhere")
+    assert not list(locks.iterdir())
+
+
+def test_an_operation_that_is_over(pool: Path) -> None:
+    before = seen(pool)
+    staged = begin(pool)
+    staged.finish()
+    for step in STEPS[:5]:
+        with pytest.raises(AgentError):
+            step(staged, pool)
+    assert staged.undo() == []
+    staged.finish()
+    staged.abandon()
+    assert seen(pool) == before
+
+
+def test_a_damaged_journal_is_left_alone(pool: Path, locks: Path) -> None:
+    begin(pool).release()
+    path = Path(stage.journal_path(str(pool), NAME))
+    path.write_bytes(b"damaged\n" + path.read_bytes())
+    before = seen(pool)
+    for act in (
+        lambda: begin(pool),
+        lambda: stage.unsettled(str(pool), NAME),
+        lambda: stage.settle(str(pool), NAME, committed=False),
+    ):
+        with pytest.raises(AgentError, match="damaged"):
+            act()
+    assert seen(pool) == before
+    assert not list(locks.iterdir())
+
+
+def test_abandon_waits_for_a_step_under_way(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls run side by side, and the controller may go away in the midst of one."""
+    before = seen(pool)
+    staged = begin(pool)
+    begun, go_on = threading.Event(), threading.Event()
+    real = qemu.create
+
+    def slowly(*arguments: Any) -> None:
+        begun.set()
+        go_on.wait(10)
+        real(*arguments)
+
+    monkeypatch.setattr(image.qemu, "create", slowly)
+    steps = threading.Thread(target=lambda: staged.create("vda", str(pool / "disk.img"), QCOW2))
+    steps.start()
+    begun.wait(10)
+    end = threading.Thread(target=staged.abandon)
+    end.start()
+    end.join(0.3)
+    go_on.set()
+    steps.join()
+    end.join()
+    assert seen(pool) == before
+    with pytest.raises(AgentError, match="over"):
+        staged.create("vdb", str(pool / "second.img"), RAW)
+    assert seen(pool) == before
+
+
+def test_owner_and_mode(pool: Path) -> None:
+    if os.geteuid() != 0:
+        lacking("giving files away needs root")
+    staged = begin(pool)
+    for user, expected in (("daemon", 1), ("nobody-has-this-name", 0)):
+        part = staged.create(user, str(pool / user), {**RAW, "mode": 0o604, "user": user, "group": user})
+        about = os.stat(part)
+        assert (about.st_uid, about.st_gid, about.st_mode & 0o7777) == (expected, expected, 0o604)
+    staged.undo()
+
+
+def test_a_killed_holder_frees_its_lock_even_while_its_child_lives(pool: Path, locks: Path) -> None:
+    dead(pool, locks, "")
+    assert eventually(lambda: not processes(str(pool)))
+    begin(pool).undo()
