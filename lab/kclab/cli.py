@@ -11,7 +11,8 @@ Usage: lab/lab COMMAND …
   power off|on HOST               cut the host's power (its disks stay), or switch it on
   net cut|heal HOST               take the host's link down, or up
   net shape HOST [--rate 1gbit] [--delay 25ms] | --clear
-                                  limit the link, in each direction
+                                  limit and delay the link, in each direction: a round trip
+                                  takes twice the delay longer
 
 Examples:
   lab/lab up
@@ -22,7 +23,7 @@ Examples:
   ssh -F .lab/ssh_config kc-b hostname
   kvm-clone clone kc-a kc-b web           (with --ssh-config .lab/ssh_config)
   lab/lab power off kc-b
-  lab/lab net shape kc-b --rate 100mbit
+  lab/lab net shape kc-b --rate 100mbit --delay 10ms
   lab/lab down
 
 The hosts are kc-a, kc-b, …; the files of the lab are in .lab/, or where KVM_CLONE_LAB_STATE says.

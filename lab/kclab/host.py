@@ -5,16 +5,14 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from kclab import network
-from kclab.command import LabError, environment, kill, run
+from kclab.command import LabError, environment, kill, run, running, wait_until
 from kclab.identity import put
 from kclab.state import Host, Lab
 
-START_SECONDS = 60.0
 QEMU_CONF = """\
 user = "root"
 group = "root"
@@ -80,13 +78,7 @@ def _autostarted(directory: Path, xml: str) -> None:
 
 def init_pid(host: Host) -> int | None:
     """Return the first process of the host's PID namespace, or None when the host is off."""
-    try:
-        pid, started = host.pid_file.read_text().split()
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
-    # A process id that was given to another process since has another start time.
-    return int(pid) if fields[19] == started and fields[0] not in "ZX" else None
+    return running(host.pid_file)
 
 
 def begin_start(host: Host) -> subprocess.Popen[bytes]:
@@ -126,9 +118,7 @@ def finish_start(host: Host, started: subprocess.Popen[bytes]) -> None:
         print(f"lab: {host.name} goes on without the libvirt network 'default': see {log}", file=sys.stderr)
 
 
-def _wait_for(
-    host: Host, started: subprocess.Popen[bytes], program: str, answers: Callable[[], bool]
-) -> None:
+def _wait_for(host: Host, started: subprocess.Popen[bytes], program: str, answers: Callable[[], bool]) -> None:
     """Wait until a program of the host answers, or the host's first process has failed."""
     log = host.directory / f"{program}.log"
     wait_until(lambda: started.poll() is not None or answers(), f"{program} does not start: see {log}")
@@ -153,15 +143,6 @@ def entered(host: Host, *argv: str) -> list[str]:
     if pid is None:
         raise LabError(f"{host.name} is off: run lab/lab power on {host.name}")
     return ["nsenter", "--target", str(pid), "--mount", "--uts", "--net", "--pid", "--", *argv]
-
-
-def wait_until(condition: Callable[[], bool], failure: str) -> None:
-    """Poll until the condition holds; LabError with the given text when it does not in time."""
-    deadline = time.monotonic() + START_SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            raise LabError(failure)
-        time.sleep(0.03)
 
 
 def _listens_for_ssh(host: Host) -> bool:

@@ -48,6 +48,11 @@ class Host:
         return self.directory / "init.pid"
 
     @property
+    def delay_pid_file(self) -> Path:
+        """Process id and start time of the process that delays the host's link."""
+        return self.directory / "delay.pid"
+
+    @property
     def netns(self) -> str:
         """The host's network namespace."""
         return f"{self.lab.tag}-{self.name[len('kc-') :]}"
@@ -56,6 +61,11 @@ class Host:
     def port(self) -> str:
         """The switch's end of the host's cable, inside the switch's namespace."""
         return self.name
+
+    @property
+    def tap(self) -> str:
+        """What is at the bridge in place of the port while a process delays the host's link."""
+        return f"{self.name}-delay"
 
     @property
     def address(self) -> str:

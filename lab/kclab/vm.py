@@ -82,9 +82,7 @@ def safe_name(name: str) -> str:
 
 def _check_name(name: str) -> None:
     if not name or "/" in name or any(ord(letter) < 32 for letter in name):
-        raise LabError(
-            f"bad VM name {name!r}: libvirt wants some characters, but no / and no control character"
-        )
+        raise LabError(f"bad VM name {name!r}: libvirt wants some characters, but no / and no control character")
 
 
 def _outside(where: Host, path: str) -> Path:

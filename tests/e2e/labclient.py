@@ -73,9 +73,7 @@ class Lab:
         """Run a command on a host."""
         return self.command("exec", host, "--", *argv, check=check, input=input)
 
-    def vm(
-        self, host: str, name: str, disks: Sequence[str] = (), boot: bool = True, start: bool = False
-    ) -> Vm:
+    def vm(self, host: str, name: str, disks: Sequence[str] = (), boot: bool = True, start: bool = False) -> Vm:
         """Make a VM, in place of one of this name; disks are FORMAT:SIZE[:DATA]."""
         options = [option for disk in disks for option in ("--disk", disk)]
         options += [] if boot else ["--no-boot-disk"]
@@ -95,11 +93,19 @@ class Lab:
         """`cut`, `heal` or `shape` (with options)."""
         self.command("net", action, host, *options)
 
+    def ssh_argv(self, host: str, command: str) -> list[str]:
+        """Return the command line of `ssh`."""
+        return ["ssh", "-F", str(self.ssh_config), host, command]
+
     def ssh(self, host: str, command: str, timeout: float = 30) -> subprocess.CompletedProcess[str]:
         """Run a shell command over SSH, as a user of the lab would."""
-        argv = ["ssh", "-F", str(self.ssh_config), host, command]
         return subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout
+            self.ssh_argv(host, command),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
         )
 
     def wait_for_guest(self, host: str, serial: str, seconds: float = 60) -> str:

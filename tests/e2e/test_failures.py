@@ -341,7 +341,9 @@ def _with_xml(old: str, new: str, said: str) -> Callable[[Lab, Vm], str]:
     return change
 
 
-_BLOCK_DISK = "<disk type='block' device='disk'><driver type='raw'/><source dev='/dev/loop7'/><target dev='vdx'/></disk>"
+_BLOCK_DISK = (
+    "<disk type='block' device='disk'><driver type='raw'/><source dev='/dev/loop7'/><target dev='vdx'/></disk>"
+)
 _NETWORK_DISK = (
     "<disk type='network' device='disk'><driver type='raw'/><source protocol='nbd' name='far'><host name='h'/></source>"
     "<target dev='vdy'/></disk>"

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import socket
 import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from labclient import LAB, Lab
 
 pytestmark = pytest.mark.e2e
+
+DELAY = 0.025  # as in `--delay 25ms`
+
+
+@pytest.fixture
+def delayed(lab: Lab) -> Iterator[Lab]:
+    """Give the lab with the link of kc-b delayed."""
+    lab.net("shape", "kc-b", "--delay", "25ms", "--rate", "200mbit")
+    try:
+        yield lab
+    finally:
+        lab.net("shape", "kc-b", "--clear")
+
+
+@pytest.fixture
+def own_lab(tmp_path: Path) -> Iterator[Lab]:
+    """Give a lab of one host that the test may take down."""
+    own = Lab(tmp_path / "lab")
+    own.command("up", "--hosts", "1")
+    try:
+        yield own
+    finally:
+        own.command("down")
 
 
 def test_status_names_both_hosts(lab: Lab) -> None:
@@ -33,9 +62,7 @@ def test_hosts_differ_and_reach_each_other(lab: Lab) -> None:
     addresses = [lab.run(host, "hostname", "-I").stdout.split()[0] for host in ("kc-a", "kc-b")]
     assert lab.ssh("kc-a", f"ssh root@{addresses[1]} hostname").stdout == "kc-b\n"
     assert lab.ssh("kc-b", "ssh kc-a hostname").stdout == "kc-a\n"
-    uuids = {
-        lab.run(host, "sh", "-c", "virsh capabilities | grep -m1 uuid").stdout for host in ("kc-a", "kc-b")
-    }
+    uuids = {lab.run(host, "sh", "-c", "virsh capabilities | grep -m1 uuid").stdout for host in ("kc-a", "kc-b")}
     assert len(uuids) == 2
 
 
@@ -114,6 +141,78 @@ def test_net_shape_limits_the_rate(lab: Lab) -> None:
     assert "shaped" not in lab.command("status").stdout
 
 
+def test_net_shape_delays_each_direction(lab: Lab) -> None:
+    undelayed = _round_trip(lab, "kc-b")
+    try:
+        for delay in ("60ms", "25ms"):  # the second in place of the first
+            lab.net("shape", "kc-b", "--delay", delay)
+            assert "link up, shaped" in lab.command("status").stdout
+        assert 2 * DELAY <= _round_trip(lab, "kc-b") < undelayed + 4 * DELAY
+    finally:
+        lab.net("shape", "kc-b", "--clear")
+    assert _round_trip(lab, "kc-b") < 2 * DELAY
+    assert "shaped" not in lab.command("status").stdout
+
+
+def test_delayed_link_carries_data_intact_in_both_directions(delayed: Lab) -> None:
+    data = os.urandom(16 << 20)
+    started = time.monotonic()
+    done = subprocess.run(
+        delayed.ssh_argv("kc-b", "tee /tmp/data; sha256sum /tmp/data >&2; rm /tmp/data"),
+        input=data,
+        capture_output=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stderr.split()[0].decode() == hashlib.sha256(data).hexdigest()
+    assert done.stdout == data
+    assert time.monotonic() - started > len(data) * 8 / 220e6, "the rate must hold with a delay too"
+
+
+def test_connection_outlives_a_change_of_shape(lab: Lab) -> None:
+    with subprocess.Popen(
+        lab.ssh_argv("kc-b", "cat"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            for number, change in enumerate((["--delay", "25ms"], ["--delay", "5ms"], ["--clear"])):
+                lab.net("shape", "kc-b", *change)
+                process.stdin.write(f"{number}\n")
+                assert process.stdout.readline() == f"{number}\n"
+        finally:
+            lab.net("shape", "kc-b", "--clear")
+
+
+def test_net_cut_and_heal_of_a_delayed_link(delayed: Lab) -> None:
+    delayed.net("cut", "kc-b")
+    try:
+        assert "link cut, shaped" in delayed.command("status").stdout
+        with pytest.raises(subprocess.TimeoutExpired):
+            delayed.ssh("kc-b", "true", timeout=2)
+    finally:
+        delayed.net("heal", "kc-b")
+    assert _round_trip(delayed, "kc-b") >= 2 * DELAY
+
+
+def test_shape_that_fails_leaves_the_link_unshaped(lab: Lab) -> None:
+    assert lab.command("net", "shape", "kc-b", "--delay", "25ms", "--rate", "much", check=False).returncode == 1
+    assert "shaped" not in lab.command("status").stdout
+    assert lab.ssh("kc-b", "true").returncode == 0
+
+
+def test_power_cut_and_down_end_the_delay(own_lab: Lab) -> None:
+    assert _traces(own_lab)
+    own_lab.net("shape", "kc-a", "--delay", "25ms")
+    own_lab.power("off", "kc-a")
+    assert not any("kc-a" in trace or "pid" in trace for trace in _traces(own_lab))
+    own_lab.power("on", "kc-a")
+    assert "shaped" not in own_lab.command("status").stdout
+    own_lab.net("shape", "kc-a", "--delay", "25ms")
+    own_lab.command("down")
+    assert _traces(own_lab) == []
+
+
 @pytest.mark.parametrize(
     "argv",
     [
@@ -125,6 +224,7 @@ def test_net_shape_limits_the_rate(lab: Lab) -> None:
         ["power", "sideways", "kc-a"],
         ["net", "shape", "kc-a"],
         ["net", "shape", "kc-a", "--rate", "much"],
+        ["net", "shape", "kc-a", "--delay", "25"],
         ["frobnicate"],
     ],
 )
@@ -138,6 +238,31 @@ def test_errors_are_one_line(lab: Lab, argv: list[str]) -> None:
 def test_help_shows_examples() -> None:
     done = subprocess.run([str(LAB), "--help"], capture_output=True, text=True, check=True)
     assert "lab/lab vm kc-a web --start" in done.stdout
+
+
+def _round_trip(lab: Lab, host: str) -> float:
+    """Seconds that connecting takes, at best: the first one may have to ask for the MAC address."""
+    address = lab.run(host, "hostname", "-I").stdout.split()[0]
+    taken = []
+    for _ in range(5):
+        started = time.monotonic()
+        socket.create_connection((address, 22), timeout=10).close()
+        taken.append(time.monotonic() - started)
+    return min(taken)
+
+
+def _traces(lab: Lab) -> list[str]:
+    """Namespaces and interfaces of a lab on this machine, and what its switch has and runs."""
+    tag = "kc" + hashlib.sha256(str(lab.state.resolve()).encode()).hexdigest()[:6]
+    found = [line for line in _ip("netns", "list") + _ip("-oneline", "link", "show") if tag in line]
+    if any(line.startswith(f"{tag}-sw") for line in found):
+        found += _ip("-netns", f"{tag}-sw", "-oneline", "link", "show")
+        found += [f"pid {pid}" for pid in _ip("netns", "pids", f"{tag}-sw")]
+    return found
+
+
+def _ip(*argv: str) -> list[str]:
+    return subprocess.run(["ip", *argv], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def _remove(lab: Lab, uuid: str, host: str = "kc-a") -> None:
