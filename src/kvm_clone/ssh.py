@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,25 +126,18 @@ async def effective(address: Address, options: SshOptions) -> Effective:
     """Ask ssh what it would do. Raises UsageError when it cannot read its configuration or key, ConnectError."""
     argv = [*base_argv(options), "-G", "-T", *address.argv()]
     try:
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
+        status, out, said = await _answer(argv)
     except FileNotFoundError as error:
         text = f"cannot connect to {address.text}: this machine has no ssh"
         raise ConnectError(text, subject=address.text, remedy="install openssh-client here") from error
-    out, err = await process.communicate()
-    said = err.decode(errors="replace")
     # A key that -i names and that is not there is no error to ssh: it tries the others.
-    if process.returncode or _NO_KEY in said:
+    if status or _NO_KEY in said:
         raise UsageError(
             f"ssh does not accept its configuration: {'; '.join(said.splitlines())}",
             subject=address.text,
             remedy="check --ssh-config, --ssh-key, --ssh-option and your ssh_config",
         )
-    pairs = (line.partition(" ") for line in out.decode(errors="replace").splitlines())
+    pairs = (line.partition(" ") for line in out.splitlines())
     return Effective({keyword.lower(): value for keyword, _, value in pairs})
 
 
@@ -217,15 +211,29 @@ def _known_hosts_files(known: Effective) -> list[str]:
 
 
 async def _lines_of(name: str, file: str) -> list[str]:
-    process = await asyncio.create_subprocess_exec(
-        "ssh-keygen", "-F", name, "-f", str(Path(file).expanduser()),
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
-    out, _ = await process.communicate()
+    _, out, _ = await _answer(["ssh-keygen", "-F", name, "-f", str(Path(file).expanduser())])
     found: list[str] = []
-    for line in out.decode(errors="replace").splitlines():
+    for line in out.splitlines():
         words = line.split()
         marker = [words.pop(0)] if words and words[0].startswith("@") else []
         if len(words) >= 3 and not line.startswith("#"):
             found.append(" ".join([*marker, *words[1:3]]))
     return found
+
+
+async def _answer(argv: list[str]) -> tuple[int | None, str, str]:
+    """The status of a command that ends soon, and what it writes. Cancelled, it leaves no process behind."""
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        out, err = await process.communicate()
+    except asyncio.CancelledError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+        raise
+    return process.returncode, out.decode(errors="replace"), err.decode(errors="replace")

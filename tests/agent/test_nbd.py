@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -71,13 +72,18 @@ def receive(how: str) -> Callable[[NbdDisk], None]:
     return act
 
 
-ACTS: dict[str, Callable[[NbdDisk], None]] = {
+def zero(disk: NbdDisk) -> None:
+    disk.zero(0, MIB)
+    disk.flush()
+
+
+ACTS: dict[str, Callable[[NbdDisk], object]] = {
     "write": fill,
     "receive from a pipe": receive("pipe"),
     "receive from a socket": receive("socket"),
     "read": lambda disk: disk.readinto(0, memoryview(bytearray(4 * MIB))),
-    "zero": lambda disk: (disk.zero(0, MIB), disk.flush())[0],
-    "extents": lambda disk: [None for _ in disk.extents()][0],
+    "zero": zero,
+    "extents": lambda disk: list(disk.extents()),
     "flush": lambda disk: disk.flush(),
 }
 
@@ -169,7 +175,7 @@ def test_a_disk_that_is_larger_than_one_request_can_name() -> None:
         extents = list(disk.extents(disk.size - (3 << 30)))
         assert extents[0].offset == disk.size - (3 << 30)
         assert extents[-1].end == disk.size
-        assert all(first.end == second.offset for first, second in zip(extents, extents[1:]))
+        assert all(first.end == second.offset for first, second in pairwise(extents))
         assert extents[-1].kind == DATA
         assert sum(extent.length for extent in extents if extent.kind == DATA) < MIB
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.agent import errors, image, journal, qemu, stage
+from kvm_clone.agent import errors, journal, qemu, stage
 from kvm_clone.agent.errors import AgentError
 from kvm_clone.agent.stage import Stage
 
@@ -20,7 +20,7 @@ from .tools import KIB, MIB, ending, eventually, lacking, need, processes, pytho
 
 pytestmark = pytest.mark.timeout(60)
 
-NAME = "a VM's \"name\", with $(everything) but a slash"
+NAME = 'a VM\'s "name", with $(everything) but a slash'
 RAW = {"format": "raw", "size": MIB + 1, "options": {}, "mode": 0o640, "user": "root", "group": "root"}
 QCOW2 = {**RAW, "format": "qcow2", "size": MIB, "options": {"cluster_size": "4096", "compat": "1.1"}}
 
@@ -72,8 +72,8 @@ def test_a_whole_operation(pool: Path, locks: Path) -> None:
     staged.note(journal.COMMITTED, {})
     staged.finish()
     assert os.stat(pool / "vda.img").st_size == MIB + 1
-    about = qemu.info(str(pool / "vdb.img"), "qcow2")
-    assert (about["virtual-size"], about["cluster-size"]) == (MIB, 4096)
+    image = qemu.info(str(pool / "vdb.img"), "qcow2")
+    assert (image["virtual-size"], image["cluster-size"]) == (MIB, 4096)
     after = seen(pool)
     assert set(after) - set(before) == {"vda.img", "vdb.img"}
     assert {name: after[name] for name in before} == before
@@ -441,7 +441,7 @@ def test_abandon_waits_for_a_step_under_way(pool: Path, monkeypatch: pytest.Monk
         go_on.wait(10)
         real(*arguments)
 
-    monkeypatch.setattr(image.qemu, "create", slowly)
+    monkeypatch.setattr(qemu, "create", slowly)
     steps = threading.Thread(target=lambda: staged.create("vda", str(pool / "disk.img"), QCOW2))
     steps.start()
     begun.wait(10)

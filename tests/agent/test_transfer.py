@@ -7,7 +7,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -49,12 +49,12 @@ pytestmark = pytest.mark.timeout(30)
 def copy(source: Sequence[Job], target: Sequence[Job], parallel: int = 1, rate: int = 0) -> list[int]:
     """Send through a real pipe; what the receiver reports at its end. Raises what either end raised."""
     incoming, out = os.pipe()
-    failures: list[Exception] = []
+    failures: list[AgentError] = []
 
     def send() -> None:
         try:
             Sender(out, list(source), parallel, rate).run()
-        except Exception as error:
+        except AgentError as error:
             failures.append(error)
         finally:
             os.close(out)
@@ -93,15 +93,29 @@ SIZE = 5 * MIB + 512
 WRITES = [(0, noise(100_000)), (MIB - 3, noise(7, 1)), (2 * MIB, noise(MIB + 4097, 2)), (SIZE - 1, b"\x01")]
 
 
-def make(path: Path, format_: str, size: int = SIZE, writes: Sequence[Write] = WRITES, **options: str) -> Job:
+def make(
+    path: Path,
+    format_: str,
+    size: int = SIZE,
+    writes: Sequence[Write] = WRITES,
+    options: Mapping[str, str] | None = None,
+) -> Job:
     if format_ == image.RAW:
         return Job(str(make_raw(path, size, writes)), format_)
-    return Job(str(make_qcow2(path, size, writes, **options)), format_)
+    return Job(str(make_qcow2(path, size, writes, options)), format_)
 
 
-@pytest.mark.parametrize("to", ["raw", "qcow2"])
-@pytest.mark.parametrize("format_", ["raw", "qcow2"])
-@pytest.mark.parametrize("parallel", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("parallel", "format_", "to"),
+    [
+        (1, "raw", "raw"),
+        (1, "qcow2", "qcow2"),
+        (2, "raw", "qcow2"),
+        (2, "qcow2", "raw"),
+        (3, "qcow2", "qcow2"),
+        (9, "raw", "raw"),
+    ],
+)
 def test_several_disks(parallel: int, format_: str, to: str, tmp_path: Path) -> None:
     contents: list[Sequence[Write]] = [WRITES, [], [(3 * MIB, noise(2 * MIB, 3))], [(0, noise(SIZE, 4))]]
     source = [make(tmp_path / f"from {number}", format_, writes=writes) for number, writes in enumerate(contents)]
@@ -109,7 +123,6 @@ def test_several_disks(parallel: int, format_: str, to: str, tmp_path: Path) -> 
     written = copy(source, target, parallel)
     for one, other in zip(source, target, strict=True):
         assert same(one, other)
-        assert digests(one) == digests(other)
     assert written[1] == 0
     assert written[3] == SIZE
     assert not processes(str(tmp_path))
@@ -142,8 +155,8 @@ OPTIONS: list[dict[str, str]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_qcow2_of_every_kind(options: dict[str, str], tmp_path: Path) -> None:
-    source = make(tmp_path / "from", "qcow2", **options)
-    target = make(tmp_path / "to", "qcow2", writes=[], **options)
+    source = make(tmp_path / "from", "qcow2", options=options)
+    target = make(tmp_path / "to", "qcow2", writes=[], options=options)
     copy([source], [target])
     assert same(source, target, strict=True)
     subprocess.run(["qemu-img", "check", "-q", target.path], check=True)
@@ -161,18 +174,18 @@ def compressed_clusters(job: Job) -> int:
     return int(answer.get("compressed-clusters", 0))
 
 
-SQUEEZABLE = b"squeeze me " * (4 * MIB // 11)
+SQUEEZABLE = b"squeeze me " * (2 * MIB // 11)
 
 
-def make_compressed(path: Path, size: int = 6 * MIB, cluster_size: int = 64 * KIB) -> Job:
+def make_compressed(path: Path, size: int = 4 * MIB, cluster_size: int = 64 * KIB) -> Job:
     writes = [(MIB - 700, SQUEEZABLE), (size - 5, b"tail")]
-    return Job(str(make_qcow2(path, size, writes, compress=True, cluster_size=str(cluster_size))), "qcow2")
+    return Job(str(make_qcow2(path, size, writes, {"cluster_size": str(cluster_size)}, compress=True)), "qcow2")
 
 
 @pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 1048576])
 def test_compressed_stays_compressed(cluster_size: int, tmp_path: Path) -> None:
     source = make_compressed(tmp_path / "from", cluster_size=cluster_size)
-    target = make(tmp_path / "to", "qcow2", 6 * MIB, [], cluster_size=str(cluster_size))
+    target = make(tmp_path / "to", "qcow2", 4 * MIB, [], options={"cluster_size": str(cluster_size)})
     copy([source], [target])
     assert same(source, target, strict=True)
     assert compressed_clusters(target) == compressed_clusters(source) > 0
@@ -181,21 +194,21 @@ def test_compressed_stays_compressed(cluster_size: int, tmp_path: Path) -> None:
 
 def test_compressed_and_plain_in_one_image(tmp_path: Path) -> None:
     source = make_compressed(tmp_path / "from")
-    command = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 100k", "-c", "write -P 8 3M 64k", source.path]
+    command = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 100k", "-c", "write -P 8 2M 64k", source.path]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    targets = [make(tmp_path / f"to {number}", "qcow2", 6 * MIB, []) for number in (0, 1)]
+    targets = [make(tmp_path / f"to {number}", "qcow2", 4 * MIB, []) for number in (0, 1)]
     copy([source, source], targets, parallel=2)
     for target in targets:
         assert same(source, target, strict=True)
         assert compressed_clusters(target) == compressed_clusters(source) > 0
 
 
-@pytest.mark.parametrize(("size", "cluster_size"), [(6 * MIB, 2 * MIB), (6 * MIB + 512, 64 * KIB)])
+@pytest.mark.parametrize(("size", "cluster_size"), [(4 * MIB, 2 * MIB), (4 * MIB + 512, 64 * KIB)])
 def test_compressed_clusters_that_no_record_can_carry_arrive_plain(
     size: int, cluster_size: int, tmp_path: Path
 ) -> None:
     source = make_compressed(tmp_path / "from", size, cluster_size)
-    target = make(tmp_path / "to", "qcow2", size, [], cluster_size=str(cluster_size))
+    target = make(tmp_path / "to", "qcow2", size, [], options={"cluster_size": str(cluster_size)})
     copy([source], [target])
     assert same(source, target)
 
@@ -203,7 +216,7 @@ def test_compressed_clusters_that_no_record_can_carry_arrive_plain(
 @pytest.mark.parametrize("times", [1, 2])
 def test_compressed_over_old_data(times: int, tmp_path: Path) -> None:
     source = make_compressed(tmp_path / "from")._replace(fresh=False)
-    target = make(tmp_path / "to", "qcow2", 6 * MIB, [(0, noise(6 * MIB))])
+    target = make(tmp_path / "to", "qcow2", 4 * MIB, [(0, noise(4 * MIB))])
     for _ in range(times):
         copy([source], [target])
     assert same(source, target)
@@ -273,7 +286,8 @@ def test_a_torn_stream_is_never_a_success(to: str, tmp_path: Path) -> None:
     target = [make(tmp_path / f"to {number}", to, 2 * MIB, []) for number in (0, 1)]
     content, records = stream_of(source, parallel=2)
     assert {record.type for _, record in records} == {DATA, ZERO, DISK_END, END}
-    for cut in cuts_of(content, records):
+    cuts = list(cuts_of(content, records))
+    for cut in cuts if to == "raw" else cuts[::3]:
         with arriving(content[:cut]) as incoming, pytest.raises(AgentError) as caught:
             Receiver(incoming, target, lambda _: None).run()
         assert caught.value.kind == errors.INTERRUPTED, f"{cut}: {caught.value}"
@@ -408,7 +422,7 @@ SILENT_AFTER = {
 
 @pytest.mark.parametrize("how", ["pipe", "socket"])
 @pytest.mark.parametrize("after", SILENT_AFTER)
-def test_silence(after: str, how: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silence(after: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "SILENCE_SECONDS", 0.1)
     content = Record(IDLE, 0, 0, 0).pack() + Record(DATA, 0, 0, 4096).pack() + noise(4096)
     target = make(tmp_path / "to", "qcow2", 4096, [])
@@ -422,10 +436,10 @@ def test_silence(after: str, how: str, way: str, tmp_path: Path, monkeypatch: py
 def test_idle_records_break_the_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "SILENCE_SECONDS", 0.4)
     monkeypatch.setattr(transfer, "IDLE_SECONDS", 0.1)
-    size = 3 * 4096
+    size = 2 * 4096
     source = make(tmp_path / "from", "raw", size, [(0, noise(size))])
     target = make(tmp_path / "to", "raw", size, [])
-    assert copy([source], [target], rate=8192) == [size]
+    assert copy([source], [target], rate=4096) == [size]
     assert Path(target.path).read_bytes() == noise(size)
 
 

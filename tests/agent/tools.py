@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,12 @@ def noise(length: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(length).replace(b"\0", b"\1")
 
 
-def filled(size: int, writes: Iterable[Write]) -> bytearray:
+def filled(size: int, writes: Iterable[Write]) -> bytes:
     """What a disk of zeros holds after the writes."""
     content = bytearray(size)
     for offset, data in writes:
         content[offset : offset + len(data)] = data
-    return content
+    return bytes(content)
 
 
 def read(disk: Disk, offset: int = 0, length: int | None = None) -> bytes:
@@ -67,7 +68,7 @@ def sent(disk: Disk) -> bytes:
     for extent in disk.extents():
         if extent.kind == DATA:
             for piece in split(extent, CHUNK):
-                content[piece.offset : piece.end] = through_pipe(lambda out, piece=piece: disk.send(piece, out))
+                content[piece.offset : piece.end] = through_pipe(partial(disk.send, piece))
     return bytes(content)
 
 
@@ -128,11 +129,19 @@ def qcow2_content(path: Path) -> bytes:
     return Path(f"{path}.read").read_bytes()
 
 
-def make_qcow2(path: Path, size: int, writes: Iterable[Write] = (), *, compress: bool = False, **options: str) -> Path:
+def make_qcow2(
+    path: Path,
+    size: int,
+    writes: Iterable[Write] = (),
+    options: Mapping[str, str] | None = None,
+    *,
+    compress: bool = False,
+) -> Path:
     """A qcow2 image with this content, `compress`ed on request."""
     need("qemu-img", "qemu-nbd")
+    wanted = dict(options or {})
     plain = path.with_suffix(".plain") if compress else path
-    qemu.create(str(plain), "qcow2", size, options)
+    qemu.create(str(plain), "qcow2", size, wanted)
     disk = image.StagedImage(str(plain))
     for offset, data in writes:
         disk.write(offset, memoryview(data))
@@ -140,7 +149,7 @@ def make_qcow2(path: Path, size: int, writes: Iterable[Write] = (), *, compress:
     disk.close()
     if compress:
         argv = ["qemu-img", "convert", "-c", "-f", "qcow2", "-O", "qcow2"]
-        argv += [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+        argv += [word for key, value in wanted.items() for word in ("-o", f"{key}={value}")]
         subprocess.run([*argv, "--", str(plain), str(path)], check=True)
         plain.unlink()
     return path
@@ -161,7 +170,7 @@ def nbdkit(*arguments: str) -> Iterator[NbdDisk]:
     need("nbdkit")
     ours, theirs = socket.socketpair()
     with theirs:
-        server = subprocess.Popen(["nbdkit", "--single", *arguments], stdin=theirs, stdout=theirs)
+        server = subprocess.Popen(["nbdkit", "--single", *arguments], stdin=theirs.fileno(), stdout=theirs.fileno())
     disk = NbdDisk(ours)
     try:
         yield disk

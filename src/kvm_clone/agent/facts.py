@@ -54,10 +54,16 @@ def disk(path: str, image_format: str) -> Dict[str, Any]:
         if answer["regular"] and image_format == image.QCOW2:
             answer["image"] = qemu.info(path, image_format)
             answer["virtual_size"] = answer["image"]["virtual-size"]
-        answer["data"] = _data(path, image_format) if answer["regular"] else 0
+        answer["data"] = _data(path, image_format) if answer["regular"] and _alone(answer.get("image", {})) else 0
     except (OSError, AgentError) as error:
         return {"path": path, "error": getattr(error, "strerror", None) or str(error)}
     return answer
+
+
+def _alone(image_info: Dict[str, Any]) -> bool:
+    """Whether the image can be mapped by itself; the plan refuses others by name, so that nobody needs their map."""
+    specific = image_info.get("format-specific", {}).get("data", {})
+    return not (image_info.get("backing-filename") or image_info.get("encrypted") or specific.get("data-file"))
 
 
 def _data(path: str, format_: str) -> int:

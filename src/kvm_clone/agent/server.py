@@ -7,13 +7,14 @@ is gone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import threading
 from typing import Any, Callable, Dict, List, Optional
 
 from . import digest, facts, image, process, stage
-from .errors import UNSUPPORTED, AgentError, from_exception
+from .errors import INTERRUPTED, UNSUPPORTED, AgentError, from_exception
 from .lock import ImageLock
 from .wire import pack_frame, read_frame, write_all
 
@@ -32,6 +33,8 @@ class Server:
         self._out = out
         self._writing = threading.Lock()
         self._locks: List[ImageLock] = []
+        self._beginning = threading.Lock()
+        self._over = False
         self._stage: Optional[stage.Stage] = None
         self._calls: Dict[str, Callable[..., Any]] = {
             "ping": lambda: None,
@@ -65,6 +68,8 @@ class Server:
         except EOFError:
             return  # torn in the midst of a frame: gone all the same
         finally:
+            with self._beginning:
+                self._over = True
             if self._stage is not None:
                 self._stage.abandon()
 
@@ -86,7 +91,8 @@ class Server:
             self._write({"id": number, "error": from_exception(error).as_dict()})
 
     def _write(self, message: Dict[str, Any]) -> None:
-        with self._writing:
+        # A controller that does not listen any more is gone: the end of our input will say so.
+        with self._writing, contextlib.suppress(BrokenPipeError, ConnectionResetError):
             write_all(self._out, pack_frame(message))
 
     def _lock_image(self, path: str) -> None:
@@ -97,9 +103,12 @@ class Server:
             raise from_exception(error, f"opening {path}") from error
 
     def _begin(self, directory: str, name: str, operation: str, about: Dict[str, Any]) -> None:
-        if self._stage is not None:
-            raise AgentError(UNSUPPORTED, "this agent has an operation already")
-        self._stage = stage.Stage(directory, name, operation, about)
+        with self._beginning:
+            if self._over:
+                raise AgentError(INTERRUPTED, "the controller is gone")
+            if self._stage is not None:
+                raise AgentError(UNSUPPORTED, "this agent has an operation already")
+            self._stage = stage.Stage(directory, name, operation, about)
 
     def _staged(self) -> stage.Stage:
         if self._stage is None:

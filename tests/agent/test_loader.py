@@ -1,0 +1,582 @@
+"""The agent as a host runs it: the loader in a process of its own, fed through its input."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvm_clone import host, payload
+from kvm_clone.agent import digest, errors, qemu, server, stage
+from kvm_clone.agent.transfer import Job, Sender
+from kvm_clone.agent.wire import MARKER, RECORD_HEADER, pack_frame, read_frame
+
+from .tools import (
+    KIB,
+    MIB,
+    ending,
+    eventually,
+    make_qcow2,
+    make_raw,
+    noise,
+    processes,
+    python,
+    through_pipe,
+)
+
+pytestmark = pytest.mark.timeout(60)
+
+Frame = dict[str, Any]
+WHOLE = payload.preamble().encode() + payload.package()
+COMMANDS = {
+    "argv": [sys.executable, "-I", "-c", payload.loader()],
+    "shell": ["sh", "-c", payload.remote_command(sys.executable)],
+}
+
+
+class Agent:
+    """A running agent, as the controller has it."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin
+        assert process.stdout
+        self.process = process
+        self.stdin = process.stdin
+        self.stdout = process.stdout
+
+    def write(self, data: bytes) -> None:
+        with suppress(BrokenPipeError):
+            self.stdin.write(data)
+            self.stdin.flush()
+
+    def ready(self) -> str:
+        for line in self.stdout:
+            if line.startswith(MARKER):
+                return line[len(MARKER) :].decode().strip()
+        raise EOFError
+
+    def frame(self) -> Frame | None:
+        header = self.stdout.read(4)
+        return json.loads(self.stdout.read(int.from_bytes(header, "big"))) if header else None
+
+    def call(self, call: str, /, **arguments: Any) -> Frame:
+        """One call at a time; progress is skipped."""
+        self.write(pack_frame({"id": 1, "call": call, "args": arguments}))
+        while True:
+            answer = self.frame()
+            assert answer
+            if "progress" not in answer:
+                return answer
+
+    def end(self) -> tuple[int, str]:
+        """Close the input; exit status and last words."""
+        with suppress(BrokenPipeError):
+            self.stdin.close()
+        self.stdout.read()
+        assert self.process.stderr
+        said = self.process.stderr.read().decode()
+        return self.process.wait(20), said
+
+
+@contextmanager
+def agent(how: str = "argv", first: bytes = WHOLE, *frames: Frame, **options: Any) -> Iterator[Agent]:
+    with ending(
+        subprocess.Popen(
+            COMMANDS[how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+        )
+    ) as process:
+        running = Agent(process)
+        running.write(first + b"".join(pack_frame(frame) for frame in frames))
+        yield running
+
+
+@contextmanager
+def control() -> Iterator[Agent]:
+    with agent("argv", WHOLE, {"mode": "control"}) as running:
+        running.ready()
+        yield running
+
+
+@pytest.mark.parametrize("how", COMMANDS)
+def test_the_agent_says_who_it_is(how: str) -> None:
+    with agent(how) as running:
+        assert running.ready() == payload.identity()
+        assert running.end() == (0, "")
+
+
+NOISE = {
+    "nothing": b"",
+    "a banner": b"Welcome!\nLast login: never\n",
+    "no line end": b"motd without an end",
+    "binary": bytes(range(256)) * 100,
+    "the marker within a line": b"not KVM-CLONE-AGENT 0 0\nnor KVM-CLONE-AGENT",
+    "a very long line": b"x" * 200_000,
+}
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_login_noise_is_skipped(name: str, tmp_path: Path) -> None:
+    (tmp_path / "noise").write_bytes(NOISE[name])
+    command = f"cat '{tmp_path}/noise'; {payload.remote_command(sys.executable)}"
+
+    async def run() -> tuple[str, Frame | None]:
+        process = await asyncio.create_subprocess_exec(
+            "sh", "-c", command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        )
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(WHOLE + pack_frame({"mode": "control"}) + pack_frame({"id": 7, "call": "ping"}))
+        identity = await host.read_marker(process.stdout, 20)
+        answer = await host.read_frame(process.stdout)
+        await host.end_process(process)
+        return identity, answer
+
+    assert asyncio.run(run()) == (payload.identity(), {"id": 7, "ok": None})
+
+
+def damaged(at: int) -> bytes:
+    content = bytearray(WHOLE)
+    content[at] ^= 1
+    return bytes(content)
+
+
+NOT_WHOLE = {
+    "nothing": (b"", "did not arrive whole"),
+    "a part of the length": (WHOLE[:5], "did not arrive whole"),
+    "a part of the digest": (WHOLE[:71], "did not arrive whole"),
+    "no zip": (WHOLE[:72], "did not arrive whole"),
+    "half a zip": (WHOLE[: len(WHOLE) // 2], "did not arrive whole"),
+    "all but one byte": (WHOLE[:-1], "did not arrive whole"),
+    "a damaged digest": (damaged(20), "damaged"),
+    "a damaged zip": (damaged(5000), "damaged"),
+    "a damaged last byte": (damaged(len(WHOLE) - 1), "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_WHOLE)
+def test_a_payload_that_is_not_whole(name: str) -> None:
+    content, said = NOT_WHOLE[name]
+    with agent("argv", content) as running:
+        status, stderr = running.end()
+    assert status != 0
+    assert stderr.startswith("kvm-clone: the agent ")
+    assert said in stderr
+    assert stderr.count("\n") == 1
+
+
+def test_the_agent_leaves_nothing_on_the_host(tmp_path: Path) -> None:
+    with agent(
+        "argv", WHOLE, {"mode": "control"}, cwd=tmp_path, env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    ) as running:
+        running.ready()
+        assert running.call("host")["ok"]["uid"] == os.geteuid()
+        running.end()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_probe_answers_with_what_ssh_said() -> None:
+    with control() as running:
+        for script, said in (("echo noise", ""), ("echo noise; echo refused >&2; exit 255", "sh: refused")):
+            assert running.call("probe", ssh=["sh", "-c", script], known_hosts="") == {"id": 1, "ok": said}
+        assert running.end() == (0, "")
+
+
+BAD_FRAMES = {
+    "unknown mode": (pack_frame({"mode": "dance"}), "the agent has no mode 'dance'"),
+    "no mode": (pack_frame({}), "the agent has no mode None"),
+    "not JSON": (b"\0\0\0\4oops", "not JSON"),
+    "not an object": (b"\0\0\0\2[]", "not a JSON object"),
+    "too long": (b"SSH-2.0", "more than"),
+    "not UTF-8": (b"\0\0\0\2\xff\xfe", "not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FRAMES)
+def test_a_first_frame_that_is_none(name: str) -> None:
+    content, said = BAD_FRAMES[name]
+    with agent("argv", WHOLE + content) as running:
+        running.ready()
+        status, stderr = running.end()
+    assert status == 3
+    assert stderr.startswith("kvm-clone: ")
+    assert said in stderr
+    assert stderr.count("\n") == 1
+
+
+def cuts_of(frames: Sequence[bytes]) -> Iterator[int]:
+    """Every border between frames, and places within their lengths and bodies."""
+    start = 0
+    for frame in frames:
+        yield from (start, start + 3, start + len(frame) - 1)
+        start += len(frame)
+    yield start
+
+
+Input = tuple[list[bytes], list[bytes]]
+
+
+def control_input(directory: Path) -> Input:
+    disk = make_raw(directory / "disk", MIB, [(0, noise(MIB))])
+    calls = [("ping", {}), ("disk", {"path": str(disk), "image_format": "raw"}), ("host", {})]
+    frames = [pack_frame({"id": number, "call": name, "args": args}) for number, (name, args) in enumerate(calls)]
+    return [pack_frame({"mode": "control"}), *frames], []
+
+
+def send_input(directory: Path) -> Input:
+    disk = make_qcow2(directory / "disk", MIB, [(0, noise(MIB))])
+    jobs = [{"path": str(disk), "format": "qcow2", "fresh": True}]
+    request = {"mode": "send", "jobs": jobs, "parallel": 1, "rate": 0}
+    return [pack_frame(request), pack_frame({"go": True})], []
+
+
+def receive_input(directory: Path) -> Input:
+    source = make_raw(directory / "source", MIB, [(0, noise(MIB)), (0, bytes(64 * KIB))])
+    content = through_pipe(lambda out: Sender(out, [Job(str(source), "raw")], 1, 0).run())
+    jobs = [{"path": str(make_qcow2(directory / "staged", MIB)), "format": "qcow2"}]
+    size = RECORD_HEADER.size
+    records = [content[:size], content[size : -2 * size], content[-2 * size : -size], content[-size:]]
+    return [pack_frame({"mode": "receive", "jobs": jobs})], records
+
+
+INPUTS: dict[str, Callable[[Path], Input]] = {"control": control_input, "send": send_input, "receive": receive_input}
+
+
+STATUSES: dict[str, Callable[[int, int, int], set[int]]] = {
+    "control": lambda cut, request, _whole: {0} if cut == 0 or cut >= request else {3},
+    # A sender that was told to go may be done before it sees the end of its input.
+    "send": lambda cut, _request, whole: {0} if cut == 0 else {0, 3} if cut == whole else {3},
+    "receive": lambda cut, _request, whole: {0} if cut in (0, whole) else {3},
+}
+
+
+@pytest.mark.parametrize("mode", INPUTS)
+def test_the_end_of_the_input_ends_the_agent(mode: str, tmp_path: Path) -> None:
+    frames, records = INPUTS[mode](tmp_path)
+    content = b"".join(frames + records)
+
+    def cut_off(cut: int) -> tuple[int, int, str]:
+        with agent("argv", WHOLE + content[:cut]) as running:
+            return cut, *running.end()
+
+    with ThreadPoolExecutor(1 if mode == "receive" else 2) as pool:  # receivers would write the same image
+        ends = list(pool.map(cut_off, cuts_of(frames + records)))
+    for cut, status, stderr in ends:
+        assert "Traceback" not in stderr, (cut, stderr)
+        assert status in STATUSES[mode](cut, len(frames[0]), len(content)), (cut, stderr)
+    assert eventually(lambda: not processes(str(tmp_path)))
+
+
+def test_a_receiver_answers_with_what_went_wrong(tmp_path: Path) -> None:
+    frames, records = receive_input(tmp_path)
+    with agent("argv", WHOLE + b"".join(frames + records[:-1])) as running:
+        running.ready()
+        running.stdin.close()
+        answers = []
+        while answer := running.frame():
+            answers.append(answer)
+    assert answers[-1]["error"]["kind"] == errors.INTERRUPTED
+    assert not [answer for answer in answers if "done" in answer]
+
+
+def test_a_relayed_copy(tmp_path: Path) -> None:
+    source = make_qcow2(tmp_path / "from", 8 * MIB, [(0, noise(3 * MIB)), (7 * MIB, b"x")])
+    staged = make_qcow2(tmp_path / "to", 8 * MIB)
+    receive = {"mode": "receive", "jobs": [{"path": str(staged), "format": "qcow2"}]}
+    send = {"mode": "send", "jobs": [{"path": str(source), "format": "qcow2"}], "parallel": 1, "rate": 0}
+    with agent("argv", WHOLE, send, {"go": True}) as sender, agent("shell", WHOLE, receive) as receiver:
+        sender.ready()
+        receiver.ready()
+        stream = sender.stdout.read()
+        receiver.write(stream)
+        frames = []
+        while frame := receiver.frame():
+            frames.append(frame)
+        assert frames[-1] == {"done": True}
+        assert frames[-2]["written"][0] >= 3 * MIB
+        assert receiver.end() == (0, "")
+        assert sender.process.wait(10) == 0
+    subprocess.run(["qemu-img", "compare", "-q", str(source), str(staged)], check=True)
+
+
+@contextmanager
+def direct(tmp_path: Path, rate: int) -> Iterator[tuple[Agent, Path, Path]]:
+    """A sender that starts its receiver itself, with a shell in the place of ssh."""
+    source = make_raw(tmp_path / "from", 4 * MIB, [(0, noise(4 * MIB))])
+    staged = make_qcow2(tmp_path / "to", 4 * MIB)
+    request = {
+        "mode": "send",
+        "jobs": [{"path": str(source), "format": "raw"}],
+        "parallel": 1,
+        "rate": rate,
+        "ssh": ["sh", "-c"],
+        "known_hosts": "",
+        "command": f": {tmp_path}; {payload.remote_command(sys.executable)}",
+        "preamble": payload.preamble(),
+        "receive": {"mode": "receive", "jobs": [{"path": str(staged), "format": "qcow2"}]},
+    }
+    with agent("argv", WHOLE, request) as running:
+        assert running.ready() == payload.identity()
+        assert running.ready() == payload.identity(), "the receiver's own, through the sender's output"
+        yield running, source, staged
+
+
+def test_a_direct_copy(tmp_path: Path) -> None:
+    with direct(tmp_path, 0) as (running, source, staged):
+        running.write(pack_frame({"go": True}))
+        frames = []
+        while frame := running.frame():
+            frames.append(frame)
+        assert frames[-1] == {"done": True}
+        assert running.process.wait(10) == 0
+    subprocess.run(["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", str(source), str(staged)], check=True)
+
+
+def children(pid: int) -> list[int]:
+    lists = [task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/children")]
+    direct = [int(word) for text in lists for word in text.split()]
+    return direct + [below for child in direct for below in children(child)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+ENDS: dict[str, Callable[[Agent], object]] = {
+    "the input's end": lambda running: running.stdin.close(),
+    "SIGKILL": lambda running: running.process.send_signal(signal.SIGKILL),
+    "SIGTERM": lambda running: running.process.send_signal(signal.SIGTERM),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_direct_copy_that_is_cut_off(how: str, tmp_path: Path) -> None:
+    with direct(tmp_path, MIB) as (running, _, staged):
+        running.write(pack_frame({"go": True}))
+        frame = running.frame()
+        assert frame
+        assert "written" in frame
+        below = children(running.process.pid)
+        assert [pid for pid in below if pid in processes(str(staged))], "qemu-nbd, below the receiver"
+        ENDS[how](running)
+        frames = []
+        while frame := running.frame():
+            frames.append(frame)
+        assert not [frame for frame in frames if "done" in frame]
+        assert running.process.wait(10) != 0
+        assert eventually(lambda: not any(map(alive, below)))
+        assert running.process.stderr
+        assert b"Traceback" not in running.process.stderr.read()
+
+
+def test_an_unknown_call() -> None:
+    with control() as running:
+        for name in ("dance", "__init__", "", None):
+            running.write(pack_frame({"id": 4, "call": name}))
+            answer = running.frame()
+            assert answer
+            assert answer["id"] == 4
+            assert answer["error"]["kind"] == errors.UNSUPPORTED
+        assert running.call("ping") == {"id": 1, "ok": None}
+        assert running.call("create", disk="vda")["error"]["message"] == "this agent has no operation"
+        assert running.end() == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [{"nonsense": 1}, {"path": 3.5}, {"path": "/nowhere/at all"}])
+def test_a_call_that_fails_is_answered(arguments: dict[str, Any]) -> None:
+    with control() as running:
+        assert running.call("fingerprint", **arguments)["error"]["message"]
+        assert running.call("ping") == {"id": 1, "ok": None}
+        assert running.end() == (0, "")
+
+
+def test_calls_run_side_by_side() -> None:
+    with control() as running:
+        slow = {"id": 1, "call": "probe", "args": {"ssh": ["sh", "-c", "sleep 0.5"], "known_hosts": ""}}
+        running.write(pack_frame(slow) + pack_frame({"id": 2, "call": "ping"}) + pack_frame({"id": 3, "call": "host"}))
+        answers = [running.frame() for _ in range(3)]
+        assert [answer["id"] for answer in answers if answer] in ([2, 3, 1], [3, 2, 1])
+        running.end()
+
+
+def test_a_call_under_way_when_the_controller_goes() -> None:
+    with control() as running:
+        slow = {"id": 1, "call": "probe", "args": {"ssh": ["sh", "-c", "exec sleep 60"], "known_hosts": ""}}
+        running.write(pack_frame(slow))
+        assert eventually(lambda: bool(children(running.process.pid)))
+        below = children(running.process.pid)
+        status, stderr = running.end()
+        assert (status, stderr) == (0, "")
+        assert eventually(lambda: not any(map(alive, below)))
+
+
+def test_a_controller_that_does_not_listen_any_more(tmp_path: Path) -> None:
+    disk = make_raw(tmp_path / "disk", 65 * MIB, [(0, b"x")])
+    with control() as running:
+        running.stdout.close()
+        for call, args in (("ping", {}), ("digest", {"path": str(disk), "image_format": "raw"}), ("nothing", {})):
+            running.write(pack_frame({"id": 1, "call": call, "args": args}))
+        running.write(pack_frame({"id": 1, "call": "ping"}))
+        assert running.process.stderr
+        running.stdin.close()
+        said = running.process.stderr.read()
+        assert running.process.wait(10) in (0, 3)
+    assert b"Traceback" not in said
+
+
+def test_silence_counts_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "SILENCE_SECONDS", 0.2)
+    ours, theirs = os.pipe()
+    try:
+        server.Server(ours, theirs).serve()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_digests_with_progress(tmp_path: Path) -> None:
+    disk = make_qcow2(tmp_path / "disk", 2 * digest.SEGMENT + MIB, [(digest.SEGMENT, b"x")])
+    with control() as running:
+        args = {"path": str(disk), "image_format": "qcow2"}
+        running.write(pack_frame({"id": 9, "call": "digest", "args": args}))
+        answers = [running.frame() for _ in range(4)]
+        running.end()
+    assert [answer["progress"]["done"] for answer in answers[:3] if answer] == [
+        digest.SEGMENT,
+        2 * digest.SEGMENT,
+        2 * digest.SEGMENT + MIB,
+    ]
+    assert answers[3]
+    values = answers[3]["ok"]
+    empty = hashlib.sha256(hashlib.sha256(bytes(MIB)).digest() * 64).hexdigest()
+    assert [value == empty for value in values] == [True, False, False]
+
+
+def test_an_image_stays_locked_until_the_agent_ends(tmp_path: Path) -> None:
+    disk = make_qcow2(tmp_path / "disk", MIB)
+    with control() as running:
+        assert running.call("lock_image", path=str(disk)) == {"id": 1, "ok": None}
+        assert running.call("lock_image", path=str(tmp_path / "no"))["error"]["kind"] == errors.MISSING
+        with pytest.raises(errors.AgentError):
+            qemu.open_nbd(str(disk), "qcow2", writable=True)
+        running.end()
+    qemu.open_nbd(str(disk), "qcow2", writable=True).close()
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    chosen = f"a test's {uuid.uuid4()}"
+    yield chosen
+    Path(stage.lock_path(chosen)).unlink(missing_ok=True)
+
+
+SPEC = {"format": "qcow2", "size": MIB, "options": {}, "mode": 0o600, "user": "root", "group": "root"}
+
+
+def begin(running: Agent, pool: Path, name: str) -> None:
+    """Stage two disks and publish one."""
+    about = {"source": "elsewhere"}
+    assert "ok" in running.call("stage", directory=str(pool), name=name, operation="0f", about=about)
+    for disk in ("vda", "vdb"):
+        assert "ok" in running.call("create", disk=disk, final=str(pool / disk), spec=SPEC)
+    assert "ok" in running.call("publish", disk="vda", final=str(pool / "vda"))
+    assert len(list(pool.iterdir())) == 3
+
+
+@pytest.mark.parametrize("how", ["the input's end", "SIGTERM", "a torn frame", "nonsense"])
+def test_the_end_undoes_what_was_staged(how: str, name: str, tmp_path: Path) -> None:
+    with control() as running:
+        begin(running, tmp_path, name)
+        if how == "a torn frame":
+            running.write(b"\0\0")
+        elif how == "nonsense":
+            running.write(b"\xff" * 100)
+        elif how == "SIGTERM":
+            running.process.terminate()
+            running.process.wait(10)
+        _, stderr = running.end()
+    assert "Traceback" not in stderr
+    assert not list(tmp_path.iterdir())
+    assert not Path(stage.lock_path(name)).exists()
+
+
+def test_the_end_leaves_what_may_be_committed(name: str, tmp_path: Path) -> None:
+    with control() as running:
+        begin(running, tmp_path, name)
+        running.call("publish", disk="vdb", final=str(tmp_path / "vdb"))
+        running.call("note", record="define", fields={"uuid": "u"})
+        left = set(tmp_path.iterdir())
+        running.end()
+    assert set(tmp_path.iterdir()) == left
+    with control() as running:
+        answer = running.call("unsettled", directory=str(tmp_path), name=name)
+        assert answer["ok"] == {"operation": "0f", "committed": False}
+        assert running.call("settle", directory=str(tmp_path), name=name, committed=True)["ok"] == []
+        running.end()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"vda", "vdb"}
+
+
+def test_a_killed_agent_leaves_a_journal_for_the_next(name: str, tmp_path: Path) -> None:
+    with control() as running:
+        begin(running, tmp_path, name)
+        running.process.kill()
+        running.process.wait()
+    assert len(list(tmp_path.iterdir())) == 3
+    with control() as running:
+        arguments = {"directory": str(tmp_path), "name": name, "operation": "10", "about": {}}
+        assert "ok" in running.call("stage", **arguments)
+        assert "error" in running.call("stage", **arguments)
+        assert "ok" in running.call("finish")
+        running.end()
+    assert not list(tmp_path.iterdir())
+
+
+PARENT = """
+import subprocess, sys
+process = subprocess.Popen([sys.executable, "-I", "-c", sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+process.stdin.write(sys.stdin.buffer.read(int(sys.argv[2])))
+process.stdin.flush()
+print(process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_controller_that_is_killed(name: str, tmp_path: Path) -> None:
+    arguments = {"directory": str(tmp_path), "name": name, "operation": "0f", "about": {}}
+    frames: list[Frame] = [{"mode": "control"}, {"id": 4, "call": "stage", "args": arguments}]
+    content = WHOLE + b"".join(pack_frame(frame) for frame in frames)
+    with ending(python(PARENT, payload.loader(), len(content))) as parent:
+        assert parent.stdin
+        assert parent.stdout
+        parent.stdin.write(content)
+        parent.stdin.flush()
+        running = int(parent.stdout.readline())
+        assert eventually(lambda: bool(list(tmp_path.iterdir())))
+        parent.kill()
+        parent.wait()
+        assert eventually(lambda: not alive(running))
+    assert not list(tmp_path.iterdir())
+
+
+def test_frames_over_a_pipe() -> None:
+    message = {"text": "\u00e4\n\0", "list": [1, None, True]}
+    source, out = os.pipe()
+    os.write(out, pack_frame(message))
+    os.close(out)
+    assert read_frame(source) == message
+    assert read_frame(source) is None
+    os.close(source)
