@@ -17,6 +17,7 @@ from kvm_clone import payload, ssh
 from kvm_clone.agent import errors as kinds
 from kvm_clone.agent import wire
 from kvm_clone.errors import ConnectError, KvmCloneError, LockedError, RefusedError, TransferError
+from kvm_clone.tasks import together
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Host:
         self.address = address
         self.name = address.text
         self.known = ssh.Effective({})
+        self._ciphers = ""
         self._options = options
         self._interactive = interactive
         self._control = directory / f"{random.randbytes(4).hex()}.ssh"
@@ -88,7 +90,9 @@ class Host:
         Raises ConnectError and its kinds; RefusedError when the host cannot run the agent.
         """
         if not self.address.local:
-            self.known = await ssh.effective(self.address, self._options)
+            self.known, self._ciphers = await together(
+                ssh.effective(self.address, self._options), ssh.default_ciphers()
+            )
         delay = 1.0
         for tries_left in range(self._options.retries, -1, -1):
             try:
@@ -116,7 +120,7 @@ class Host:
             return ["sh", "-c", payload.remote_command(sys.executable)]
         return [
             *ssh.base_argv(self._options),
-            *ssh.policy(self.known, self._options, interactive=self._interactive),
+            *ssh.policy(self.known, self._options, interactive=self._interactive, ciphers=self._ciphers),
             *(
                 "-o",
                 "ControlMaster=yes",

@@ -37,8 +37,12 @@ async def inspect(
 
     Raises RefusedError when the source has no such VM, ConnectError, TransferError.
     """
-    source_facts, reach = await together(_source(source, source_libvirt, vm), find_route(source, destination, route))
-    destination_facts = await _destination(destination, destination_libvirt, source_facts.xml)
+
+    async def both_hosts() -> tuple[SourceFacts, DestinationFacts]:
+        facts = await _source(source, source_libvirt, vm)
+        return facts, await _destination(destination, destination_libvirt, facts.xml)
+
+    (source_facts, destination_facts), reach = await together(both_hosts(), find_route(source, destination, route))
     return Facts(source_facts, destination_facts, reach)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from kvm_clone.agent.peer import FAST_CIPHERS, has_aes
 from kvm_clone.errors import AuthenticationError, ConnectError, HostKeyError, UsageError
 
 LOCALHOST = "localhost"
@@ -141,8 +143,14 @@ async def effective(address: Address, options: SshOptions) -> Effective:
     return Effective({keyword.lower(): value for keyword, _, value in pairs})
 
 
-def policy(known: Effective, options: SshOptions, *, interactive: bool) -> list[str]:
-    """Options of ours, each only where the user's configuration leaves it open."""
+async def default_ciphers() -> str:
+    """The ciphers that ssh offers where no configuration has a say in them."""
+    _, out, _ = await _answer(["ssh", "-F", os.devnull, "-G", "nobody"])
+    return next((line.partition(" ")[2] for line in out.splitlines() if line.startswith("ciphers ")), "")
+
+
+def policy(known: Effective, options: SshOptions, *, interactive: bool, ciphers: str = "") -> list[str]:
+    """Options of ours, each only where the user's configuration leaves it open. `ciphers`: see default_ciphers."""
     wanted = {"LogLevel": "ERROR", "RemoteCommand": "none", "ClearAllForwardings": "yes", "ForwardX11": "no"}
     if known.get("stricthostkeychecking") in ("ask", ""):
         wanted["StrictHostKeyChecking"] = "yes"
@@ -153,6 +161,8 @@ def policy(known: Effective, options: SshOptions, *, interactive: bool) -> list[
         wanted["ServerAliveInterval"] = str(_KEEPALIVE_SECONDS)
         if known.get("serveralivecountmax") in ("3", ""):
             wanted["ServerAliveCountMax"] = str(_KEEPALIVE_COUNT)
+    if ciphers and known.get("ciphers") == ciphers and has_aes():
+        wanted["Ciphers"] = FAST_CIPHERS
     if not interactive:
         wanted["BatchMode"] = "yes"
     return [word for key, value in wanted.items() for word in ("-o", f"{key}={value}")]

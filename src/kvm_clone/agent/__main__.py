@@ -12,7 +12,7 @@ import sys
 import threading
 from typing import Any, Dict, List, NoReturn, Optional
 
-from . import process, server, transfer
+from . import peer, process, server, transfer
 from .errors import INTERRUPTED, PROTOCOL, AgentError, from_exception
 from .stream import enlarge_pipe
 from .wire import MARKER, ProtocolError, pack_frame, read_frame, write_all
@@ -86,7 +86,7 @@ def _exit_with_controller() -> None:
 
 def _start_receiver(request: Dict[str, Any], out: int, payload: str) -> subprocess.Popen[bytes]:
     """Start the receiver on the destination: ssh, the loader's input, and the request that it is to serve."""
-    argv = server.with_known_hosts(request["ssh"], request["known_hosts"])
+    argv = peer.command(request["ssh"], request["known_hosts"])
     child = process.start([*argv, request["command"]], stdin=subprocess.PIPE, stdout=out)
     assert child.stdin is not None
     enlarge_pipe(child.stdin.fileno())

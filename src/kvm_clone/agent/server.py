@@ -13,7 +13,7 @@ import select
 import threading
 from typing import Any, Callable, Dict, List, Optional
 
-from . import digest, facts, image, process, stage
+from . import digest, facts, image, peer, stage
 from .errors import INTERRUPTED, UNSUPPORTED, AgentError, from_exception
 from .lock import ImageLock
 from .wire import pack_frame, read_frame, write_all
@@ -42,7 +42,7 @@ class Server:
             "disk": facts.disk,
             "directory": facts.directory,
             "exists": os.path.exists,
-            "probe": probe,
+            "probe": peer.probe,
             "lock_image": self._lock_image,
             "fingerprint": facts.fingerprint,
             "digest": digest_disk,
@@ -129,25 +129,3 @@ def digest_disk(path: str, image_format: str, progress: Progress) -> List[str]:
     finally:
         disk.close()
     return answer
-
-
-def probe(ssh: List[str], known_hosts: str) -> str:
-    """Whether this host can run a command by `ssh`: empty when it can, else what ssh said."""
-    argv = with_known_hosts(ssh, known_hosts)
-    try:
-        process.run([*argv, "true"])
-    except AgentError as error:
-        return str(error)
-    return ""
-
-
-def with_known_hosts(ssh: List[str], known_hosts: str) -> List[str]:
-    """The ssh command with host keys that the controller knows, given to ssh without writing a file to this host."""
-    if not known_hosts:
-        return ssh
-    fd = os.memfd_create("known_hosts")
-    write_all(fd, known_hosts.encode())
-    # ssh closes what it inherits, so that it has to open our descriptor.
-    path = f"/proc/{os.getpid()}/fd/{fd}"
-    options = [f"UserKnownHostsFile={path}", "GlobalKnownHostsFile=/dev/null"]
-    return [ssh[0], *[word for option in options for word in ("-o", option)], *ssh[1:]]
