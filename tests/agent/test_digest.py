@@ -121,15 +121,15 @@ def test_every_single_byte_counts(size: int) -> None:
 
 
 @pytest.mark.usefixtures("small_units")
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    st.integers(0, 1100),
-    st.lists(st.tuples(st.integers(0, 1100), st.integers(0, 300), st.booleans()), max_size=8),
-)
-def test_against_the_definition(size: int, pieces: list[tuple[int, int, bool]]) -> None:
-    writes = []
-    for seed, (offset, length, data) in enumerate(pieces):
-        length = max(0, min(length, size - offset))
-        if length:
-            writes.append((offset, noise(length, seed) if data else bytes(length)))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 15), st.lists(st.tuples(st.integers(0, 12), st.integers(1, 12), st.booleans()), max_size=12))
+def test_against_the_definition(tail: int, runs: list[tuple[int, int, bool]]) -> None:
+    """Runs of (8 bytes of hole, 8 bytes of data or zeros), and a tail of holes."""
+    writes: list[Write] = []
+    position = 0
+    for hole, length, data in runs:
+        position += 8 * hole
+        writes.append((position, noise(8 * length, position) if data else bytes(8 * length)))
+        position += 8 * length
+    size = position + tail
     assert of(memory(size, writes)) == naive(filled(size, writes), 64)

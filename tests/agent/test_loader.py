@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -184,6 +186,25 @@ def test_the_agent_leaves_nothing_on_the_host(tmp_path: Path) -> None:
         assert running.call("host")["ok"]["uid"] == os.geteuid()
         running.end()
     assert not list(tmp_path.iterdir())
+
+
+def altered(module: str, text: str) -> bytes:
+    """The loader's input with `text` at the end of one of the agent's modules."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(payload.package())) as package, zipfile.ZipFile(buffer, "w") as archive:
+        for name in package.namelist():
+            added = text.encode() if name == f"kvm_clone/agent/{module}.py" else b""
+            archive.writestr(name, package.read(name) + added)
+    content = buffer.getvalue()
+    return f"{len(content):08x}{hashlib.sha256(content).hexdigest()}".encode() + content
+
+
+def test_what_libraries_print_does_not_reach_the_protocol() -> None:
+    chatty = altered("facts", "\n\ndef host():\n    print('chatter', flush=True)\n    os.system('echo more')\n")
+    with agent("argv", chatty, {"mode": "control"}) as running:
+        running.ready()
+        assert running.call("host") == {"id": 1, "ok": None}
+        assert running.end() == (0, "chatter\nmore\n")
 
 
 def test_a_probe_answers_with_what_ssh_said() -> None:

@@ -90,9 +90,7 @@ def test_result_reads_back_as_the_change_said(case: str) -> None:
         name=change.new_name,
         uuid=change.new_uuid or before.uuid,
         macs=before.macs if change.new_macs is None else change.new_macs,
-        disks=tuple(
-            replace(disk, path=change.disk_paths.get(disk.target, disk.path)) for disk in before.disks
-        ),
+        disks=tuple(replace(disk, path=change.disk_paths.get(disk.target, disk.path)) for disk in before.disks),
     )
     assert after == expected
     assert read_provenance(rewrite(xml, change)) == PROVENANCE
@@ -181,9 +179,7 @@ def test_a_value_that_stays_keeps_its_spelling() -> None:
 
 
 def test_uuid_fills_an_empty_element() -> None:
-    result = rewrite(
-        SIMPLE.replace(f"<uuid>{OLD_UUID}</uuid>", "<uuid />"), Change("a", PROVENANCE, NEW_UUID)
-    )
+    result = rewrite(SIMPLE.replace(f"<uuid>{OLD_UUID}</uuid>", "<uuid />"), Change("a", PROVENANCE, NEW_UUID))
     assert f"<uuid >{NEW_UUID}</uuid>" in result
 
 
@@ -279,9 +275,7 @@ def test_facts_of_a_domain() -> None:
         ("sdc", "http:/iso/virtio-win.iso"),
         ("fda", "/srv/iso/drivers.vfd"),
     ]
-    assert domain.disks[0] == DiskXml(
-        "vda", "virtio", "disk", "file", "qcow2", "/var/lib/libvirt/images/media.qcow2"
-    )
+    assert domain.disks[0] == DiskXml("vda", "virtio", "disk", "file", "qcow2", "/var/lib/libvirt/images/media.qcow2")
 
 
 def test_direct_kernel_boot() -> None:
@@ -428,9 +422,7 @@ UNSUPPORTED = [
     ),
     (
         "lun",
-        with_devices(
-            disk("<readonly/>", opening="type='block' device='lun'", source="<source dev='/dev/sdx'/>")
-        ),
+        with_devices(disk("<readonly/>", opening="type='block' device='lun'", source="<source dev='/dev/sdx'/>")),
         "disk-device",
         "vdb",
         "lun",
@@ -459,9 +451,7 @@ UNSUPPORTED = [
     ("format", with_devices(disk("<driver name='qemu' type='vmdk'/>")), "disk-format", "vdb", "vmdk"),
     (
         "slices",
-        with_devices(
-            disk(source="<source file='/srv/b.img'><slices><slice type='storage'/></slices></source>")
-        ),
+        with_devices(disk(source="<source file='/srv/b.img'><slices><slice type='storage'/></slices></source>")),
         "disk-slices",
         "vdb",
         "/srv/b.img",
@@ -533,9 +523,7 @@ def test_disks_without_a_file_do_not_share_one() -> None:
 def test_every_reason_is_given_at_once() -> None:
     opening = "type='network' device='disk'"
     source = "<source protocol='rbd' name='p/b'><encryption format='luks'/></source>"
-    xml = with_devices(disk("<driver type='vdi'/>", opening=opening, source=source)).replace(
-        "</os>", NVRAM + "</os>"
-    )
+    xml = with_devices(disk("<driver type='vdi'/>", opening=opening, source=source)).replace("</os>", NVRAM + "</os>")
     assert [one.code for one in unsupported(read_domain(xml))] == [
         "nvram",
         "disk-type",
@@ -552,9 +540,7 @@ def test_every_reason_is_given_at_once() -> None:
         SIMPLE.replace("</os>", "<loader type='rom'>/usr/share/seabios/bios.bin</loader></os>"),
         SIMPLE.replace("</os>", "<loader>/usr/lib/xen/boot/hvmloader</loader></os>"),
         SIMPLE.replace("<driver name='qemu' type='qcow2'/>", ""),
-        SIMPLE.replace(
-            "</domain>", "<launchSecurity type='sev'><policy>0x1</policy></launchSecurity></domain>"
-        ),
+        SIMPLE.replace("</domain>", "<launchSecurity type='sev'><policy>0x1</policy></launchSecurity></domain>"),
         with_devices(disk("<backingStore/><transient/><iotune/><serial>1</serial>")),
         with_devices(disk("<readonly/>", opening="type='block'", source="<source dev='/dev/vg/b'/>")),
         with_devices(disk("<shareable/><driver type='vmdk'/>")),
