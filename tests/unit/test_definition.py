@@ -10,12 +10,12 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 from xml.sax.saxutils import escape, quoteattr
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lxml import etree
 
 from kvm_clone.definition import (
     NAMESPACE,
@@ -666,7 +666,7 @@ def test_only_the_named_values_change(case: tuple[str, str, Change]) -> None:
     xml, expected, change = case
     result = rewrite(xml, change)
     assert OUR_METADATA.sub("", result, count=1) == expected
-    root = etree.fromstring(result.encode())
+    root = ElementTree.fromstring(result)
     assert root.findtext("name") == change.new_name
     assert read_provenance(result) == PROVENANCE
     after = read_domain(result)
