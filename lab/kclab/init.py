@@ -13,7 +13,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 OWN_FILES = (
     "/var/lib/libvirt",
@@ -76,13 +79,28 @@ def mount_all(root: Path) -> None:
             mount("--bind", str(root / "empty"), path)
             mount("-o", "remount,bind,ro", path)
     # After the others, as the state directory itself may lie under one of them.
-    mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run")
-    mount("-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/tmp")
+    with kept_visible(REPOSITORY):
+        mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run")
+        mount("-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/tmp")
     for needed in ("/run/sshd", "/run/lock", "/run/libvirt"):
         Path(needed).mkdir()
     if str(resolver).startswith("/run/"):
         resolver.parent.mkdir(parents=True, exist_ok=True)
         resolver.touch()
+
+
+@contextlib.contextmanager
+def kept_visible(path: Path) -> Iterator[None]:
+    """A checkout under /tmp or /run stays where it is, so that what lies in it can be run on the hosts."""
+    if not str(path).startswith(("/tmp/", "/run/")):
+        yield
+        return
+    descriptor = os.open(path, os.O_PATH)
+    yield
+    path.mkdir(parents=True)
+    argv = ["mount", "--no-canonicalize", "--bind", f"/proc/self/fd/{descriptor}", str(path)]
+    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, pass_fds=[descriptor])
+    os.close(descriptor)
 
 
 def mount(*argv: str) -> None:
