@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +14,7 @@ import pytest
 
 from kvm_clone.agent import stream
 
-from .tools import MIB, lacking, need
+from .tools import MIB, SshServer, ending, eventually, lacking, need
 
 
 @pytest.fixture(params=["splice", "buffered"])
@@ -35,3 +38,43 @@ def small(tmp_path: Path) -> Iterator[Path]:
         yield directory
     finally:
         subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+@pytest.fixture(scope="session")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
+    """An ssh server of our own on this machine, which lets us in."""
+    need("ssh", "ssh-keygen")
+    program = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        lacking("sshd is not installed")
+    directory = tmp_path_factory.mktemp("sshd")
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / name)], check=True)
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = {
+        "ListenAddress": f"127.0.0.1:{port}",
+        "HostKey": directory / "host",
+        "AuthorizedKeysFile": directory / "user.pub",
+        "PidFile": "none",
+        "StrictModes": "no",
+        "UsePAM": "no",
+        "PermitRootLogin": "yes",
+    }
+    argv = [program, "-D", "-e", "-f", "/dev/null", *(f"-o{key}={value}" for key, value in options.items())]
+    with (directory / "log").open("wb") as log, ending(subprocess.Popen(argv, stderr=log)):
+        assert eventually(lambda: _listens(port)), (directory / "log").read_text()
+        key = " ".join((directory / "host.pub").read_text().split()[:2])
+        ssh = ["ssh", "-F", "/dev/null", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes"]
+        ssh += ["-o", f"IdentityFile={directory / 'user'}", "-p", str(port)]
+        yield SshServer([*ssh, "--", f"{getpass.getuser()}@127.0.0.1"], f"[127.0.0.1]:{port} {key}\n")
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True

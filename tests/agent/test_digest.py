@@ -66,7 +66,7 @@ def test_every_kind_of_disk_has_the_same_digests(tmp_path: Path) -> None:
     assert of(memory(SIZE, WRITES)) == expected
     assert of(FileDisk(str(make_raw(tmp_path / "sparse", SIZE, WRITES)))) == expected
     assert of(FileDisk(str(make_raw(tmp_path / "full", SIZE, [(0, bytes(SIZE)), *WRITES])))) == expected
-    for cluster_size in ("512", "4096", "65536", "2097152"):
+    for cluster_size in ("512", "65536", "2097152"):
         for compress in (False, True):
             path = tmp_path / f"{cluster_size}-{compress}"
             make_qcow2(path, SIZE, WRITES, {"cluster_size": cluster_size}, compress=compress)
@@ -108,7 +108,7 @@ def test_zeros_that_are_stored_equal_a_hole(offset: int) -> None:
 
 
 @pytest.mark.usefixtures("small_units")
-@pytest.mark.parametrize("size", range(1, 600, 13))
+@pytest.mark.parametrize("size", range(1, 600, 37))
 def test_every_single_byte_counts(size: int) -> None:
     disk = memory(size, [])
     before = list(digest.segments(disk))

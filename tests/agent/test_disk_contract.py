@@ -127,9 +127,9 @@ SIZES = [1, 511, 512, 4097, 256 * KIB, MIB - 1, MIB + 512, 2 * MIB + 64 * KIB + 
 
 CASES: dict[str, Callable[[int], list[Write]]] = {
     "all zero": lambda _size: [],
-    "zero except the last byte": lambda size: [(size - 1, b"\x80")],
-    "zero except a block's last byte": lambda size: [(min(4 * KIB, size) - 1, b"\x01")],
-    "zero except a cluster's last byte": lambda size: [(min(64 * KIB, size) - 1, b"\x01")],
+    "zero except the last byte of a block, of a cluster and of the disk": lambda size: [
+        (end - 1, b"\x01") for end in (4 * KIB, 128 * KIB, size) if end <= size
+    ],
     "holes at both ends": lambda size: [(size // 3, noise(size // 3))],
     "holes in the middle": lambda size: [(0, noise(size // 4)), (size - size // 4, noise(size // 4, 1))],
     "data up to the end": lambda size: [(size - size // 5, noise(size // 5))],
@@ -303,7 +303,10 @@ def test_a_later_write_wins(name: str, tmp_path: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("how", ["pipe", "socket"])
+MOVES = [("pipe", "splice"), ("socket", "splice"), ("pipe", "buffered")]
+
+
+@pytest.mark.parametrize(("how", "way"), MOVES, indirect=["way"])
 @pytest.mark.parametrize("name", WRITABLE)
 def test_receive(name: str, how: str, way: str, tmp_path: Path) -> None:
     kind = KINDS[name]
@@ -324,7 +327,7 @@ def test_receive(name: str, how: str, way: str, tmp_path: Path) -> None:
         assert kind.stored(tmp_path, disk) == expected
 
 
-@pytest.mark.parametrize("how", ["pipe", "socket"])
+@pytest.mark.parametrize(("how", "way"), MOVES, indirect=["way"])
 @pytest.mark.parametrize("name", WRITABLE)
 def test_receive_of_a_stream_that_ends_early(name: str, how: str, way: str, tmp_path: Path) -> None:
     with KINDS[name].open(tmp_path, ORDINARY, []) as disk, arriving(noise(100_000), how=how) as source:

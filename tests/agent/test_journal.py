@@ -32,7 +32,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.dictionaries(st.text(), VALUES, max_size=4), max_size=5))
 def test_round_trip(records: list[dict[str, Any]]) -> None:
     assert replay(b"".join(map(encode, records))) == records
@@ -44,28 +44,29 @@ def test_a_record_is_one_line_of_ascii() -> None:
         assert encode(record).count(b"\n") == 1
 
 
-@pytest.mark.parametrize("cut", range(LAST, len(CONTENT)))
 @pytest.mark.parametrize("garbage", [b"", b"\0" * 100, b"\xff"])
-def test_a_torn_last_record_never_was(cut: int, garbage: bytes) -> None:
-    assert replay(CONTENT[:cut] + garbage) == RECORDS[:-1]
+def test_a_torn_last_record_never_was(garbage: bytes) -> None:
+    for cut in range(LAST, len(CONTENT)):
+        assert replay(CONTENT[:cut] + garbage) == RECORDS[:-1]
 
 
-@pytest.mark.parametrize("at", range(LAST, len(CONTENT) - 1))
-def test_a_damaged_last_record_never_was(at: int) -> None:
-    damaged = bytearray(CONTENT)
-    damaged[at] ^= 0x80
-    assert replay(bytes(damaged)) == RECORDS[:-1]
+def damaged(at: int) -> bytes:
+    content = bytearray(CONTENT)
+    content[at] ^= 0x80
+    return bytes(content)
 
 
-@pytest.mark.parametrize("at", range(LAST - 1))
-def test_a_damaged_inner_record_is_an_error(at: int) -> None:
-    damaged = bytearray(CONTENT)
-    damaged[at] ^= 0x80
-    if bytes(damaged).count(b"\n") < 3:
-        damaged[at] ^= 0x81
-    with pytest.raises(AgentError, match="damaged") as caught:
-        replay(bytes(damaged))
-    assert caught.value.kind == errors.UNSUPPORTED
+def test_a_damaged_last_record_never_was() -> None:
+    for at in range(LAST, len(CONTENT) - 1):
+        assert replay(damaged(at)) == RECORDS[:-1]
+
+
+def test_a_damaged_inner_record_is_an_error() -> None:
+    # A newline that is gone makes one line of two, and the last line of the file cannot be told from a torn one.
+    for at in range(LAST - 1):
+        with pytest.raises(AgentError, match="damaged") as caught:
+            replay(damaged(at))
+        assert caught.value.kind == errors.UNSUPPORTED
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 4096, b"half a line", b"\n", b"00000000 {}\n"])

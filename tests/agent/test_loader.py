@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import uuid
@@ -28,10 +29,12 @@ from kvm_clone.agent.wire import MARKER, RECORD_HEADER, pack_frame, read_frame
 from .tools import (
     KIB,
     MIB,
+    SshServer,
     ending,
     eventually,
     make_qcow2,
     make_raw,
+    need,
     noise,
     processes,
     python,
@@ -207,10 +210,11 @@ def test_what_libraries_print_does_not_reach_the_protocol() -> None:
         assert running.end() == (0, "chatter\nmore\n")
 
 
-def test_a_probe_answers_with_what_ssh_said() -> None:
+def test_a_probe_answers_with_what_ssh_said(sshd: SshServer) -> None:
     with control() as running:
-        for script, said in (("echo noise", ""), ("echo noise; echo refused >&2; exit 255", "sh: refused")):
-            assert running.call("probe", ssh=["sh", "-c", script], known_hosts="") == {"id": 1, "ok": said}
+        assert running.call("probe", **sshd._asdict()) == {"id": 1, "ok": ""}
+        said = running.call("probe", ssh=sshd.ssh, known_hosts="[127.0.0.1]:1 ssh-ed25519 AAAA\n")["ok"]
+        assert said == "ssh: Host key verification failed."
         assert running.end() == (0, "")
 
 
@@ -332,8 +336,8 @@ def test_a_relayed_copy(tmp_path: Path) -> None:
 
 
 @contextmanager
-def direct(tmp_path: Path, rate: int) -> Iterator[tuple[Agent, Path, Path]]:
-    """A sender that starts its receiver itself, with a shell in the place of ssh."""
+def direct(sshd: SshServer, tmp_path: Path, rate: int) -> Iterator[tuple[Agent, Path, Path]]:
+    """A sender that starts its receiver itself, by ssh."""
     source = make_raw(tmp_path / "from", 4 * MIB, [(0, noise(4 * MIB))])
     staged = make_qcow2(tmp_path / "to", 4 * MIB)
     request = {
@@ -341,9 +345,8 @@ def direct(tmp_path: Path, rate: int) -> Iterator[tuple[Agent, Path, Path]]:
         "jobs": [{"path": str(source), "format": "raw"}],
         "parallel": 1,
         "rate": rate,
-        "ssh": ["sh", "-c"],
-        "known_hosts": "",
-        "command": f": {tmp_path}; {payload.remote_command(sys.executable)}",
+        **sshd._asdict(),
+        "command": payload.remote_command(sys.executable),
         "preamble": payload.preamble(),
         "receive": {"mode": "receive", "jobs": [{"path": str(staged), "format": "qcow2"}]},
     }
@@ -353,8 +356,8 @@ def direct(tmp_path: Path, rate: int) -> Iterator[tuple[Agent, Path, Path]]:
         yield running, source, staged
 
 
-def test_a_direct_copy(tmp_path: Path) -> None:
-    with direct(tmp_path, 0) as (running, source, staged):
+def test_a_direct_copy(sshd: SshServer, tmp_path: Path) -> None:
+    with direct(sshd, tmp_path, 0) as (running, source, staged):
         running.write(pack_frame({"go": True}))
         frames = []
         while frame := running.frame():
@@ -366,15 +369,19 @@ def test_a_direct_copy(tmp_path: Path) -> None:
 
 def children(pid: int) -> list[int]:
     lists = [task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/children")]
-    direct = [int(word) for text in lists for word in text.split()]
-    return direct + [below for child in direct for below in children(child)]
+    return [int(word) for text in lists for word in text.split()]
+
+
+def state(pid: int) -> list[str]:
+    """State, parent and what else follows the name in /proc/pid/stat; a state alone when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        return ["X"]
 
 
 def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    return state(pid)[0] not in "XZ"
 
 
 ENDS: dict[str, Callable[[Agent], object]] = {
@@ -385,21 +392,22 @@ ENDS: dict[str, Callable[[Agent], object]] = {
 
 
 @pytest.mark.parametrize("how", ENDS)
-def test_a_direct_copy_that_is_cut_off(how: str, tmp_path: Path) -> None:
-    with direct(tmp_path, MIB) as (running, _, staged):
+def test_a_direct_copy_that_is_cut_off(how: str, sshd: SshServer, tmp_path: Path) -> None:
+    with direct(sshd, tmp_path, MIB) as (running, _, staged):
         running.write(pack_frame({"go": True}))
         frame = running.frame()
         assert frame
         assert "written" in frame
-        below = children(running.process.pid)
-        assert [pid for pid in below if pid in processes(str(staged))], "qemu-nbd, below the receiver"
+        (server,) = processes(str(staged))
+        involved = [server, int(state(server)[1]), *children(running.process.pid)]
+        assert len(set(involved)) == 3, "qemu-nbd, the receiver above it, and ssh"
         ENDS[how](running)
         frames = []
         while frame := running.frame():
             frames.append(frame)
         assert not [frame for frame in frames if "done" in frame]
         assert running.process.wait(10) != 0
-        assert eventually(lambda: not any(map(alive, below)))
+        assert eventually(lambda: not any(map(alive, involved)))
         assert running.process.stderr
         assert b"Traceback" not in running.process.stderr.read()
 
@@ -425,24 +433,40 @@ def test_a_call_that_fails_is_answered(arguments: dict[str, Any]) -> None:
         assert running.end() == (0, "")
 
 
+@contextmanager
+def slow_call() -> Iterator[tuple[Frame, socket.socket]]:
+    """A call that lasts as long as the connection that arrives at the socket: ssh to a server that says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        ssh = ["ssh", "-F", "/dev/null", "-o", "BatchMode=yes", "-p", port, "--", "127.0.0.1"]
+        yield {"id": 1, "call": "probe", "args": {"ssh": ssh, "known_hosts": ""}}, listener
+
+
 def test_calls_run_side_by_side() -> None:
-    with control() as running:
-        slow = {"id": 1, "call": "probe", "args": {"ssh": ["sh", "-c", "sleep 0.5"], "known_hosts": ""}}
-        running.write(pack_frame(slow) + pack_frame({"id": 2, "call": "ping"}) + pack_frame({"id": 3, "call": "host"}))
-        answers = [running.frame() for _ in range(3)]
-        assert [answer["id"] for answer in answers if answer] in ([2, 3, 1], [3, 2, 1])
-        running.end()
+    need("ssh")
+    with control() as running, slow_call() as (call, listener):
+        running.write(pack_frame(call))
+        connection, _ = listener.accept()
+        with connection:
+            for number in (2, 3):
+                running.write(pack_frame({"id": number, "call": "ping"}))
+                assert running.frame() == {"id": number, "ok": None}
+        answer = running.frame()
+        assert answer
+        assert answer["id"] == 1
+        assert answer["ok"].startswith("ssh: Connection ")
+        assert running.end() == (0, "")
 
 
 def test_a_call_under_way_when_the_controller_goes() -> None:
-    with control() as running:
-        slow = {"id": 1, "call": "probe", "args": {"ssh": ["sh", "-c", "exec sleep 60"], "known_hosts": ""}}
-        running.write(pack_frame(slow))
-        assert eventually(lambda: bool(children(running.process.pid)))
-        below = children(running.process.pid)
-        status, stderr = running.end()
-        assert (status, stderr) == (0, "")
-        assert eventually(lambda: not any(map(alive, below)))
+    need("ssh")
+    with control() as running, slow_call() as (call, listener):
+        running.write(pack_frame(call))
+        connection, _ = listener.accept()
+        with connection:
+            (ssh,) = children(running.process.pid)
+            assert running.end() == (0, "")
+            assert eventually(lambda: not alive(ssh))
 
 
 def test_a_controller_that_does_not_listen_any_more(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from kvm_clone.agent import errors, facts, image, qemu
 from kvm_clone.agent.errors import AgentError
 from kvm_clone.agent.lock import ImageLock, OperationLock
 
-from .tools import MIB, ending, eventually, make_qcow2, make_raw, need, processes, python
+from .tools import MIB, ending, make_qcow2, make_raw, need, processes, python
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -181,27 +181,8 @@ print(done)
 
 
 def test_there_is_one_holder_at_a_time(tmp_path: Path) -> None:
-    turns = 60
+    turns = 40
     racers = [python(RACER, tmp_path / "lock", tmp_path / "witness", turns) for _ in range(5)]
     answers = [racer.communicate(timeout=50)[0] for racer in racers]
     assert answers == [b"%d\n" % turns] * len(racers)
     assert not list(tmp_path.iterdir())
-
-
-def test_killed_holders_do_not_let_two_in(tmp_path: Path) -> None:
-    path = str(tmp_path / "lock")
-    for _ in range(2):
-        with ending(python(HOLDER, "OperationLock", path)) as holder:
-            assert holder.stdout
-            assert holder.stdout.readline() == b"ready\n"
-            holder.kill()
-            holder.wait()
-        assert eventually(lambda: _can_lock(path))
-
-
-def _can_lock(path: str) -> bool:
-    try:
-        OperationLock(path, {}).release()
-    except AgentError:
-        return False
-    return True

@@ -116,17 +116,17 @@ def test_a_server_that_is_killed_while_it_writes(disk: NbdDisk, tmp_path: Path) 
 def test_a_server_that_hangs(act: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nbd, "_TIMEOUT", 1.0)
     path = make_qcow2(tmp_path / "disk", 64 * MIB)
-    with closing(qemu.open_nbd(str(path), "qcow2", writable=True)) as disk:
-        (server,) = processes(str(path))
-        os.kill(server, signal.SIGSTOP)
-        begun = time.monotonic()
-        try:
-            with pytest.raises(OSError) as caught:
-                ACTS[act](disk)
-        finally:
-            os.kill(server, signal.SIGCONT)
-        assert caught.value.errno == errno.ETIMEDOUT
-        assert time.monotonic() - begun < 10
+    disk = qemu.open_nbd(str(path), "qcow2", writable=True)
+    (server,) = processes(str(path))
+    os.kill(server, signal.SIGSTOP)
+    begun = time.monotonic()
+    with pytest.raises(OSError) as caught:
+        ACTS[act](disk)
+    assert caught.value.errno == errno.ETIMEDOUT
+    assert time.monotonic() - begun < 10
+    os.kill(server, signal.SIGKILL)
+    with pytest.raises(AgentError):
+        disk.close()
 
 
 def test_writing_to_a_read_only_export(tmp_path: Path) -> None:

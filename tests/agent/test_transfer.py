@@ -109,7 +109,6 @@ def make(
     ("parallel", "format_", "to"),
     [
         (1, "raw", "raw"),
-        (1, "qcow2", "qcow2"),
         (2, "raw", "qcow2"),
         (2, "qcow2", "raw"),
         (3, "qcow2", "qcow2"),
@@ -135,7 +134,7 @@ def test_both_ways_of_moving(way: str, tmp_path: Path) -> None:
         assert same(source, target)
 
 
-@pytest.mark.parametrize("size", [1, 511, 4097, CHUNK - 1, CHUNK, CHUNK + 1])
+@pytest.mark.parametrize("size", [1, 511, CHUNK - 1, CHUNK, CHUNK + 1])
 def test_raw_sizes(size: int, tmp_path: Path) -> None:
     source = make(tmp_path / "from", "raw", size, [(0, noise(size))])
     target = make(tmp_path / "to", "raw", size, [])
@@ -174,10 +173,10 @@ def compressed_clusters(job: Job) -> int:
     return int(answer.get("compressed-clusters", 0))
 
 
-SQUEEZABLE = b"squeeze me " * (2 * MIB // 11)
+SQUEEZABLE = b"squeeze me " * (MIB // 11)
 
 
-def make_compressed(path: Path, size: int = 4 * MIB, cluster_size: int = 64 * KIB) -> Job:
+def make_compressed(path: Path, size: int = 3 * MIB, cluster_size: int = 64 * KIB) -> Job:
     writes = [(MIB - 700, SQUEEZABLE), (size - 5, b"tail")]
     return Job(str(make_qcow2(path, size, writes, {"cluster_size": str(cluster_size)}, compress=True)), "qcow2")
 
@@ -185,18 +184,18 @@ def make_compressed(path: Path, size: int = 4 * MIB, cluster_size: int = 64 * KI
 @pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 1048576])
 def test_compressed_stays_compressed(cluster_size: int, tmp_path: Path) -> None:
     source = make_compressed(tmp_path / "from", cluster_size=cluster_size)
-    target = make(tmp_path / "to", "qcow2", 4 * MIB, [], options={"cluster_size": str(cluster_size)})
+    target = make(tmp_path / "to", "qcow2", 3 * MIB, [], options={"cluster_size": str(cluster_size)})
     copy([source], [target])
     assert same(source, target, strict=True)
     assert compressed_clusters(target) == compressed_clusters(source) > 0
-    assert stored(target) <= stored(source) * 1.05
+    assert stored(target) <= stored(source) * 1.05 + 8 * KIB  # the filesystem counts in blocks
 
 
 def test_compressed_and_plain_in_one_image(tmp_path: Path) -> None:
     source = make_compressed(tmp_path / "from")
     command = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 100k", "-c", "write -P 8 2M 64k", source.path]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    targets = [make(tmp_path / f"to {number}", "qcow2", 4 * MIB, []) for number in (0, 1)]
+    targets = [make(tmp_path / f"to {number}", "qcow2", 3 * MIB, []) for number in (0, 1)]
     copy([source, source], targets, parallel=2)
     for target in targets:
         assert same(source, target, strict=True)
@@ -216,7 +215,7 @@ def test_compressed_clusters_that_no_record_can_carry_arrive_plain(
 @pytest.mark.parametrize("times", [1, 2])
 def test_compressed_over_old_data(times: int, tmp_path: Path) -> None:
     source = make_compressed(tmp_path / "from")._replace(fresh=False)
-    target = make(tmp_path / "to", "qcow2", 4 * MIB, [(0, noise(4 * MIB))])
+    target = make(tmp_path / "to", "qcow2", 3 * MIB, [(0, noise(3 * MIB))])
     for _ in range(times):
         copy([source], [target])
     assert same(source, target)
@@ -287,7 +286,7 @@ def test_a_torn_stream_is_never_a_success(to: str, tmp_path: Path) -> None:
     content, records = stream_of(source, parallel=2)
     assert {record.type for _, record in records} == {DATA, ZERO, DISK_END, END}
     cuts = list(cuts_of(content, records))
-    for cut in cuts if to == "raw" else cuts[::3]:
+    for cut in cuts if to == "raw" else cuts[::5]:
         with arriving(content[:cut]) as incoming, pytest.raises(AgentError) as caught:
             Receiver(incoming, target, lambda _: None).run()
         assert caught.value.kind == errors.INTERRUPTED, f"{cut}: {caught.value}"
@@ -420,8 +419,9 @@ SILENT_AFTER = {
 }
 
 
-@pytest.mark.parametrize("how", ["pipe", "socket"])
-@pytest.mark.parametrize("after", SILENT_AFTER)
+@pytest.mark.parametrize(
+    ("after", "how"), [*((after, "pipe") for after in SILENT_AFTER), ("a part of a data record", "socket")]
+)
 def test_silence(after: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "SILENCE_SECONDS", 0.1)
     content = Record(IDLE, 0, 0, 0).pack() + Record(DATA, 0, 0, 4096).pack() + noise(4096)
@@ -439,7 +439,7 @@ def test_idle_records_break_the_silence(tmp_path: Path, monkeypatch: pytest.Monk
     size = 2 * 4096
     source = make(tmp_path / "from", "raw", size, [(0, noise(size))])
     target = make(tmp_path / "to", "raw", size, [])
-    assert copy([source], [target], rate=4096) == [size]
+    assert copy([source], [target], rate=8192) == [size]
     assert Path(target.path).read_bytes() == noise(size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import shutil
@@ -12,9 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 
@@ -30,7 +30,14 @@ KIB, MIB = 1 << 10, 1 << 20
 Write = tuple[int, bytes]
 
 
-def lacking(reason: str) -> None:
+class SshServer(NamedTuple):
+    """How an ssh server is reached: the command line up to what is to be run there, and its line of known_hosts."""
+
+    ssh: list[str]
+    known_hosts: str
+
+
+def lacking(reason: str) -> NoReturn:
     """Skip the test where the machine lacks something; fail where it must not."""
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
@@ -43,6 +50,7 @@ def need(*programs: str) -> None:
             lacking(f"{program} is not installed")
 
 
+@functools.lru_cache(maxsize=32)
 def noise(length: int, seed: int = 0) -> bytes:
     """Bytes that are no zeros."""
     return random.Random(seed).randbytes(length).replace(b"\0", b"\1")
@@ -68,7 +76,7 @@ def sent(disk: Disk) -> bytes:
     for extent in disk.extents():
         if extent.kind == DATA:
             for piece in split(extent, CHUNK):
-                content[piece.offset : piece.end] = through_pipe(partial(disk.send, piece))
+                content[piece.offset : piece.end] = through_pipe(functools.partial(disk.send, piece))
     return bytes(content)
 
 
