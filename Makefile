@@ -1,10 +1,11 @@
 # What people and CI run. Each target installs what it needs (scripts/install).
 
-.PHONY: help install demo test check format bench lab-up lab-down clean
+.PHONY: help install demo test test-faults check format bench lab-up lab-down clean
 
 help:
 	@echo "make demo      a clone between two real hosts on this machine, from nothing"
 	@echo "make test      every test, real hosts included"
+	@echo "make test-faults  the whole fault matrix, half an hour"
 	@echo "make check     ruff, strict mypy, format, shellcheck"
 	@echo "make format    format the code"
 	@echo "make bench     kvm-clone beside scp, rsync, nbdcopy and others"
@@ -18,6 +19,9 @@ demo:
 
 test:
 	@scripts/test
+
+test-faults:
+	@scripts/test -m faults
 
 check:
 	@scripts/check

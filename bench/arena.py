@@ -61,14 +61,14 @@ class Arena:
 
     def run(self, host: str, *argv: str) -> Done:
         """Run a command on a host. Raises BenchError."""
-        return run(self._entered(host, *argv), environment(), LIMIT_SECONDS)
+        return run(self.entered(host, *argv), environment(), LIMIT_SECONDS)
 
     @contextmanager
     def serving(self, host: str, path: str, *argv: str) -> Iterator[str]:
         """Have a server run on a host, ready on its UNIX socket at `path`; the socket's NBD URI."""
         seen = self.outside(host, path)
         seen.unlink(missing_ok=True)
-        with running(self._entered(host, *argv), environment()) as process:
+        with running(self.entered(host, *argv), environment()) as process:
             _wait_for_socket(seen, process)
             yield f"nbd+unix:///?socket={path}"
 
@@ -86,7 +86,8 @@ class Arena:
         files = [str(self.outside(SOURCE, self.image)), str(self.outside(DESTINATION, copy))]
         run(["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", *files], environment(), LIMIT_SECONDS)
 
-    def _entered(self, host: str, *argv: str) -> list[str]:
+    def entered(self, host: str, *argv: str) -> list[str]:
+        """The command that runs another one on a host."""
         return lab_host.entered(self.lab.host(host), *argv)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+import again
 from arena import Arena, arena, size_in_bytes
 from methods import METHODS, Copied, Method
 from peaks import Watch
@@ -35,6 +36,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", default="1.5G", help="content of the disk; default 1.5G")
     parser.add_argument("--methods", default=names, metavar="A,B", help=f"default {names}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
+    parser.add_argument("--no-again", dest="again", action="store_false", help="leave out the second runs")
     parser.add_argument("--keep-lab", action="store_true", help="leave the lab up, with its VM")
     asked = parser.parse_args(argv)
     known = {method.name: method for method in METHODS}
@@ -51,8 +53,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return asked
 
 
-def measure(asked: argparse.Namespace) -> Report:
-    """Run everything. Raises BenchError."""
+def measure(asked: argparse.Namespace) -> tuple[Report, str]:
+    """Run everything: the comparison, and the table of second runs. Raises BenchError."""
     runs: dict[Method, list[Copied]] = {method: [] for method in asked.methods}
     needed = asked.data_bytes * 2 + _SLACK
     with arena(asked.size, asked.data, needed, keep=asked.keep_lab) as place:
@@ -62,8 +64,9 @@ def measure(asked: argparse.Namespace) -> Report:
                 runs[method].append(copied)
                 print(f"round {number}: {method.name} {copied.seconds:.2f} s", file=sys.stderr, flush=True)
         peaks = {method: _peaks(place, method) for method in asked.methods if method.ours}
+        second = again.measure(place, asked.rounds) if asked.again else ""
         place.clear()
-    return Report(asked.size_bytes, asked.data_bytes, runs, peaks)
+    return Report(asked.size_bytes, asked.data_bytes, runs, peaks), second
 
 
 def _checked_copy(place: Arena, method: Method) -> Copied:
@@ -97,13 +100,13 @@ def main(argv: Sequence[str]) -> int:
         print("bench: must run as root, as the lab must", file=sys.stderr)
         return 2
     try:
-        report = measure(asked)
+        report, second = measure(asked)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(report.text())
+    print(report.text() + second)
     if asked.json:
         asked.json.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
     return 0

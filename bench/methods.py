@@ -45,14 +45,23 @@ class Method:
     ours: bool = False
 
 
+def clone_command(arena: Arena, *flags: str) -> list[str]:
+    """kvm-clone as a user runs it, with its result as JSON."""
+    program = Path(sys.executable).with_name("kvm-clone")
+    hosts = ("-F", str(arena.ssh_config), SOURCE, DESTINATION)
+    return [str(program), "clone", *hosts, VM, "--new-name", CLONE, *flags, "-q", "--output", "json"]
+
+
+def clone_environment(arena: Arena) -> dict[str, str]:
+    """No settings but the defaults: neither of the user's environment nor of a file."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("KVM_CLONE_")}
+    own = str(arena.lab.state / "no-config")
+    return {**environment, "XDG_CONFIG_HOME": own, "XDG_STATE_HOME": own}
+
+
 def _clone(*flags: str) -> Callable[[Arena], Copied]:
     def copy(arena: Arena) -> Copied:
-        program = Path(sys.executable).with_name("kvm-clone")
-        hosts = ("-F", str(arena.ssh_config), SOURCE, DESTINATION)
-        argv = [str(program), "clone", *hosts, VM, "--new-name", CLONE, *flags, "-q", "--output", "json"]
-        # No settings but the defaults: neither of the user's environment nor of a file.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("KVM_CLONE_")}
-        done = run(argv, {**environment, "XDG_CONFIG_HOME": str(arena.lab.state / "no-config")}, LIMIT_SECONDS)
+        done = run(clone_command(arena, *flags), clone_environment(arena), LIMIT_SECONDS)
         result = json.loads(done.output)
         [disk] = result["disks"]
         return Copied(done.seconds, disk["destination"], result["copy_seconds"], result["prove_seconds"])

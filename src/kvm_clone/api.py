@@ -8,7 +8,7 @@ import random
 import shutil
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,17 +16,36 @@ from typing import Self
 
 import libvirt
 
-from kvm_clone import definition, domains, runtime, ssh
-from kvm_clone.errors import ConnectError, KvmCloneError, TransferError
+from kvm_clone import definition, domains, operations, runtime, ssh, staging, vms
+from kvm_clone.decide import Action
+from kvm_clone.errors import (
+    ConnectError,
+    InterruptedTransferError,
+    KvmCloneError,
+    LockedError,
+    RefusedError,
+    TransferError,
+)
 from kvm_clone.facts import Facts
 from kvm_clone.findings import Finding, Severity
 from kvm_clone.host import Host
 from kvm_clone.inspect import inspect
-from kvm_clone.options import CloneOptions
+from kvm_clone.options import CloneOptions, Retry
 from kvm_clone.plan import Identity, Plan, make_plan
 from kvm_clone.progress import Event, Note, OnEvent, Phase, PhaseStarted
 from kvm_clone.run import Outcome, Run
+from kvm_clone.staging import StagedData
 from kvm_clone.tasks import together
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be cloned, between which hosts, and how."""
+
+    source: str
+    destination: str
+    vm: str
+    options: CloneOptions = field(default_factory=CloneOptions)
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,10 @@ class DiskResult:
 
 @dataclass(frozen=True)
 class CloneResult:
-    """A finished clone. `changed` tells it from one that was there already; times in seconds, sizes in bytes."""
+    """A finished clone. `changed` tells it from one that was there already; times in seconds, sizes in bytes.
+
+    `bytes_reused`: content that an interrupted attempt had brought. `removed`: what went with a replaced VM.
+    """
 
     operation: str
     source: str
@@ -57,11 +79,24 @@ class CloneResult:
     route_reason: str
     disks: tuple[DiskResult, ...]
     bytes_sent: int
+    bytes_resent: int
+    bytes_reused: int
     seconds: float
     copy_seconds: float
     prove_seconds: float
     findings: tuple[Finding, ...]
     warnings: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StagedListing:
+    """What one host has staged; `done` says by a journal's path what `cleanup` did with it."""
+
+    host: str
+    staged: tuple[StagedData, ...] = field(default_factory=tuple)
+    done: Mapping[str, str] = field(default_factory=dict)
+    errors: tuple[KvmCloneError, ...] = field(default_factory=tuple)
 
 
 @dataclass(frozen=True)
@@ -71,6 +106,36 @@ class HostListing:
     host: str
     vms: tuple[domains.Listed, ...] = field(default_factory=tuple)
     error: KvmCloneError | None = None
+
+
+_FIRST_DELAY_SECONDS = 1.0
+_WAIT_SECONDS = 2.0
+
+
+@dataclass
+class _Watched:
+    """A request, who hears of it, and the facts that are expected at its first try."""
+
+    request: Request
+    on_event: OnEvent
+    expected: str | None = None
+
+    def check(self, facts: Facts) -> None:
+        """Raises RefusedError when a saved plan rests on other facts."""
+        expected, self.expected = self.expected, None  # a dropped connection leaves facts of its own making
+        if expected is not None and expected != facts.digest:
+            raise RefusedError(
+                f"the facts that the plan rests on have changed since it was made: {self.request.vm}",
+                subject=self.request.vm,
+                remedy="make a new plan with --plan-out",
+            )
+
+
+@dataclass
+class _Attempt:
+    """The operation whose staged data an attempt has left, None when there is none."""
+
+    kept: str | None = None
 
 
 def _ignore(event: Event) -> None:
@@ -121,43 +186,102 @@ class Client:
         Raises KvmCloneError and its kinds; whatever it raises, the destination is as it was, or the error's remedy
         says what could not be undone. Cancelling the task rolls back as well.
         """
-        options = options or CloneOptions()
+        return await self.run(Request(source, destination, vm, options or CloneOptions()), on_event=on_event)
+
+    async def run(self, request: Request, *, on_event: OnEvent = _ignore, expected: str | None = None) -> CloneResult:
+        """Clone as requested. `expected` is the digest of the facts that a saved plan rests on: others are refused."""
         started = time.monotonic()
         try:
-            async with asyncio.timeout(options.timeout):
-                plan, outcome = await self._clone(source, destination, vm, options, on_event)
+            async with asyncio.timeout(request.options.timeout):
+                plan, outcome = await self._persist(_Watched(request, on_event, expected))
         except TimeoutError as error:
             raise TransferError(
-                f"the clone was not done within {options.timeout:g} s and was rolled back",
-                subject=vm,
-                remedy="allow more time with --timeout",
+                f"the clone was not done within {request.options.timeout:g} s",
+                subject=request.vm,
+                remedy="allow more time with --timeout; the same command with --resume goes on with what is kept",
             ) from error
-        return _result(plan, outcome, source, destination, vm, time.monotonic() - started)
+        return _result(plan, outcome, request, time.monotonic() - started)
 
-    async def _clone(
-        self, source: str, destination: str, vm: str, options: CloneOptions, on_event: OnEvent
-    ) -> tuple[Plan, Outcome]:
-        on_event(PhaseStarted(Phase.CONNECT, f"connecting to {source} and {destination}"))
-        async with self._connected(source, destination) as ((from_host, from_libvirt), (to_host, to_libvirt)):
-            on_event(PhaseStarted(Phase.INSPECT, f"looking at {vm} and at both hosts"))
-            facts = await inspect(from_host, from_libvirt, to_host, to_libvirt, vm, options.route)
-            plan = make_plan(facts, options, _identity(facts))
+    async def plan(self, request: Request) -> Plan:
+        """Plan a clone and change nothing anywhere. Raises RefusedError, ConnectError, TransferError."""
+        async with self._planned(_Watched(request, _ignore), None) as (plan, _):
+            return plan
+
+    async def _persist(self, watched: _Watched) -> tuple[Plan, Outcome]:
+        """Try, take a dropped connection up again, and wait for others if that is asked for."""
+        tries_left, delay, own_operation = watched.request.options.retries, _FIRST_DELAY_SECONDS, None
+        while True:
+            attempt = _Attempt()
+            try:
+                plan, outcome = await self._attempt(watched, own_operation, attempt)
+                # An earlier run had committed, and is tidied up now: what was asked for may be more than that.
+                if plan.decision.action is not Action.FINISH or plan.continues or _asks_no_more(watched.request):
+                    return plan, outcome
+            except LockedError as error:
+                if not watched.request.options.wait:
+                    raise
+                watched.on_event(Note(f"waiting: {error}"))
+                await asyncio.sleep(_WAIT_SECONDS)
+            except TransferError as error:
+                own_operation = attempt.kept or own_operation
+                if not error.interrupted or not own_operation or tries_left <= 0:
+                    _add_way_on(error, watched.request, own_operation)
+                    raise
+                watched.on_event(Note(f"{error}; going on in {delay:.0f} s", warning=True))
+                await asyncio.sleep(delay)
+                tries_left, delay = tries_left - 1, delay * 2
+            except ConnectError as error:
+                if own_operation is None:
+                    raise
+                if tries_left <= 0:
+                    interrupted = InterruptedTransferError(str(error), subject=error.subject)
+                    _add_way_on(interrupted, watched.request, own_operation)
+                    raise interrupted from error
+                watched.on_event(Note(f"{error}; trying again in {delay:.0f} s", warning=True))
+                await asyncio.sleep(delay)
+                tries_left, delay = tries_left - 1, delay * 2
+
+    async def _attempt(self, watched: _Watched, own_operation: str | None, attempt: _Attempt) -> tuple[Plan, Outcome]:
+        async with self._planned(watched, own_operation) as (plan, hosts):
             for finding in plan.findings:
                 if finding.severity is not Severity.BLOCKING:
-                    on_event(Note(finding.text, warning=finding.severity is Severity.WARNING))
+                    watched.on_event(Note(finding.text, warning=finding.severity is Severity.WARNING))
             refusal = plan.refusal()
             if refusal is not None:
                 raise refusal
             async with contextlib.AsyncExitStack() as later:
 
                 async def reconnect() -> Host:
-                    host = self._host(destination)
+                    host = self._host(watched.request.destination)
                     later.push_async_callback(host.close)
                     await host.connect()
                     return host
 
-                run = Run(plan, from_host, to_host, to_libvirt, reconnect, on_event)
-                return plan, await run.run()
+                (from_host, _), (to_host, to_libvirt) = hosts
+                log = _log(watched.request, plan)
+                run = Run(plan, from_host, to_host, to_libvirt, reconnect, watched.on_event, log.step)
+                try:
+                    outcome = await run.run()
+                except BaseException as error:
+                    attempt.kept = plan.identity.operation if run.kept else None
+                    log.end(operations.KEPT if run.kept else operations.FAILED, str(error) or type(error).__name__)
+                    raise
+                log.end(operations.DONE)
+                return plan, outcome
+
+    @contextlib.asynccontextmanager
+    async def _planned(
+        self, watched: _Watched, own_operation: str | None
+    ) -> AsyncIterator[tuple[Plan, list[tuple[Host, libvirt.virConnect]]]]:
+        """The plan, and both hosts connected."""
+        request = watched.request
+        watched.on_event(PhaseStarted(Phase.CONNECT, f"connecting to {request.source} and {request.destination}"))
+        async with self._connected(request.source, request.destination) as hosts:
+            (from_host, from_libvirt), (to_host, to_libvirt) = hosts
+            watched.on_event(PhaseStarted(Phase.INSPECT, f"looking at {request.vm} and at both hosts"))
+            facts = await inspect(from_host, from_libvirt, to_host, to_libvirt, request.vm, request.options)
+            watched.check(facts)
+            yield make_plan(facts, request.options, _identity(facts), own_operation), hosts
 
     @contextlib.asynccontextmanager
     async def _connected(self, *names: str) -> AsyncIterator[list[tuple[Host, libvirt.virConnect]]]:
@@ -179,6 +303,48 @@ class Client:
             ssh.parse_address(host)
         return list(await asyncio.gather(*(self._list_host(host) for host in hosts)))
 
+    async def staged(self, hosts: Sequence[str]) -> list[StagedListing]:
+        """What interrupted and running operations have staged on each host, in the order given."""
+        return await self.cleanup(hosts, dry_run=True)
+
+    async def cleanup(
+        self, hosts: Sequence[str], *, older_than: float = 0.0, dry_run: bool = False
+    ) -> list[StagedListing]:
+        """Remove what interrupted operations have staged and left unchanged for `older_than` seconds.
+
+        Nothing without our mark, and nothing of a running operation, is removed.
+        """
+        for host in hosts:
+            ssh.parse_address(host)
+        return list(await asyncio.gather(*(self._clean_host(host, older_than, dry_run) for host in hosts)))
+
+    async def _clean_host(self, name: str, older_than: float, dry_run: bool) -> StagedListing:
+        try:
+            async with self._connected(name) as [(host, connection)]:
+                found = await staging.find(host, connection)
+                if dry_run:
+                    return StagedListing(name, tuple(data for data in found if data.age >= older_than))
+                wanted = [data for data in found if data.age >= older_than and not data.active]
+                done: dict[str, str] = {}
+                errors: list[KvmCloneError] = []
+                for data in wanted:
+                    try:
+                        done[data.path] = await staging.remove(host, connection, data)
+                    except KvmCloneError as error:
+                        errors.append(error)
+                return StagedListing(name, tuple(wanted), done, tuple(errors))
+        except KvmCloneError as error:
+            return StagedListing(name, errors=(error,))
+
+    async def cleanup_vm(self, host: str, name: str, *, stop: bool = False) -> list[str]:
+        """Remove a VM with everything libvirt keeps about it and its own writable disks; what was removed.
+
+        A VM that is not there is a success. What is shared, read-only, a backing file, or used by another VM stays.
+        Raises RefusedError when it runs and `stop` is not given, ConnectError, TransferError.
+        """
+        async with self._connected(host) as [(connected, connection)]:
+            return await vms.cleanup(connected, connection, name, stop=stop)
+
     async def _list_host(self, name: str) -> HostListing:
         try:
             async with self._connected(name) as [(_, connection)]:
@@ -196,13 +362,36 @@ async def _open(host: Host) -> libvirt.virConnect:
         raise ConnectError(str(error), subject=host.name, remedy=error.remedy) from error
 
 
+def _log(request: Request, plan: Plan) -> operations.OperationLog:
+    return operations.OperationLog(
+        plan.identity.operation,
+        source=request.source,
+        destination=request.destination,
+        vm=request.vm,
+        name=plan.name,
+        action=plan.decision.action,
+    )
+
+
+def _asks_no_more(request: Request) -> bool:
+    """Whether a clone that an earlier run has finished is all that is wanted."""
+    return request.options.retry in (Retry.NONE, Retry.RESUME)
+
+
+def _add_way_on(error: TransferError, request: Request, kept: str | None) -> None:
+    """Say how to go on with what is kept, and how to drop it."""
+    if kept and error.interrupted:
+        way = f"what was copied is kept on {request.destination}: run the same command with --resume or --idempotent"
+        error.remedy = f"{way}; or drop it: kvm-clone cleanup {request.destination}"
+
+
 def _identity(facts: Facts) -> Identity:
     source = random.SystemRandom()
     macs = tuple(definition.new_mac(random.Random(source.getrandbits(64))) for _ in facts.source.xml.macs)
     return Identity(operation=uuid.uuid4().hex[:12], uuid=str(uuid.uuid4()), macs=macs)
 
 
-def _result(plan: Plan, outcome: Outcome, source: str, destination: str, vm: str, seconds: float) -> CloneResult:
+def _result(plan: Plan, outcome: Outcome, request: Request, seconds: float) -> CloneResult:
     disks = tuple(
         DiskResult(
             disk.target,
@@ -216,20 +405,23 @@ def _result(plan: Plan, outcome: Outcome, source: str, destination: str, vm: str
     )
     return CloneResult(
         operation=plan.identity.operation,
-        source=source,
-        destination=destination,
-        vm=vm,
+        source=request.source,
+        destination=request.destination,
+        vm=request.vm,
         name=plan.name,
-        uuid=plan.facts.source.xml.uuid if plan.options.preserve_uuid else plan.identity.uuid,
-        changed=True,
-        verified=outcome.verified,
+        uuid=plan.uuid,
+        changed=plan.continues or plan.decision.action not in (Action.NOTHING, Action.FINISH),
+        verified=outcome.totals.verified,
         route=plan.route.value,
         route_reason=plan.route_reason,
         disks=disks,
-        bytes_sent=outcome.sent,
+        bytes_sent=outcome.totals.sent,
+        bytes_resent=outcome.totals.resent,
+        bytes_reused=outcome.totals.reused,
         seconds=seconds,
-        copy_seconds=outcome.copy_seconds,
-        prove_seconds=outcome.prove_seconds,
+        copy_seconds=outcome.totals.copy_seconds,
+        prove_seconds=outcome.totals.prove_seconds,
         findings=plan.findings,
-        warnings=tuple(outcome.warnings),
+        warnings=outcome.warnings,
+        removed=outcome.removed,
     )

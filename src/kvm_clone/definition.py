@@ -28,9 +28,13 @@ _REFUSED_STORAGE = {
 
 @dataclass(frozen=True)
 class Provenance:
-    """The ownership mark in a clone's <metadata>: what made it, and from what."""
+    """The ownership mark in a clone's <metadata>: what made it, and from what.
+
+    `uuid` is the clone's own: a copy of the clone by another tool carries the mark, but another UUID.
+    """
 
     operation: str
+    uuid: str
     source_host: str
     source_uuid: str
     source_name: str
@@ -117,6 +121,9 @@ class DomainXml:
     macs: tuple[str, ...]
     disks: tuple[DiskXml, ...]
     features: tuple[Feature, ...]
+    networks: tuple[str, ...] = ()
+    bridges: tuple[str, ...] = ()
+    cpu_model: str | None = None
 
     @property
     def own_disks(self) -> tuple[DiskXml, ...]:
@@ -212,6 +219,9 @@ def read_domain(xml: str) -> DomainXml:
         macs=tuple(mac.attributes["address"] for mac in _macs(domain)),
         disks=tuple(_disk(disk) for disk in domain.find_all("devices", "disk")),
         features=(*_outside_state(domain), *_host_devices(domain)),
+        networks=tuple(_connected_to(domain, "network")),
+        bridges=tuple(_connected_to(domain, "bridge")),
+        cpu_model=_cpu_model(domain),
     )
 
 
@@ -398,6 +408,20 @@ def _host_devices(domain: Node) -> Iterator[Feature]:
         kind = node.attributes.get("type", "")
         if kind in ("direct", "hostdev"):
             yield Feature(f"interface-{kind}", _source(node) or "unnamed")
+
+
+def _connected_to(domain: Node, kind: str) -> Iterator[str]:
+    """Yield the names of the libvirt networks, or bridges of the host, that interfaces are connected to."""
+    for node in domain.find_all("devices", "interface"):
+        source = node.find("source")
+        if node.attributes.get("type") == kind and source is not None and kind in source.attributes:
+            yield source.attributes[kind]
+
+
+def _cpu_model(domain: Node) -> str | None:
+    """Return the CPU model that is asked for by name; the host's own, or the emulator's default, has none."""
+    mode = domain.find_attributes("cpu").get("mode", "custom")
+    return domain.find_text("cpu", "model") if mode == "custom" else None
 
 
 def _source(device: Node) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import libvirt
@@ -54,6 +54,22 @@ class Pool:
     type: str
     path: str
     active: bool
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a host can give a VM: memory in bytes, CPUs, CPU models by name (whether usable), networks (whether active).
+
+    `refusal`: why libvirt there cannot run the VM's emulator, machine type or architecture. `version`: libvirt's own,
+    as major * 1,000,000 + minor * 1,000 + release.
+    """
+
+    memory: int = 0
+    cpus: int = 0
+    refusal: str = ""
+    cpu_models: Mapping[str, bool] = field(default_factory=dict)
+    networks: Mapping[str, bool] = field(default_factory=dict)
+    version: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,9 +146,84 @@ def _checkpoints(domain: libvirt.virDomain) -> tuple[str, ...]:
         raise
 
 
+def abilities(connection: libvirt.virConnect, xml: definition.DomainXml) -> Abilities:
+    """What the host can give a VM of this definition. Raises libvirt.libvirtError."""
+    memory, cpus = connection.getInfo()[1:3]
+    models: dict[str, bool] = {}
+    refusal = ""
+    try:
+        answer = connection.getDomainCapabilities(xml.emulator, xml.arch, xml.machine, xml.type)
+        for mode in Document(answer).root.find_all("cpu", "mode"):
+            if mode.attributes.get("name") == "custom":
+                models = {one.text: one.attributes.get("usable") != "no" for one in mode.find_all("model")}
+    except libvirt.libvirtError as error:
+        refusal = error.get_error_message()
+    networks = {network.name(): bool(network.isActive()) for network in connection.listAllNetworks()}
+    version = connection.getLibVersion()
+    return Abilities(memory * 1024 * 1024, cpus, refusal, models, networks, version)
+
+
 def names(connection: libvirt.virConnect) -> dict[str, str]:
     """Every domain's UUID by its name, running or not. Raises libvirt.libvirtError."""
     return {domain.name(): domain.UUIDString() for domain in connection.listAllDomains()}
+
+
+def paths_of_others(connection: libvirt.virConnect, uuid: str) -> set[str]:
+    """Every file that a domain other than `uuid` refers to as a disk or medium. Raises libvirt.libvirtError."""
+    found = set()
+    for domain in connection.listAllDomains():
+        if domain.UUIDString() != uuid:
+            for flags in (0, libvirt.VIR_DOMAIN_XML_INACTIVE):
+                facts = definition.read_domain(domain.XMLDesc(flags))
+                found |= {disk.path for disk in facts.disks if disk.path and disk.path.startswith("/")}
+    return found
+
+
+def stop(connection: libvirt.virConnect, name: str) -> bool:
+    """Stop the domain at once if it runs; whether it did. Raises libvirt.libvirtError."""
+    domain = connection.lookupByName(name)
+    if not domain.isActive():
+        return False
+    domain.destroy()
+    return True
+
+
+def start(connection: libvirt.virConnect, name: str) -> None:
+    """Start the domain. Raises libvirt.libvirtError."""
+    connection.lookupByName(name).create()
+
+
+def forget_state(connection: libvirt.virConnect, name: str, own: tuple[str, ...], disks: tuple[str, ...]) -> list[str]:
+    """Remove what libvirt kept beside a definition that has been replaced; what was removed.
+
+    `own`: the snapshots and checkpoints that it had, by name: the VM may have got others since. `disks`: its files, by
+    which a managed save of it is known. Raises libvirt.libvirtError.
+    """
+    domain = connection.lookupByName(name)
+    done = []
+    if domain.hasManagedSaveImage() and _refers_to(domain.managedSaveGetXMLDesc(), disks):
+        domain.managedSaveRemove()
+        done.append("managed save")
+    for snapshot in domain.listAllSnapshots(libvirt.VIR_DOMAIN_SNAPSHOT_LIST_TOPOLOGICAL)[::-1]:
+        if snapshot.getName() in own:
+            done.append(f"snapshot {snapshot.getName()}")
+            snapshot.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
+    for checkpoint in domain.listAllCheckpoints(libvirt.VIR_DOMAIN_CHECKPOINT_LIST_TOPOLOGICAL)[::-1]:
+        if checkpoint.getName() in own:
+            done.append(f"checkpoint {checkpoint.getName()}")
+            checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+    return done
+
+
+def _refers_to(xml: str, disks: tuple[str, ...]) -> bool:
+    return any(disk.path in disks for disk in definition.read_domain(xml).disks)
+
+
+def undefine(connection: libvirt.virConnect, name: str) -> None:
+    """Undefine the domain with its UEFI variables and TPM state. Raises libvirt.libvirtError."""
+    flags = libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+    flags |= libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
+    connection.lookupByName(name).undefineFlags(flags)
 
 
 def pools(connection: libvirt.virConnect) -> tuple[Pool, ...]:

@@ -7,7 +7,8 @@
     ├── ConnectError             5  a host cannot be reached or libvirt there cannot be opened
     │   ├── AuthenticationError  5  the host refused our key
     │   └── HostKeyError         5  the host's key is unknown or has changed
-    ├── TransferError            6  the copy failed or was interrupted; it was rolled back
+    ├── TransferError            6  the copy failed; it was rolled back
+    │   └── InterruptedTransferError  6  it was interrupted; it was kept for the next try
     ├── VerificationError        7  source and destination differ after the copy
     └── LockedError              8  another operation works on the same destination VM
 
@@ -86,9 +87,16 @@ class HostKeyError(ConnectError):
 
 
 class TransferError(KvmCloneError):
-    """The copy failed or was interrupted; what it had written was rolled back."""
+    """The copy failed. `interrupted` tells a failure that another try may mend: what is staged is kept for it."""
 
     exit_code = ExitCode.TRANSFER
+    interrupted = False
+
+
+class InterruptedTransferError(TransferError):
+    """The network, a host or a process went away in the midst of the copy."""
+
+    interrupted = True
 
 
 class VerificationError(KvmCloneError):

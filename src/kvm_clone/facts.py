@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from kvm_clone.definition import DomainXml
-from kvm_clone.domains import Domain, Pool
+from kvm_clone.definition import DomainXml, Provenance
+from kvm_clone.domains import Abilities, Domain, Pool
 
 
 @dataclass(frozen=True)
 class HostFacts:
-    """A host's tools; None for one that is missing."""
+    """A host's tools; None for one that is missing. `clock`: its time less ours, in seconds."""
 
     name: str
     hostname: str
     python: str
     qemu_img: str | None
     qemu_nbd: str | None
+    clock: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,18 @@ class ImageFacts:
 
 @dataclass(frozen=True)
 class Directory:
-    """A directory at the destination; `names` are its entries."""
+    """A directory at the destination; `names` are its entries.
+
+    `free`: bytes, `inodes`: files that its filesystem has room for, `filesystem`: which one it is.
+    """
 
     path: str
     exists: bool
     writable: bool
     free: int
     names: frozenset[str] = frozenset()
+    inodes: int = 1 << 40
+    filesystem: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,13 +77,71 @@ class SourceFacts:
     xml: DomainXml
     images: tuple[ImageFacts, ...]
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the definition or a disk may have changed; a hint, compared without reading any disk."""
+        xml = hashlib.sha256(self.domain.xml.encode()).hexdigest()[:16]
+        return ";".join([f"xml={xml}", *(f"{image.target}={image.fingerprint}" for image in self.images)])
+
+
+@dataclass(frozen=True)
+class Existing:
+    """The VM of the wanted name that the destination has.
+
+    `mark`: our mark, if it is this VM's own. `whole`: its disks are there. `removable`: the files that are its alone.
+    """
+
+    domain: Domain
+    xml: DomainXml
+    mark: Provenance | None
+    whole: bool
+    removable: tuple[str, ...]
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The names of its snapshots and checkpoints."""
+        return (*self.domain.snapshots, *self.domain.checkpoints)
+
+
+@dataclass(frozen=True)
+class StagedDisk:
+    """One disk of an interrupted attempt; sizes in bytes, `durable` the byte before which all content is durable."""
+
+    part: str
+    final: str
+    format: str
+    size: int
+    durable: int
+    allocated: int
+
+
+@dataclass(frozen=True)
+class Staged:
+    """An interrupted or running attempt to make the VM of the wanted name, from its journal.
+
+    `holder`: who is at it, nothing for an interrupted one.
+    `defining`: libvirt may have the definition. `remove`, `forget`: files and snapshots of the VM that it replaces.
+    """
+
+    directory: str
+    operation: str
+    source_uuid: str
+    source_name: str
+    defining: bool
+    committed: bool
+    remove: tuple[str, ...]
+    forget: tuple[str, ...]
+    disks: Mapping[str, StagedDisk]
+    holder: str = ""
+
 
 @dataclass(frozen=True)
 class DestinationFacts:
     """The destination.
 
     `domains`: its VMs' UUIDs by name. `directories`: those that disks may land in, by path. `present`: whether each
-    path that the definition refers to is there.
+    path that the definition refers to is there. `paths_in_use`: what any VM there refers to. `staged_error`: why the
+    journal of an earlier attempt cannot be read.
     """
 
     host: HostFacts
@@ -83,14 +149,23 @@ class DestinationFacts:
     pools: tuple[Pool, ...]
     directories: Mapping[str, Directory]
     present: Mapping[str, bool]
+    existing: Existing | None = None
+    staged: Staged | None = None
+    staged_error: str = ""
+    abilities: Abilities = field(default_factory=Abilities)
+    paths_in_use: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class RouteFacts:
-    """Whether the source host can reach the destination itself, and if not, why."""
+    """Whether the source host can reach the destination itself, and if not, why.
+
+    `rate`: what was measured on the route that `auto` takes, bytes a second; 0 where nothing was.
+    """
 
     direct: bool
     reason: str
+    rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -100,6 +175,21 @@ class Facts:
     source: SourceFacts
     destination: DestinationFacts
     route: RouteFacts
+
+    @property
+    def digest(self) -> str:
+        """Of what a plan rests on. Free space and the like may move without harm, so that they have no part in it."""
+        there = self.destination
+        parts = (
+            self.source.fingerprint,
+            self.source.domain.state,
+            there.existing and (there.existing.domain.xml, there.existing.domain.state, there.existing.removable),
+            there.staged and (there.staged.operation, there.staged.defining),
+            sorted(there.domains.items()),
+            there.pools,
+            self.route.direct,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 _QCOW2_OPTIONS = {
@@ -117,7 +207,8 @@ _DEFAULTS = {"compression_type": "zlib", "extended_l2": "off", "lazy_refcounts":
 
 def host_facts(name: str, answer: Mapping[str, Any]) -> HostFacts:
     """From the agent's answer to `host`."""
-    return HostFacts(name, answer["hostname"], answer["python"], answer["qemu_img"], answer["qemu_nbd"])
+    clock = answer["time"] - time.time()
+    return HostFacts(name, answer["hostname"], answer["python"], answer["qemu_img"], answer["qemu_nbd"], clock)
 
 
 def image_facts(target: str, path: str, format_: str, answer: Mapping[str, Any]) -> ImageFacts:
@@ -158,3 +249,20 @@ def _options(image: Mapping[str, Any], specific: Mapping[str, Any]) -> dict[str,
             if text != _DEFAULTS.get(ours):
                 options[ours] = text
     return options
+
+
+def staged_facts(answer: Mapping[str, Any]) -> Staged:
+    """From one of the agent's answers to `staged`."""
+    source = answer.get("source", {})
+    return Staged(
+        answer["directory"],
+        answer["operation"],
+        source.get("uuid", ""),
+        source.get("name", ""),
+        answer["defining"],
+        answer["committed"],
+        tuple(answer["remove"]),
+        tuple(answer["forget"]),
+        {target: StagedDisk(**disk) for target, disk in answer["disks"].items()},
+        answer["holder"],
+    )

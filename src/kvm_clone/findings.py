@@ -14,8 +14,8 @@ class Severity(StrEnum):
     INFO = "info"
 
 
-EXISTS = "domain-exists"
-"""The one blocking finding with an exit code of its own."""
+EXISTS, LOCKED = "domain-exists", "locked"
+"""The blocking findings with exit codes of their own."""
 
 
 @dataclass(frozen=True)
@@ -27,3 +27,8 @@ class Finding:
     subject: str
     text: str
     remedy: str = ""
+
+
+def block(code: str, subject: str, text: str, remedy: str = "") -> Finding:
+    """A blocking finding."""
+    return Finding(code, Severity.BLOCKING, subject, text, remedy)

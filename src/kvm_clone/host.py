@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import signal
 import sys
@@ -16,8 +17,14 @@ from typing import Any
 from kvm_clone import payload, ssh
 from kvm_clone.agent import errors as kinds
 from kvm_clone.agent import wire
-from kvm_clone.errors import ConnectError, KvmCloneError, LockedError, RefusedError, TransferError
-from kvm_clone.tasks import together
+from kvm_clone.errors import (
+    ConnectError,
+    InterruptedTransferError,
+    KvmCloneError,
+    LockedError,
+    RefusedError,
+    TransferError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +46,7 @@ class AgentCallError(TransferError):
     def __init__(self, kind: str, message: str, host: str) -> None:
         super().__init__(f"{host}: {message}", subject=host, remedy=_REMEDIES.get(kind, ""))
         self.kind = kind
+        self.interrupted = kind == kinds.INTERRUPTED
 
 
 _REMEDIES = {
@@ -90,9 +98,8 @@ class Host:
         Raises ConnectError and its kinds; RefusedError when the host cannot run the agent.
         """
         if not self.address.local:
-            self.known, self._ciphers = await together(
-                ssh.effective(self.address, self._options), ssh.default_ciphers()
-            )
+            self.known = await ssh.effective(self.address, self._options)
+            self._ciphers = await ssh.default_ciphers()
         delay = 1.0
         for tries_left in range(self._options.retries, -1, -1):
             try:
@@ -181,7 +188,7 @@ class Host:
 
     def _start_failure(self, status: int | None, error: Exception) -> KvmCloneError:
         said = self._said()
-        if status == 127 or "python3: not found" in said or "python3: command not found" in said:
+        if status in (126, 127) or "python3: not found" in said or "python3: command not found" in said:
             return RefusedError(
                 f"{self.name} has no python3",
                 subject=self.name,
@@ -210,7 +217,7 @@ class Host:
             log.debug("%s: %s", self.name, error)
         await asyncio.sleep(0.1)  # ssh's last words come over another pipe
         said = self._said().strip().splitlines()
-        self._lost = TransferError(
+        self._lost = InterruptedTransferError(
             f"the connection to {self.name} was lost" + (f": {said[-1]}" if said else ""),
             subject=self.name,
             remedy="run the command again",
@@ -349,5 +356,24 @@ async def end_process(process: asyncio.subprocess.Process, patience: float = 5.0
         async with asyncio.timeout(patience):
             await process.wait()
     except TimeoutError:
-        process.kill()
-        await process.wait()
+        await kill_process(process)
+    else:
+        await _forget_input(process)
+
+
+async def kill_process(process: asyncio.subprocess.Process) -> None:
+    """Kill a child. Not by its own method: that reaps a child that has just ended, behind asyncio's back."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+    await process.wait()
+    await _forget_input(process)
+
+
+async def _forget_input(process: asyncio.subprocess.Process) -> None:
+    """What an ended child has not read is no news: without this asyncio complains of it on stderr."""
+    if process.stdin is not None:
+        process.stdin.close()
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(1.0):
+                await process.stdin.wait_closed()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import posixpath
+import time
+from typing import Any
 
 import libvirt
 
-from kvm_clone import definition, domains, ssh
+from kvm_clone import definition, domains, ssh, vms
 from kvm_clone.agent import errors as kinds
+from kvm_clone.agent import peer
 from kvm_clone.errors import RefusedError
 from kvm_clone.facts import (
     DestinationFacts,
@@ -19,9 +23,10 @@ from kvm_clone.facts import (
     SourceFacts,
     host_facts,
     image_facts,
+    staged_facts,
 )
-from kvm_clone.host import AgentCallError, Host
-from kvm_clone.options import Route
+from kvm_clone.host import AgentCallError, Host, kill_process
+from kvm_clone.options import CloneOptions, Route
 from kvm_clone.tasks import together
 
 
@@ -31,7 +36,7 @@ async def inspect(
     destination: Host,
     destination_libvirt: libvirt.virConnect,
     vm: str,
-    route: Route,
+    options: CloneOptions,
 ) -> Facts:
     """Everything a plan needs. From here on the source agent keeps every QEMU from writing the VM's disks.
 
@@ -40,9 +45,12 @@ async def inspect(
 
     async def both_hosts() -> tuple[SourceFacts, DestinationFacts]:
         facts = await _source(source, source_libvirt, vm)
-        return facts, await _destination(destination, destination_libvirt, facts.xml)
+        name = options.new_name or facts.domain.name
+        return facts, await _destination(destination, destination_libvirt, facts.xml, name)
 
-    (source_facts, destination_facts), reach = await together(both_hosts(), find_route(source, destination, route))
+    (source_facts, destination_facts), reach = await together(
+        both_hosts(), find_route(source, destination, options.route)
+    )
     return Facts(source_facts, destination_facts, reach)
 
 
@@ -76,18 +84,26 @@ async def _image(host: Host, disk: definition.DiskXml, *, locked: bool) -> Image
     return image_facts(disk.target, path, format_, await host.call("disk", path=path, image_format=format_))
 
 
-async def _destination(host: Host, connection: libvirt.virConnect, xml: definition.DomainXml) -> DestinationFacts:
+async def _destination(
+    host: Host, connection: libvirt.virConnect, xml: definition.DomainXml, name: str
+) -> DestinationFacts:
     with domains.failing_as(f"asking libvirt on {host.name}", host.name):
-        names, pools = await together(
-            asyncio.to_thread(domains.names, connection), asyncio.to_thread(domains.pools, connection)
+        names, pools, abilities, in_use = await together(
+            asyncio.to_thread(domains.names, connection),
+            asyncio.to_thread(domains.pools, connection),
+            asyncio.to_thread(domains.abilities, connection, xml),
+            asyncio.to_thread(domains.paths_of_others, connection, ""),
         )
     wanted = {pool.path for pool in pools if pool.path}
     wanted |= {posixpath.dirname(disk.path) for disk in xml.own_disks if disk.path and disk.type == "file"}
     referred = {file.path for file in xml.os_files}
+    referred |= {f"/sys/class/net/{bridge}" for bridge in xml.bridges}
     referred |= {disk.path for disk in (*xml.media, *xml.referenced_disks) if disk.path and disk.type == "file"}
     paths, files = sorted(wanted), sorted(referred)
-    about, directories, present = await together(
+    about, existing, staged, directories, present = await together(
         host.call("host"),
+        vms.existing(host, connection, name),
+        host.call("staged", directories=paths, name=name),
         together(*(host.call("directory", path=path) for path in paths)),
         together(*(host.call("exists", path=path) for path in files)),
     )
@@ -97,30 +113,58 @@ async def _destination(host: Host, connection: libvirt.virConnect, xml: definiti
         pools,
         {path: _directory(answer) for path, answer in zip(paths, directories, strict=True)},
         dict(zip(files, present, strict=True)),
+        existing,
+        next((staged_facts(answer) for answer in staged if "error" not in answer), None),
+        "; ".join(f"{answer['path']}: {answer['error']}" for answer in staged if "error" in answer),
+        abilities,
+        frozenset(in_use),
     )
 
 
-def _directory(answer: dict[str, object]) -> Directory:
-    return Directory(
-        str(answer["path"]),
-        bool(answer["exists"]),
-        bool(answer["writable"]),
-        int(str(answer["free"])),
-        frozenset(answer["names"]),  # type: ignore[call-overload]
-    )
+def _directory(answer: dict[str, Any]) -> Directory:
+    return Directory(**{**answer, "names": frozenset(answer["names"])})
 
 
 async def find_route(source: Host, destination: Host, wanted: Route) -> RouteFacts:
-    """Whether the source can send to the destination itself; not tried when the answer would change nothing."""
+    """Whether the source can send to the destination itself, and how fast the route that is taken is."""
     if wanted is Route.RELAY:
-        return RouteFacts(False, "asked for")
+        return RouteFacts(False, "asked for", await _measure_relay(source, destination))
     if source.address.local or destination.address.local:
-        return RouteFacts(False, "this machine is one of the two hosts")
+        reason = "this machine is one of the two hosts"
+        return RouteFacts(False, reason, await _measure_relay(source, destination))
     argv, known_hosts = await direct_ssh(destination)
-    said = await source.call("probe", ssh=argv, known_hosts=known_hosts)
-    if said:
-        return RouteFacts(False, f"{source.name} cannot connect to {destination.name}: {said}")
-    return RouteFacts(True, f"{source.name} can connect to {destination.name}")
+    answer = await source.call("probe", ssh=argv, known_hosts=known_hosts)
+    if answer["error"]:
+        reason = f"{source.name} cannot connect to {destination.name}: {answer['error']}"
+        return RouteFacts(False, reason, await _measure_relay(source, destination))
+    return RouteFacts(True, f"{source.name} can connect to {destination.name}", answer["rate"])
+
+
+async def _measure_relay(source: Host, destination: Host) -> float:
+    """Bytes a second from one host through this machine to the other; 0 when it cannot be measured."""
+    out, into = os.pipe()
+    devnull = asyncio.subprocess.DEVNULL
+    children = []
+    try:
+        argv = destination.session_argv(peer.MEASURE)
+        reader = await asyncio.create_subprocess_exec(*argv, stdin=out, stdout=asyncio.subprocess.PIPE, stderr=devnull)
+        children.append(reader)
+        assert reader.stdout is not None
+        if await reader.stdout.readline() != b"ready\n":
+            return 0.0
+        began = time.monotonic()
+        argv = source.session_argv(f"timeout {peer.MEASURED_SECONDS} head -c {peer.MEASURED_BYTES} /dev/zero")
+        children.append(await asyncio.create_subprocess_exec(*argv, stdin=devnull, stdout=into, stderr=devnull))
+        os.close(into)
+        into = -1
+        arrived = (await reader.stdout.readline()).strip()
+        return int(arrived or 0) / max(time.monotonic() - began, 1e-6)
+    finally:
+        for descriptor in (out, into):
+            if descriptor >= 0:
+                os.close(descriptor)
+        for child in children:
+            await kill_process(child)
 
 
 async def direct_ssh(destination: Host) -> tuple[list[str], str]:

@@ -31,7 +31,10 @@ def take(count):
         data += part
     return data
 head = take(72)
-body = take(int(head[:8], 16))
+try:
+    body = take(int(head[:8], 16))
+except ValueError:
+    sys.exit("kvm-clone: the agent arrived damaged")
 if hashlib.sha256(body).hexdigest().encode() != head[8:]:
     sys.exit("kvm-clone: the agent arrived damaged")
 fd = os.memfd_create("kvm-clone-agent")

@@ -18,8 +18,8 @@ from kvm_clone import payload
 from kvm_clone.agent import errors as kinds
 from kvm_clone.agent import wire
 from kvm_clone.agent.stream import enlarge_pipe
-from kvm_clone.errors import TransferError
-from kvm_clone.host import Host, call_error, end_process, read_frame, read_marker, spawn_options
+from kvm_clone.errors import InterruptedTransferError, TransferError
+from kvm_clone.host import Host, call_error, end_process, kill_process, read_frame, read_marker, spawn_options
 from kvm_clone.inspect import direct_ssh
 from kvm_clone.options import Route
 
@@ -35,17 +35,22 @@ class Job:
     source: str
     staged: str
     format: str
+    fresh: bool = True
+    ranges: tuple[tuple[int, int], ...] | None = None
+    durable: int = 0
 
     def sending(self) -> dict[str, Any]:
-        """As the sender takes it; the staged image is known to be all zeros."""
-        return {"path": self.source, "format": self.format, "fresh": True}
+        """As the sender takes it. `fresh`: the staged image is known to be all zeros."""
+        ranges = None if self.ranges is None else [list(pair) for pair in self.ranges]
+        return {"path": self.source, "format": self.format, "fresh": self.fresh, "ranges": ranges}
 
     def receiving(self) -> dict[str, Any]:
-        """As the receiver takes it."""
-        return {"path": self.staged, "format": self.format}
+        """As the receiver takes it. `durable`: the byte before which everything was durable already."""
+        return {"path": self.staged, "format": self.format, "durable": self.durable}
 
 
-OnWritten = Callable[[list[int]], None]
+OnBytes = Callable[[list[int]], None]
+"""Hears a number of bytes for each job, in their order."""
 
 
 async def copy(
@@ -56,9 +61,12 @@ async def copy(
     *,
     parallel: int,
     rate: int | None,
-    on_written: OnWritten,
+    on_written: OnBytes,
+    on_durable: OnBytes,
 ) -> None:
     """Copy every disk; returns when all content is durable at the destination.
+
+    `on_written` hears how much each disk got, `on_durable` the byte before which each is durable.
 
     `rate` is in bytes a second over all disks. Raises TransferError and its kinds, naming the end that failed.
     """
@@ -71,7 +79,7 @@ async def copy(
     receive = {"mode": "receive", "jobs": [job.receiving() for job in jobs]}
     opened = _direct if route is Route.DIRECT else _relay
     async with opened(source, destination, send, receive) as pipeline:
-        await pipeline.run(on_written)
+        await pipeline.run(on_written, on_durable)
 
 
 class _Pipeline:
@@ -82,7 +90,7 @@ class _Pipeline:
         self._receiver = receiver
         self._answers = answers
 
-    async def run(self, on_written: OnWritten) -> None:
+    async def run(self, on_written: OnBytes, on_durable: OnBytes) -> None:
         self._sender.write(wire.pack_frame({"go": True}))
         error: dict[str, Any] | None = None
         done = False
@@ -92,6 +100,8 @@ class _Pipeline:
                 break
             if "written" in frame:
                 on_written(frame["written"])
+            if "durable" in frame:
+                on_durable(frame["durable"])
             error = frame.get("error")
             done = frame.get("done", False)
         await self._settle(done, error)
@@ -106,7 +116,9 @@ class _Pipeline:
             return
         said = self._sender.said or (self._receiver.said if self._receiver else "")
         said = said or (error or {}).get("message", "") or "the stream broke off"
-        raise TransferError(f"the copy failed: {said}", subject=self._sender.host, remedy="run the command again")
+        raise InterruptedTransferError(
+            f"the copy was interrupted: {said}", subject=self._sender.host, remedy="run the command again"
+        )
 
 
 class _Child:
@@ -151,9 +163,7 @@ class _Child:
 
     async def kill(self) -> None:
         """Make it end now."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
-        await self.process.wait()
+        await kill_process(self.process)
         await self._reader
 
 
@@ -206,7 +216,7 @@ async def _ready(child: _Child, stream: asyncio.StreamReader) -> None:
 
 def _not_ready(child: _Child, error: Exception) -> TransferError:
     text = f"the data stream could not be set up: {child.said or error or type(error).__name__}"
-    return TransferError(text, subject=child.host, remedy="run the command again")
+    return InterruptedTransferError(text, subject=child.host, remedy="run the command again")
 
 
 @contextlib.asynccontextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvm_clone.agent import stream
+from kvm_clone.agent.process import start
 
 from .tools import MIB, SshServer, ending, eventually, lacking, need
 
@@ -64,7 +65,7 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
         "PermitRootLogin": "yes",
     }
     argv = [program, "-D", "-e", "-f", "/dev/null", *(f"-o{key}={value}" for key, value in options.items())]
-    with (directory / "log").open("wb") as log, ending(subprocess.Popen(argv, stderr=log)):
+    with (directory / "log").open("wb") as log, ending(start(argv, stderr=log)):
         assert eventually(lambda: _listens(port)), (directory / "log").read_text()
         key = " ".join((directory / "host.pub").read_text().split()[:2])
         ssh = ["ssh", "-F", "/dev/null", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,63 @@ def test_a_damaged_inner_record_is_an_error() -> None:
 @pytest.mark.parametrize("content", [b"", b"\0" * 4096, b"half a line", b"\n", b"00000000 {}\n"])
 def test_nothing_that_counts(content: bytes) -> None:
     assert replay(content) == []
+
+
+HISTORIES = st.lists(
+    st.tuples(st.sampled_from(["create", "durable", "publish"]), st.integers(0, 1 << 40), st.booleans()),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(HISTORIES, st.data())
+def test_a_history_torn_at_any_byte_replays_its_last_durable_state(
+    history: list[tuple[str, int, bool]], data: st.DataObject
+) -> None:
+    """Appends, now and then torn off at a byte, and gone on with by another run."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "journal"
+        opened, durable = Journal(str(path)), list[dict[str, Any]]()
+        for record, end, torn in history:
+            before = path.stat().st_size
+            opened.append(record, end=end)
+            durable.append({"record": record, "end": end})
+            if torn:
+                opened.close()
+                length = data.draw(st.integers(before, path.stat().st_size))
+                if length < path.stat().st_size:
+                    durable.pop()
+                os.truncate(path, length)
+                assert replay(path.read_bytes()) == durable
+                opened = Journal(str(path), resume=True)
+            assert opened.records == durable
+        opened.close()
+        assert replay(path.read_bytes()) == durable
+
+
+def test_going_on_drops_the_torn_tail(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    for cut in range(len(CONTENT) + 1):
+        path.write_bytes(CONTENT[:cut])
+        opened = Journal(str(path), resume=True)
+        kept = list(opened.records)
+        opened.append("next")
+        opened.close()
+        assert replay(path.read_bytes()) == [*kept, {"record": "next"}]
+        assert kept == RECORDS[: sum(cut >= len(b"".join(map(encode, RECORDS[:count]))) for count in (1, 2, 3))]
+
+
+def test_what_cannot_be_gone_on_with(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Journal(str(tmp_path / "missing"), resume=True)
+    (tmp_path / "damaged").write_bytes(damaged(10))
+    with pytest.raises(AgentError, match="damaged"):
+        Journal(str(tmp_path / "damaged"), resume=True)
+    assert (tmp_path / "damaged").read_bytes() == damaged(10)
+    (tmp_path / "link").symlink_to(tmp_path / "damaged")
+    with pytest.raises(OSError):
+        Journal(str(tmp_path / "link"), resume=True)
 
 
 WRITER = """

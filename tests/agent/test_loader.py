@@ -212,9 +212,10 @@ def test_what_libraries_print_does_not_reach_the_protocol() -> None:
 
 def test_a_probe_answers_with_what_ssh_said(sshd: SshServer) -> None:
     with control() as running:
-        assert running.call("probe", **sshd._asdict()) == {"id": 1, "ok": ""}
+        answer = running.call("probe", **sshd._asdict())["ok"]
+        assert (answer["error"], answer["rate"] > 0) == ("", True)
         said = running.call("probe", ssh=sshd.ssh, known_hosts="[127.0.0.1]:1 ssh-ed25519 AAAA\n")["ok"]
-        assert said == "ssh: Host key verification failed."
+        assert said == {"error": "ssh: Host key verification failed.", "rate": 0.0}
         assert running.end() == (0, "")
 
 
@@ -454,7 +455,7 @@ def test_calls_run_side_by_side() -> None:
         answer = running.frame()
         assert answer
         assert answer["id"] == 1
-        assert answer["ok"].startswith("ssh: Connection ")
+        assert answer["ok"]["error"].startswith("ssh: Connection ")
         assert running.end() == (0, "")
 
 
@@ -508,7 +509,11 @@ def test_digests_with_progress(tmp_path: Path) -> None:
     assert answers[3]
     values = answers[3]["ok"]
     empty = hashlib.sha256(hashlib.sha256(bytes(MIB)).digest() * 64).hexdigest()
-    assert [value == empty for value in values] == [True, False, False]
+    assert [(at, value == empty) for at, value in values] == [
+        (0, True),
+        (digest.SEGMENT, False),
+        (2 * digest.SEGMENT, False),
+    ]
 
 
 def test_an_image_stays_locked_until_the_agent_ends(tmp_path: Path) -> None:
@@ -568,9 +573,10 @@ def test_the_end_leaves_what_may_be_committed(name: str, tmp_path: Path) -> None
         running.end()
     assert set(tmp_path.iterdir()) == left
     with control() as running:
-        answer = running.call("unsettled", directory=str(tmp_path), name=name)
-        assert answer["ok"] == {"operation": "0f", "committed": False}
-        assert running.call("settle", directory=str(tmp_path), name=name, committed=True)["ok"] == []
+        (found,) = running.call("staged", directories=[str(tmp_path)], name=name)["ok"]
+        assert (found["operation"], found["defining"], found["committed"]) == ("0f", True, False)
+        assert "ok" in running.call("settle", directory=str(tmp_path), name=name, committed=True)
+        assert "ok" in running.call("finish_earlier", directory=str(tmp_path), name=name)
         running.end()
     assert {entry.name for entry in tmp_path.iterdir()} == {"vda", "vdb"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -80,6 +81,12 @@ def test_a_whole_operation(pool: Path, locks: Path) -> None:
     assert not list(locks.iterdir())
 
 
+def defining(pool: Path) -> list[tuple[str, bool]]:
+    """The operations on our VM that may have committed, and whether that is certain."""
+    found = stage.staged([str(pool)], NAME)
+    return [(entry["operation"], entry["committed"]) for entry in found if entry["defining"]]
+
+
 Step = Callable[[Stage, Path], object]
 STEPS: list[Step] = [
     lambda staged, pool: staged.create("vda", str(pool / "a name.img"), RAW),
@@ -104,7 +111,7 @@ def test_undo_after_any_step(how: str, count: int, pool: Path, locks: Path) -> N
         staged.abandon()
     else:
         staged.release()
-        assert stage.unsettled(str(pool), NAME) is None
+        assert defining(pool) == []
         begin(pool, "10").finish()
     assert seen(pool) == before
     assert not list(locks.iterdir())
@@ -242,7 +249,13 @@ def dead(pool: Path, locks: Path, then: str) -> None:
 
 def test_a_live_holder_is_named(holder: subprocess.Popen[bytes], pool: Path) -> None:
     before = seen(pool)
-    for act in (lambda: begin(pool), lambda: stage.settle(str(pool), NAME, committed=True)):
+    acts: list[Callable[[], object]] = [
+        lambda: begin(pool),
+        lambda: stage.settle(str(pool), NAME, committed=True),
+        lambda: stage.recover(str(pool), NAME),
+        lambda: stage.finish(str(pool), NAME),
+    ]
+    for act in acts:
         with pytest.raises(AgentError, match=f"operation dead, pid {holder.pid}, source elsewhere") as caught:
             act()
         assert caught.value.kind == errors.LOCKED
@@ -267,37 +280,55 @@ def test_what_may_have_been_committed_is_left_to_whoever_asks_libvirt(
 ) -> None:
     dead(pool, locks, then)
     left = seen(pool)
-    assert stage.unsettled(str(pool), NAME) == {"operation": "dead", "committed": committed}
+    assert defining(pool) == [("dead", committed)]
     with pytest.raises(AgentError, match="libvirt has to be asked") as caught:
         begin(pool)
     assert caught.value.kind == errors.UNSUPPORTED
     assert seen(pool) == left
 
 
-def test_settle_keeps_the_files_of_what_was_committed(pool: Path, locks: Path) -> None:
-    before = seen(pool)
+def test_what_has_committed_is_kept(pool: Path, locks: Path) -> None:
+    before = seen_names(pool)
     dead(pool, locks, "define")
-    assert stage.settle(str(pool), NAME, committed=True) == []
-    assert stage.unsettled(str(pool), NAME) is None
-    assert seen_names(pool) - set(before) >= {"vda.img"}
-    assert not [name for name in seen_names(pool) - set(before) if name.endswith(".journal")]
+    stage.settle(str(pool), NAME, committed=True)
+    assert defining(pool) == [("dead", True)]
+    stage.finish(str(pool), NAME)
+    assert stage.staged([str(pool)], NAME) == []
+    assert "vda.img" in seen_names(pool) - before
     begin(pool).finish()
 
 
-@pytest.mark.parametrize("then", ["define", "define committed"])
-def test_settle_undoes_what_was_not_committed(then: str, pool: Path, locks: Path) -> None:
-    before = seen(pool)
+@pytest.mark.parametrize("then", ["", "copied", "proven"])
+def test_finish_leaves_what_has_not_committed(then: str, pool: Path, locks: Path) -> None:
     dead(pool, locks, then)
-    assert stage.settle(str(pool), NAME, committed=False) == []
+    left = seen(pool)
+    stage.finish(str(pool), NAME)
+    assert seen(pool) == left
+
+
+@pytest.mark.parametrize("how", ["recover", "the next one"])
+def test_what_was_withdrawn_can_be_undone(how: str, pool: Path, locks: Path) -> None:
+    before = seen(pool)
+    dead(pool, locks, "define")
+    with pytest.raises(AgentError, match="libvirt has to be asked"):
+        stage.recover(str(pool), NAME)
+    stage.settle(str(pool), NAME, committed=False)
+    assert defining(pool) == []
+    if how == "recover":
+        assert stage.recover(str(pool), NAME) == []
+    else:
+        begin(pool).finish()
     assert seen(pool) == before
     assert not list(locks.iterdir())
 
 
-def test_nothing_is_unsettled_at_first(pool: Path) -> None:
-    assert stage.unsettled(str(pool), NAME) is None
+def test_nothing_is_staged_at_first(pool: Path) -> None:
+    assert stage.staged([str(pool)], NAME) == []
     staged = begin(pool)
-    assert stage.unsettled(str(pool), NAME) is None
+    (found,) = stage.staged([str(pool), str(pool)], NAME)
+    assert (found["operation"], found["active"], found["defining"]) == ("0f", True, False)
     staged.finish()
+    assert stage.staged([str(pool)], NAME) == []
 
 
 def test_abandon_after_define_leaves_everything(pool: Path, locks: Path) -> None:
@@ -311,8 +342,7 @@ def test_abandon_after_define_leaves_everything(pool: Path, locks: Path) -> None
     staged.abandon()
     assert seen_names(pool) == left
     assert not list(locks.iterdir())
-    assert stage.unsettled(str(pool), NAME) == {"operation": "0f", "committed": False}
-    assert stage.settle(str(pool), NAME, committed=False) == []
+    assert defining(pool) == [("0f", False)]
 
 
 def test_undo_past_the_commit_point(pool: Path) -> None:
@@ -341,7 +371,7 @@ def stuck(pool: Path) -> Iterator[Callable[[Path], None]]:
         subprocess.run(["chattr", "-i", str(path)], check=False, capture_output=True)
 
 
-@pytest.mark.parametrize("how", ["undo", "settle", "the next one", "abandon"])
+@pytest.mark.parametrize("how", ["undo", "recover", "the next one", "abandon"])
 def test_undo_goes_on_past_a_failure_and_keeps_the_journal(
     how: str, pool: Path, locks: Path, stuck: Callable[[Path], None]
 ) -> None:
@@ -354,9 +384,9 @@ def test_undo_goes_on_past_a_failure_and_keeps_the_journal(
         assert str(parts[1]) in said
     elif how == "abandon":
         staged.abandon()
-    elif how == "settle":
+    elif how == "recover":
         staged.release()
-        (said,) = stage.settle(str(pool), NAME, committed=False)
+        (said,) = stage.recover(str(pool), NAME)
         assert str(parts[1]) in said
     else:
         staged.release()
@@ -420,11 +450,13 @@ def test_a_damaged_journal_is_left_alone(pool: Path, locks: Path) -> None:
     before = seen(pool)
     for act in (
         lambda: begin(pool),
-        lambda: stage.unsettled(str(pool), NAME),
+        lambda: stage.recover(str(pool), NAME),
         lambda: stage.settle(str(pool), NAME, committed=False),
     ):
         with pytest.raises(AgentError, match="damaged"):
             act()
+    (found,) = stage.staged([str(pool)], NAME)
+    assert "damaged" in found["error"]
     assert seen(pool) == before
     assert not list(locks.iterdir())
 
@@ -472,3 +504,252 @@ def test_a_killed_holder_frees_its_lock_even_while_its_child_lives(pool: Path, l
     dead(pool, locks, "")
     assert eventually(lambda: not processes(str(pool)))
     begin(pool).undo()
+
+
+def resumed(pool: Path, operation: str = "0f", *, keep: bool = False) -> Stage:
+    return Stage(str(pool), NAME, operation, {"source": "elsewhere"}, resume=True, keep=keep)
+
+
+def summary(pool: Path) -> dict[str, Any]:
+    (found,) = stage.staged([str(pool)], NAME)
+    return found
+
+
+FINALS = {"vda": "a name.img", "vdb": "-n'\".qcow2"}
+SPECS = {"vda": RAW, "vdb": QCOW2}
+HALFWAY: list[Step] = [
+    *STEPS[:2],
+    lambda staged, pool: staged.note(journal.DURABLE, {"disk": "vda", "end": 4096}),
+    lambda staged, pool: staged.note(journal.DURABLE, {"disk": "vda", "end": MIB + 1}),
+    lambda staged, pool: staged.note(journal.DURABLE, {"disk": "vda", "end": 8192}),  # what a mended range reports
+    *STEPS[2:],
+]
+DURABLE = [0, 0, 0, 4096, MIB + 1, MIB + 1, MIB + 1, MIB + 1, MIB + 1, MIB + 1]
+
+
+def end_it(staged: Stage, pool: Path) -> None:
+    """Whatever is there already, end with both disks published."""
+    for disk, name in FINALS.items():
+        if not os.path.exists(staged.part_path(disk, str(pool / name))):
+            staged.create(disk, str(pool / name), SPECS[disk])
+        staged.publish(disk, str(pool / name))
+    staged.note(journal.DEFINE, {"uuid": "u", "remove": []})
+    staged.note(journal.COMMITTED, {})
+    staged.finish()
+
+
+@pytest.mark.parametrize("count", range(len(HALFWAY) + 1))
+def test_resume_after_any_step(count: int, pool: Path, locks: Path) -> None:
+    before = seen(pool)
+    first = begin(pool)
+    for step in HALFWAY[:count]:
+        step(first, pool)
+    inodes = {disk: about.st_ino for disk, about in files_of(first, pool).items()}
+    first.release()
+    disks = summary(pool)["disks"]
+    assert {disk: state["durable"] for disk, state in disks.items()} == dict(
+        [("vda", DURABLE[count]), ("vdb", 0)][:count]
+    )
+    again = resumed(pool)
+    assert [name for name in FINALS.values() if (pool / name).exists()] == []
+    assert {disk: about.st_ino for disk, about in files_of(again, pool).items()} == inodes
+    assert summary(pool)["disks"] == disks
+    end_it(again, pool)
+    after = seen(pool)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == set(FINALS.values())
+    assert not list(locks.iterdir())
+
+
+def files_of(staged: Stage, pool: Path) -> dict[str, os.stat_result]:
+    """Each disk's file, staged or published."""
+    found = {}
+    for disk, name in FINALS.items():
+        for path in (str(pool / name), staged.part_path(disk, str(pool / name))):
+            if os.path.exists(path):
+                found[disk] = os.stat(path)
+    return found
+
+
+@pytest.mark.parametrize("call", ["link", "unlink", "fsync", "write", "ftruncate", "open"])
+@pytest.mark.parametrize("then", ["resume", "undo"])
+def test_a_crash_while_resuming(then: str, call: str, pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = seen(pool)
+    for survived in range(50):
+        first = begin(pool, f"{survived:02x}")
+        for step in HALFWAY:
+            step(first, pool)
+        first.release()
+        crashed = dies(functools.partial(resumed, pool, f"{survived:02x}"), call, survived, monkeypatch)
+        if then == "undo":
+            assert stage.recover(str(pool), NAME) == []
+        else:
+            again = resumed(pool, f"{survived:02x}")
+            assert [name for name in FINALS.values() if (pool / name).exists()] == []
+            assert set(files_of(again, pool)) == set(FINALS)
+            end_it(again, pool)
+            for name in FINALS.values():
+                (pool / name).unlink()
+        assert seen(pool) == before
+        if not crashed:
+            assert survived
+            return
+    raise AssertionError("resuming takes no end")
+
+
+def dies(act: Callable[[], Stage], call: str, survived: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Act, but end before system call number `survived`; whether it came to that. What is locked is let go."""
+    real, left = getattr(os, call), survived
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            raise PowerCutError
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, failing)
+        try:
+            staged = act()
+        except PowerCutError:
+            return True
+    staged.release()
+    return False
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {entry.name: entry.read_bytes() for entry in directory.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "kind"),
+    [
+        (lambda pool: None, errors.MISSING),
+        (lambda pool: begin(pool, "another").release(), errors.LOCKED),
+        (lambda pool: Path(stage.journal_path(str(pool), NAME)).write_bytes(b""), errors.LOCKED),
+        (lambda pool: begin(pool).note(journal.DEFINE, {"uuid": "u"}), errors.LOCKED),
+    ],
+    ids=["nothing", "another operation's", "an empty one", "a living one"],
+)
+def test_what_cannot_be_resumed(prepare: Callable[[Path], object], kind: str, pool: Path) -> None:
+    held = prepare(pool)
+    before = contents(pool)
+    with pytest.raises(AgentError) as caught:
+        resumed(pool)
+    assert (caught.value.kind, contents(pool)) == (kind, before)
+    del held
+
+
+def test_a_resumed_attempt_is_not_resumed_in_the_midst_of_its_commit(pool: Path) -> None:
+    staged = begin(pool)
+    for step in STEPS:
+        step(staged, pool)
+    staged.note(journal.DEFINE, {"uuid": "u"})
+    staged.release()
+    before = contents(pool)
+    with pytest.raises(AgentError, match="libvirt has to be asked"):
+        resumed(pool)
+    assert contents(pool) == before
+    stage.settle(str(pool), NAME, committed=False)
+    end_it(resumed(pool), pool)
+
+
+def test_resume_leaves_a_file_that_took_the_place_of_ours(pool: Path) -> None:
+    staged = begin(pool)
+    for step in STEPS:
+        step(staged, pool)
+    staged.release()
+    final = pool / FINALS["vda"]
+    held = final.open("rb")  # keeps the inode's number from being used again
+    final.unlink()
+    final.write_bytes(b"another one's")
+    resumed(pool).undo()
+    held.close()
+    assert final.read_bytes() == b"another one's"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_abandon_keeps_what_is_to_be_kept(keep: bool, resume: bool, pool: Path, locks: Path) -> None:
+    before = seen_names(pool)
+    staged = Stage(str(pool), NAME, "0f", {}, keep=keep)
+    staged.create("vda", str(pool / "disk.img"), RAW)
+    if resume:
+        staged.release()
+        staged = resumed(pool, keep=keep)
+    left = seen_names(pool)
+    staged.abandon()
+    assert seen_names(pool) == (left if keep else before)
+    assert not list(locks.iterdir())
+
+
+@pytest.mark.parametrize("how", ["finish", "finish of an earlier one"])
+def test_finish_removes_staged_files_that_were_not_part_of_it(how: str, pool: Path) -> None:
+    before = seen_names(pool)
+    staged = begin(pool)
+    for disk in ("vda", "gone"):
+        staged.create(disk, str(pool / f"{disk}.img"), RAW)
+    staged.publish("vda", str(pool / "vda.img"))
+    staged.note(journal.DEFINE, {"uuid": "u"})
+    if how == "finish":
+        staged.note(journal.COMMITTED, {})
+        staged.finish()
+    else:
+        staged.release()
+        stage.settle(str(pool), NAME, committed=True)
+        stage.finish(str(pool), NAME)
+    assert seen_names(pool) - before == {"vda.img"}
+
+
+def test_settling_again_and_otherwise(pool: Path, locks: Path) -> None:
+    """What libvirt says last counts: a VM may be undefined after its commit was settled."""
+    dead(pool, locks, "define")
+    for committed in (True, True, False):
+        stage.settle(str(pool), NAME, committed=committed)
+        assert (summary(pool)["defining"], summary(pool)["committed"]) == (committed, committed)
+    left = contents(pool)
+    stage.settle(str(pool), NAME, committed=True)  # nothing is open any more
+    stage.finish(str(pool), NAME)
+    assert contents(pool) == left
+    assert stage.recover(str(pool), NAME) == []
+    with pytest.raises(FileNotFoundError):
+        stage.settle(str(pool), NAME, committed=True)
+
+
+def test_what_is_staged_beside_journals_that_say_nothing(pool: Path) -> None:
+    for name, content in (("empty", b""), ("torn", b"0000"), ("damaged", b"damaged\n" * 2)):
+        Path(stage.journal_path(str(pool), name)).write_bytes(content)
+    staged = begin(pool)
+    staged.create("vda", str(pool / "vda.img"), RAW)
+    found = stage.staged([str(pool), str(pool), str(pool / "nowhere")])
+    assert len(found) == 5
+    assert [entry["name"] for entry in found if "error" not in entry] == [NAME]
+    errors_ = [entry["error"] for entry in found if "error" in entry]
+    assert sum("empty" in text for text in errors_) == 3  # the pool has a journal of one torn line of its own
+    assert sum("damaged" in text for text in errors_) == 1
+    staged.undo()
+
+
+def test_what_a_define_says_is_to_be_removed(pool: Path) -> None:
+    staged = begin(pool)
+    staged.note(journal.DEFINE, {"uuid": "u", "remove": ["/old"]})
+    assert summary(pool)["remove"] == ["/old"]
+    staged.note(journal.WITHDRAWN, {})
+    staged.note(journal.DEFINE, {"uuid": "u", "remove": ["/new"]})
+    assert summary(pool)["remove"] == ["/new"]
+    staged.undo(past_commit=True)
+
+
+def test_remove_files(pool: Path) -> None:
+    (pool / "directory").mkdir()
+    (pool / "link").symlink_to(pool / "other.qcow2")
+    (pool / "old").write_bytes(b"x")
+    paths = [str(pool / name) for name in ("old", "missing", "directory", "link")]
+    answers = stage.remove_files(paths)
+    assert [answer["path"] for answer in answers] == paths
+    assert [answer["result"] for answer in answers] == ["removed", "missing", "error", "removed"]
+    assert answers[2]["error"]
+    assert seen_names(pool) >= {"other.qcow2", "directory"}
+    assert not {"old", "link"} & seen_names(pool)
+    assert stage.remove_files([]) == []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,17 @@ from .tools import (
     MIB,
     Write,
     arriving,
+    ending,
+    eventually,
+    filled,
     make_qcow2,
     make_raw,
     need,
     noise,
     processes,
+    python,
+    qcow2_content,
+    read,
     through_pipe,
 )
 
@@ -256,6 +263,157 @@ def test_the_rate_is_held(tmp_path: Path) -> None:
     seconds = time.monotonic() - begun
     assert seconds >= 2
     assert 0.9 * rate < size / seconds < 1.05 * rate
+
+
+RANGES: list[list[list[int]]] = [
+    [],
+    [[0, 0]],
+    [[0, SIZE]],
+    [[0, 1], [SIZE - 1, SIZE]],
+    [[MIB - 2, MIB + 1], [2 * MIB + 5, 4 * MIB + 77]],
+    [[99_999, 2 * MIB], [3 * MIB, 3 * MIB], [5 * MIB, SIZE]],
+]
+
+
+@pytest.mark.parametrize("ranges", RANGES, ids=str)
+@pytest.mark.parametrize(("format_", "to"), [("raw", "raw"), ("qcow2", "qcow2"), ("raw", "qcow2")])
+def test_only_the_ranges_are_sent(format_: str, to: str, ranges: list[list[int]], tmp_path: Path) -> None:
+    old = noise(SIZE, 9)
+    source, target = make(tmp_path / "from", format_), make(tmp_path / "to", to, writes=[(0, old)])
+    written = copy([source._replace(fresh=False, ranges=ranges)], [target])
+    expected, content = bytearray(old), filled(SIZE, WRITES)
+    for start, end in ranges:
+        expected[start:end] = content[start:end]
+    assert content_of(target) == bytes(expected)
+    assert written[0] <= sum(end - start for start, end in ranges)
+
+
+def content_of(job: Job) -> bytes:
+    disk = image.open_for_reading(job.path, job.format)
+    try:
+        return read(disk)
+    finally:
+        disk.close()
+
+
+@pytest.mark.parametrize("to", ["raw", "qcow2"])
+def test_zeros_over_stale_data_take_no_space(to: str, tmp_path: Path) -> None:
+    source = make(tmp_path / "from", "raw", 8 * MIB, [])
+    target = make(tmp_path / "to", to, 8 * MIB, [(MIB, noise(2 * MIB))])
+    assert copy([source._replace(fresh=False, ranges=[[0, 8 * MIB]])], [target]) == [0]
+    assert content_of(target) == bytes(8 * MIB)
+    assert stored(target) < MIB
+
+
+def receive(
+    content: bytes, target: Job, honest: Callable[[int], None] = lambda _: None, cut: int | None = None
+) -> list[int]:
+    """What the receiver of a stream, cut off at a byte, says is durable; `honest` hears it at that moment."""
+    said = [target.durable]
+
+    def durable(ends: list[int]) -> None:
+        said.append(ends[0])
+        honest(ends[0])
+
+    with arriving(content[:cut]) as incoming, contextlib.suppress(AgentError):
+        Receiver(incoming, [target], lambda _: None, durable).run()
+    return said
+
+
+KINDS = {"raw": "raw", "qcow2": "qcow2", "compressed": "qcow2"}
+
+
+def source_of(kind: str, directory: Path) -> Job:
+    if kind == "compressed":
+        source = make_compressed(directory / "from")
+        command = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 100k", "-c", "write -P 8 2M 64k", source.path]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return source
+    return make(directory / "from", KINDS[kind], 3 * MIB, [(0, noise(100_000)), (MIB - 3, noise(MIB + 4097, 2))])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_said_to_be_durable_is_there(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At that moment, for another reader beside the receiver."""
+    monkeypatch.setattr(transfer, "DURABLE_BYTES", 1)
+    source = source_of(kind, tmp_path)
+    target = make(tmp_path / "to", source.format, 3 * MIB, [])
+    whole = content_of(source)
+    content, _ = stream_of([source])
+    path = Path(target.path)
+
+    def honest(end: int) -> None:
+        there = path.read_bytes() if target.format == "raw" else qcow2_content(path)
+        assert there[:end] == whole[:end]
+
+    said = receive(content, target, honest)
+    assert said == sorted(said)
+    assert len(said) > 2
+    assert said[-1] == 3 * MIB
+
+
+RECEIVER = """
+import sys
+from kvm_clone.agent import transfer
+transfer.DURABLE_BYTES = 1
+path, format_ = sys.argv[1:]
+say = lambda ends: print(ends[0], flush=True)
+transfer.Receiver(0, [transfer.Job(path, format_)], lambda _: None, say).run()
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_said_to_be_durable_outlives_a_killed_receiver(kind: str, tmp_path: Path) -> None:
+    source = source_of(kind, tmp_path)
+    target = make(tmp_path / "to", source.format, 3 * MIB, [])
+    content, records = stream_of([source])
+    with ending(python(RECEIVER, target.path, target.format)) as receiver:
+        assert receiver.stdin
+        assert receiver.stdout
+        receiver.stdin.write(content[: records[-2][0] - 100])  # the last content is torn
+        receiver.stdin.flush()
+        plain = [record for _, record in records if record.type == DATA and not record.flags & COMPRESSED]
+        last, end = plain[-2].offset + plain[-2].length if len(plain) > 1 else 0, 0
+        while end < last:
+            end = int(receiver.stdout.readline())
+        receiver.kill()
+    assert eventually(lambda: not processes(target.path))
+    whole = content_of(source)
+    assert content_of(target)[:end] == whole[:end]
+    resume(source, target, end)
+    assert content_of(target) == whole
+
+
+def resume(source: Job, target: Job, durable: int) -> int:
+    """Send what is not durable; how many bytes of content that were."""
+    return copy([source._replace(fresh=False, ranges=[[durable, 3 * MIB]])], [target._replace(durable=durable)])[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_transfer_is_resumed(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "DURABLE_BYTES", 1)
+    source = source_of(kind, tmp_path)
+    content, records = stream_of([source])
+    whole = content_of(source)
+    cuts = list(cuts_of(content, records))
+    reused = set()
+    for number, cut in enumerate(cuts[:: max(1, len(cuts) // 6)]):
+        target = make(tmp_path / f"to {number}", source.format, 3 * MIB, [])
+        end = max(receive(content, target, cut=cut))
+        assert content_of(target)[:end] == whole[:end]
+        sent_again = resume(source, target, end)
+        assert sent_again <= 3 * MIB - end
+        assert content_of(target) == whole
+        reused.add(end)
+    assert len(reused) > 1
+
+
+def test_a_mended_range_says_nothing_of_what_lies_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "DURABLE_BYTES", 1)
+    source = make(tmp_path / "from", "raw", 3 * MIB, [(0, noise(3 * MIB))])
+    target = make(tmp_path / "to", "raw", 3 * MIB, [(0, noise(MIB))])._replace(durable=2 * MIB)
+    content, _ = stream_of([source._replace(fresh=False, ranges=[[0, MIB], [2 * MIB, 3 * MIB]])])
+    assert [said for said in receive(content, target) if said < 2 * MIB] == []
 
 
 def stream_of(jobs: Sequence[Job], parallel: int = 1) -> tuple[bytes, list[tuple[int, Record]]]:

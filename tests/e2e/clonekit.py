@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from labclient import Lab, Vm
@@ -18,6 +20,9 @@ from labclient import Lab, Vm
 IMAGES = "/var/lib/libvirt/images"
 AGENT = "python3 -I -c exec("
 """How an agent's command line begins."""
+
+IMPATIENT = ("--ssh-option", "ServerAliveInterval=1", "--ssh-option", "ServerAliveCountMax=3")
+"""Notices a dead connection in seconds."""
 
 SETTLED_SECONDS = 60.0
 """Longer than an agent that is cut off waits before it rolls back by itself."""
@@ -37,10 +42,14 @@ class Done:
         return json.loads(self.out)
 
 
+STATE_VARIABLE = "KVM_CLONE_TEST_STATE"
+"""Names the directory for the logs of operations, for tests that read them."""
+
+
 def environment() -> dict[str, str]:
-    """The environment without a configuration of whoever runs the tests."""
+    """The environment without configuration and logs of whoever runs the tests."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("KVM_CLONE_")}
-    return {**kept, "XDG_CONFIG_HOME": "/nonexistent"}
+    return {**kept, "XDG_CONFIG_HOME": "/nonexistent", "XDG_STATE_HOME": os.environ.get(STATE_VARIABLE, os.devnull)}
 
 
 def kvm_clone(lab: Lab, command: str, *argv: str, seconds: float = 120) -> Done:
@@ -78,6 +87,16 @@ def ended(child: subprocess.Popen[str], seconds: float = 90) -> Done:
     return Done(child.returncode, out, err)
 
 
+def interrupt(lab: Lab, *argv: str, disk: str, at: int) -> Done:
+    """Clone until the journal calls so much of the disk durable, then end it by a signal that keeps what is staged."""
+    with running(lab, *argv) as child:
+        wait_for_durable(lab, disk, at)
+        child.terminate()
+        done = ended(child)
+    assert done.code == 6, done.err
+    return done
+
+
 def wait_until(what: str, holds: Callable[[], bool], seconds: float = SETTLED_SECONDS) -> None:
     """Poll until it holds."""
     deadline = time.monotonic() + seconds
@@ -100,6 +119,29 @@ def wait_for_copy(lab: Lab, count: int = 1, written: int = 1 << 20) -> None:
         return len(found) >= count and sum(found) > written
 
     wait_until("the copy is under way", under_way, 30)
+
+
+def records(lab: Lab, host: str = "kc-b") -> list[dict[str, Any]]:
+    """What the journals on the host say; a torn last line counts as never written."""
+    found = []
+    for path in sorted(lab.outside(host, IMAGES).glob(".kvm-clone-*.journal")):
+        try:
+            lines = path.read_bytes().split(b"\n")[:-1]
+        except FileNotFoundError:  # it has just ended
+            continue
+        found += [json.loads(line.partition(b" ")[2]) for line in lines]
+    return found
+
+
+def durable(lab: Lab, disk: str, host: str = "kc-b") -> int:
+    """The byte before which the journal calls the disk durable."""
+    said = [entry["end"] for entry in records(lab, host) if entry["record"] == "durable" and entry["disk"] == disk]
+    return max(said, default=0)
+
+
+def wait_for_durable(lab: Lab, disk: str, end: int, seconds: float = 60) -> None:
+    """Wait until the journal says that so much of the disk is durable."""
+    wait_until(f"{end} bytes of {disk} are durable", lambda: durable(lab, disk) >= end, seconds)
 
 
 def agents(lab: Lab, host: str) -> list[int]:
@@ -165,7 +207,75 @@ def identical(lab: Lab, source: Vm, target: str, clone_path: str, image_format: 
     assert theirs.stat().st_blocks <= ours.stat().st_blocks * 1.05
 
 
+def definition(lab: Lab, host: str, name: str) -> ElementTree.Element:
+    """The definition that the next start takes."""
+    return ElementTree.fromstring(lab.run(host, "virsh", "dumpxml", "--inactive", "--domain", name).stdout)
+
+
+def disks_of(lab: Lab, host: str, name: str) -> dict[str, tuple[str, str]]:
+    """Path and format of each disk by its target, media left out."""
+    found = {}
+    for disk in definition(lab, host, name).iterfind("devices/disk"):
+        source, target, driver = disk.find("source"), disk.find("target"), disk.find("driver")
+        if disk.get("device") == "disk" and source is not None and target is not None and driver is not None:
+            found[target.get("dev", "")] = (source.get("file", ""), driver.get("type", ""))
+    return found
+
+
+def assert_equal(lab: Lab, source: Vm, name: str | None = None) -> None:
+    """The clone has every disk of its source, with the same content."""
+    theirs = disks_of(lab, "kc-b", name or source.name)
+    assert theirs.keys() >= source.disks.keys()
+    for target in source.disks:
+        identical(lab, source, target, *theirs[target])
+
+
+def leftovers(lab: Lab, host: str) -> dict[str, Any]:
+    """Everything that an operation has on the host while it runs, and may leave when it is interrupted."""
+    now = picture(lab, host)
+    staged = [name for name, _, _ in now.files if ".kvm-clone-" in name]
+    found = {"staged": staged, "locks": now.locks, "processes": now.processes}
+    return {what: those for what, those in found.items() if those}
+
+
+def assert_nothing_left(lab: Lab, seconds: float = SETTLED_SECONDS) -> None:
+    """Soon neither host has staged files, journals, locks or processes of ours."""
+    for host in ("kc-a", "kc-b"):
+        wait_until(f"{host} is tidy", lambda host=host: not leftovers(lab, host), seconds)  # type: ignore[misc]
+
+
+def children_of(pid: int) -> list[int]:
+    """The pids of a process's children, the oldest first."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def remove(lab: Lab, host: str, *names: str) -> None:
     """Remove VMs and their disks, as a test's end."""
-    script = 'for vm; do virsh destroy --domain "$vm"; virsh undefine --domain "$vm" --remove-all-storage; done; true'
+    kept = "--remove-all-storage --managed-save --snapshots-metadata --checkpoints-metadata --nvram"
+    script = f'for vm; do virsh destroy --domain "$vm"; virsh undefine --domain "$vm" {kept}; done; true'
     lab.run(host, "sh", "-c", script, "remove", *names)
+
+
+def wipe(lab: Lab) -> None:
+    """Remove every VM of the destination, and everything in its pool."""
+    names = lab.run("kc-b", "virsh", "list", "--all", "--name").stdout.split("\n")
+    remove(lab, "kc-b", *filter(None, names))
+    lab.run("kc-b", "sh", "-c", f"find {IMAGES} -mindepth 1 -maxdepth 1 -exec rm -rf {{}} +")
+
+
+EMULATOR = "/run/qemu-elsewhere"
+
+
+@contextmanager
+def refused_in_the_end(lab: Lab, vm: Vm) -> Iterator[None]:
+    """The VM wants EMULATOR, which both hosts have: libvirt refuses its definition once a test removes it there."""
+    xml = lab.run("kc-a", "virsh", "dumpxml", "--inactive", vm.name).stdout
+    for host in ("kc-a", "kc-b"):
+        lab.run(host, "cp", "-sf", "/usr/bin/qemu-system-x86_64", EMULATOR)
+    lab.run("kc-a", "virsh", "define", "/dev/stdin", input=xml.replace("/usr/bin/qemu-system-x86_64", EMULATOR))
+    try:
+        yield
+    finally:
+        lab.run("kc-a", "virsh", "define", "/dev/stdin", input=xml)
+        for host in ("kc-a", "kc-b"):
+            lab.run(host, "rm", "-f", EMULATOR)

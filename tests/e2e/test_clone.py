@@ -6,11 +6,10 @@ import asyncio
 import json
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 
 import pytest
-from clonekit import IMAGES, environment, identical, kvm_clone, picture, remove, running, wait_for_copy
+from clonekit import IMAGES, definition, environment, identical, kvm_clone, picture, remove, running, wait_for_copy
 from labclient import REPOSITORY, Lab
 
 from kvm_clone import Client, CloneOptions, DiskProgress, Event, Phase, PhaseStarted, Route, SshOptions
@@ -29,10 +28,6 @@ def clean(lab: Lab) -> Iterator[None]:
     assert after.files == before.files
     assert after.processes == before.processes
     assert after.locks == before.locks
-
-
-def definition(lab: Lab, host: str, name: str) -> ElementTree.Element:
-    return ElementTree.fromstring(lab.run(host, "virsh", "dumpxml", "--inactive", "--domain", name).stdout)
 
 
 @pytest.mark.parametrize("route", ["direct", "relay"])

@@ -1,43 +1,64 @@
-"""Clones that are to fail: the destination is as before, and the exit code says why."""
+"""Clones that fail or are hit on their way: rolled back, kept or got over, and the exit code says which."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from clonekit import (
+    EMULATOR,
     IMAGES,
+    IMPATIENT,
     agents,
     assert_becomes,
+    assert_equal,
+    assert_nothing_left,
+    children_of,
     ended,
     kill,
     kvm_clone,
+    leftovers,
     parts,
     picture,
     pids,
+    refused_in_the_end,
     remove,
     running,
     wait_for_copy,
+    wait_for_durable,
     wait_until,
+    wipe,
 )
 from labclient import Lab, Vm
 
 pytestmark = pytest.mark.e2e
 
-SLOW = ("--bandwidth-limit", "4M")
+SLOW = ("--bandwidth-limit", "3M")
 """Keeps the copy of `victim` going for long enough to hit it in the middle."""
+
+ROLL_BACK = ("--retries", "0", "--no-keep-partial")
 
 
 @pytest.fixture(scope="module")
 def victim(lab: Lab) -> Iterator[Vm]:
     """A VM whose clone is interrupted: one qcow2 disk, so that qemu-nbd runs, and one raw."""
-    yield lab.vm("kc-a", "victim", ["qcow2:64M:16M", "raw:64M:16M"], boot=False)
+    yield lab.vm("kc-a", "victim", ["qcow2:40M:8M", "raw:40M:8M"], boot=False)
     remove(lab, "kc-a", "victim")
+
+
+@pytest.fixture(autouse=True)
+def clean(lab: Lab) -> Iterator[None]:
+    """Whatever a test leaves, the next one does not find."""
+    yield
+    if leftovers(lab, "kc-b") or picture(lab, "kc-b").domains.strip():
+        wipe(lab)
 
 
 def _controller(lab: Lab, child: subprocess.Popen[str]) -> None:
@@ -59,14 +80,12 @@ def _connection(number: int) -> Callable[[Lab, subprocess.Popen[str]], None]:
     """Kill one of the controller's ssh processes: 0 and 1 are the masters."""
 
     def hit(lab: Lab, child: subprocess.Popen[str]) -> None:
-        children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-        os.kill(int(children[number]), signal.SIGKILL)
+        os.kill(children_of(child.pid)[number], signal.SIGKILL)
 
     return hit
 
 
 PROCESSES = {
-    "controller": _controller,
     "source control agent": _nth_agent("kc-a", 0),
     "sender": _nth_agent("kc-a", 1),
     "destination control agent": _nth_agent("kc-b", 0),
@@ -76,14 +95,22 @@ PROCESSES = {
     "second connection": _connection(1),
 }
 
+ROUTES = ["direct", pytest.param("relay", marks=pytest.mark.faults)]
+"""`make test` takes the one, `make test-faults` both."""
 
-@pytest.mark.parametrize("route", ["direct", "relay"])
-@pytest.mark.parametrize("process", PROCESSES)
+ROLLED_BACK = [
+    *((process, "direct") for process in ("controller", *PROCESSES)),
+    ("sender", "relay"),
+    *(pytest.param(process, "relay", marks=pytest.mark.faults) for process in ("controller", "receiver", "qemu-nbd")),
+]
+
+
+@pytest.mark.parametrize(("process", "route"), ROLLED_BACK)
 def test_a_killed_process_leaves_the_destination_as_before(lab: Lab, victim: Vm, process: str, route: str) -> None:
     before = {host: picture(lab, host) for host in ("kc-a", "kc-b")}
-    with running(lab, "kc-a", "kc-b", "victim", "--route", route, *SLOW) as child:
+    with running(lab, "kc-a", "kc-b", "victim", "--route", route, *SLOW, *ROLL_BACK) as child:
         wait_for_copy(lab, count=2)
-        PROCESSES[process](lab, child)
+        PROCESSES.get(process, _controller)(lab, child)
         done = ended(child)
     assert done.code == (-signal.SIGKILL if process == "controller" else 6), done.err
     assert "Traceback" not in done.err
@@ -91,52 +118,118 @@ def test_a_killed_process_leaves_the_destination_as_before(lab: Lab, victim: Vm,
         assert_becomes(lab, host, before[host])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 6), (signal.SIGHUP, 6)])
-def test_a_signal_rolls_back(lab: Lab, victim: Vm, number: signal.Signals, code: int) -> None:
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("process", PROCESSES)
+def test_a_killed_process_is_got_over_within_the_run(lab: Lab, victim: Vm, process: str, route: str) -> None:
+    with running(lab, "kc-a", "kc-b", "victim", "--route", route, *SLOW, "--output", "json") as child:
+        wait_for_copy(lab, count=2)
+        PROCESSES[process](lab, child)
+        done = ended(child)
+    assert done.code == 0, done.err
+    assert "going on in" in done.err
+    assert done.document["changed"] is True
+    assert done.document["verified"] is True
+    assert_equal(lab, victim)
+    assert_nothing_left(lab)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_what_a_killed_controller_leaves_is_finished_by_the_next_one(lab: Lab, victim: Vm, route: str) -> None:
+    with running(lab, "kc-a", "kc-b", "victim", "--route", route, *SLOW) as child:
+        wait_for_copy(lab, count=2, written=6 << 20)
+        wait_for_durable(lab, "vdb", 1)
+        child.kill()
+        ended(child)
+    wait_until("the agents have ended", lambda: not leftovers(lab, "kc-b").keys() - {"staged"})
+    assert len(parts(lab)) == 2
+    done = kvm_clone(lab, "clone", "kc-a", "kc-b", "victim", "--idempotent", "--output", "json")
+    assert done.code == 0, done.err
+    assert done.document["bytes_reused"] > 0
+    assert_equal(lab, victim)
+    assert_nothing_left(lab)
+
+
+SIGNALS = [
+    (signal.SIGINT, 130),
+    (signal.SIGTERM, 6),
+    pytest.param(signal.SIGHUP, 6, marks=pytest.mark.faults),
+]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_rolls_back_where_nothing_is_to_be_kept(
+    lab: Lab, victim: Vm, number: signal.Signals, code: int
+) -> None:
     before = {host: picture(lab, host) for host in ("kc-a", "kc-b")}
-    with running(lab, "kc-a", "kc-b", "victim", *SLOW) as child:
+    with running(lab, "kc-a", "kc-b", "victim", *SLOW, "--no-keep-partial") as child:
         wait_for_copy(lab)
         child.send_signal(number)
         done = ended(child)
         # What a user finds when the prompt is back, not a while later.
         assert not parts(lab)
     assert done.code == code, done.err
-    assert "undone" in done.err
     for host in ("kc-a", "kc-b"):
         assert_becomes(lab, host, before[host])
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_keeps_what_was_copied(lab: Lab, victim: Vm, number: signal.Signals, code: int) -> None:
+    with running(lab, "kc-a", "kc-b", "victim", *SLOW) as child:
+        wait_for_copy(lab, count=2)
+        child.send_signal(number)
+        done = ended(child)
+        # The lock is free and nothing runs when the prompt is back.
+        again = kvm_clone(lab, "clone", "kc-a", "kc-b", "victim", "--resume")
+    assert done.code == code, done.err
+    assert "kept on kc-b" in done.err
+    assert "--resume" in done.err
+    assert again.code == 0, again.err
+    assert_equal(lab, victim)
+    assert_nothing_left(lab)
 
 
 def test_ctrl_c_at_a_terminal_reaches_the_whole_group(lab: Lab, victim: Vm) -> None:
     """A terminal signals every process of the group, ssh as well: rolling back must still work."""
     before = picture(lab, "kc-b")
-    with running(lab, "kc-a", "kc-b", "victim", *SLOW) as child:
+    with running(lab, "kc-a", "kc-b", "victim", *SLOW, "--no-keep-partial") as child:
         wait_for_copy(lab)
-        children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-        for pid in (child.pid, *map(int, children)):
+        for pid in (child.pid, *children_of(child.pid)):
             os.kill(pid, signal.SIGINT)
         done = ended(child)
     assert done.code == 130, done.err
     assert_becomes(lab, "kc-b", before)
 
 
-def test_a_timeout_rolls_back(lab: Lab, victim: Vm) -> None:
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_timeout_is_an_interruption(lab: Lab, victim: Vm, keep: bool) -> None:
     before = picture(lab, "kc-b")
-    done = kvm_clone(lab, "clone", "kc-a", "kc-b", "victim", *SLOW, "--timeout", "4", "--output", "json")
+    how = () if keep else ("--no-keep-partial",)
+    done = kvm_clone(lab, "clone", "kc-a", "kc-b", "victim", *SLOW, "--timeout", "4", "--output", "json", *how)
     assert done.code == 6
     assert done.document["error"]["exit_code"] == 6
     assert "--timeout" in done.document["error"]["remedy"]
-    assert_becomes(lab, "kc-b", before)
+    if not keep:
+        assert_becomes(lab, "kc-b", before)
+        return
+    assert "--resume" in done.document["error"]["remedy"]
+    assert len(parts(lab)) == 2
+    assert kvm_clone(lab, "clone", "kc-a", "kc-b", "victim", "--resume").code == 0
+    assert_equal(lab, victim)
 
 
 @pytest.mark.parametrize("disk", ["raw:64M:30M", "qcow2:64M:30M"])
 def test_a_full_filesystem_at_the_destination(lab: Lab, disk: str) -> None:
     lab.vm("kc-a", "too-big", [disk], boot=False)
     small = f"{IMAGES}/small"
-    lab.run("kc-b", "sh", "-c", f"mkdir {small} && mount -t tmpfs -o size=12m none {small}")
+    lab.run("kc-b", "sh", "-c", f"mkdir {small} && mount -t tmpfs -o size=48m none {small}")
     lab.run("kc-b", "virsh", "pool-create-as", "small", "dir", "--target", small)
     try:
         before = picture(lab, "kc-b")
-        done = kvm_clone(lab, "clone", "kc-a", "kc-b", "too-big", "--pool", "small")
+        with running(lab, "kc-a", "kc-b", "too-big", "--pool", "small", "--bandwidth-limit", "8M") as child:
+            wait_until("staged", lambda: ".part" in lab.run("kc-b", "ls", "-A", small).stdout)
+            lab.run("kc-b", "sh", "-c", f"head -c 40M /dev/zero > {small}/filler")
+            done = ended(child)
+        lab.run("kc-b", "rm", f"{small}/filler")
         assert done.code == 6, done.err
         assert "No space left on device" in done.err
         assert "--pool" in done.err
@@ -147,9 +240,10 @@ def test_a_full_filesystem_at_the_destination(lab: Lab, disk: str) -> None:
         remove(lab, "kc-a", "too-big")
 
 
+@pytest.mark.faults
 def test_a_cut_network_rolls_back_on_both_sides(lab: Lab, victim: Vm) -> None:
     before = {host: picture(lab, host) for host in ("kc-a", "kc-b")}
-    with running(lab, "kc-a", "kc-b", "victim", *SLOW) as child:
+    with running(lab, "kc-a", "kc-b", "victim", *SLOW, *ROLL_BACK) as child:
         wait_for_copy(lab)
         lab.net("cut", "kc-b")
         try:
@@ -161,44 +255,88 @@ def test_a_cut_network_rolls_back_on_both_sides(lab: Lab, victim: Vm) -> None:
         assert_becomes(lab, host, before[host], 120)
 
 
+def test_a_network_that_comes_back_is_got_over_within_the_run(lab: Lab, victim: Vm) -> None:
+    with running(lab, "kc-a", "kc-b", "victim", *SLOW, *IMPATIENT) as child:
+        wait_for_copy(lab)
+        lab.net("cut", "kc-b")
+        try:
+            assert child.stderr is not None
+            while "going on in" not in child.stderr.readline():
+                assert child.poll() is None
+        finally:
+            lab.net("heal", "kc-b")
+        done = ended(child, 150)
+    assert done.code == 0, done.err
+    assert_equal(lab, victim)
+    assert_nothing_left(lab)
+
+
 def test_after_a_power_cut_of_the_destination_the_same_command_succeeds(lab: Lab, victim: Vm) -> None:
-    before = picture(lab, "kc-b")
-    with running(lab, "kc-a", "kc-b", "victim", *SLOW) as child:
+    with running(lab, "kc-a", "kc-b", "victim", *SLOW, *IMPATIENT, "--idempotent", "--retries", "1") as child:
         wait_for_copy(lab)
         lab.power("off", "kc-b")
         done = ended(child, 150)
     lab.power("on", "kc-b")
     assert done.code == 6, done.err
-    assert "not undone" in done.err
+    assert "--idempotent" in done.err
     assert parts(lab)
-    assert kvm_clone(lab, "clone", "kc-a", "kc-b", "victim").code == 0
-    remove(lab, "kc-b", "victim")
-    assert_becomes(lab, "kc-b", before)
+    assert kvm_clone(lab, "clone", "kc-a", "kc-b", "victim", "--idempotent").code == 0
+    assert_equal(lab, victim)
+    assert_nothing_left(lab)
 
 
-def test_a_corrupted_copy_is_never_committed(lab: Lab, victim: Vm) -> None:
+def _overwrite(lab: Lab, target: str) -> None:
+    with open(next(path for path in parts(lab) if path.endswith(f"-{target}.part")), "r+b") as file:
+        file.write(os.urandom(64))
+
+
+def test_a_corrupted_copy_is_mended(lab: Lab, victim: Vm) -> None:
+    with running(lab, "kc-a", "kc-b", "victim", "--output", "json", *SLOW) as child:
+        wait_for_copy(lab, count=2, written=6 << 20)
+        _overwrite(lab, "vdb")
+        done = ended(child)
+    assert done.code == 0, done.err
+    assert done.document["bytes_resent"] > 0
+    assert_equal(lab, victim)
+
+
+def test_a_copy_that_stays_corrupted_is_never_committed(lab: Lab, victim: Vm) -> None:
     before = picture(lab, "kc-b")
     with running(lab, "kc-a", "kc-b", "victim", "--output", "json", *SLOW) as child:
         wait_for_copy(lab, count=2, written=6 << 20)
-        with open(next(path for path in parts(lab) if path.endswith("-vdb.part")), "r+b") as file:
-            byte = file.read(1)
-            file.seek(0)
-            file.write(bytes([byte[0] ^ 1]))
+        while child.poll() is None:
+            with contextlib.suppress(StopIteration, FileNotFoundError):
+                _overwrite(lab, "vdb")
+            time.sleep(0.002)
         done = ended(child)
     assert done.code == 7, done.err
     assert "vdb differs" in done.document["error"]["message"]
     assert_becomes(lab, "kc-b", before)
 
 
-def test_a_source_that_changes_under_the_copy_is_noticed(lab: Lab, victim: Vm) -> None:
-    before = picture(lab, "kc-b")
-    with running(lab, "kc-a", "kc-b", "victim", "--no-verify", *SLOW) as child:
-        wait_for_copy(lab)
-        lab.outside("kc-a", victim.disks["vdb"]).touch()
+@pytest.mark.parametrize("verify", ["--verify", "--no-verify"])
+def test_a_source_that_changes_under_the_copy_is_copied_as_it_is_in_the_end(lab: Lab, victim: Vm, verify: str) -> None:
+    with running(lab, "kc-a", "kc-b", "victim", verify, *SLOW) as child:
+        wait_for_copy(lab, count=2, written=6 << 20)
+        with lab.outside("kc-a", victim.disks["vdb"]).open("r+b") as file:
+            file.seek(4096)
+            file.write(os.urandom(64))
         done = ended(child)
-    assert done.code == 6
+    assert done.code == 0, done.err
     assert "was changed" in done.err
-    assert_becomes(lab, "kc-b", before)
+    assert_equal(lab, victim)
+
+
+def test_a_source_that_keeps_changing_is_given_up(lab: Lab, victim: Vm) -> None:
+    with running(lab, "kc-a", "kc-b", "victim", "--retries", "1", *SLOW) as child:
+        wait_for_copy(lab)
+        while child.poll() is None:
+            lab.outside("kc-a", victim.disks["vdb"]).touch()
+            time.sleep(0.01)
+        done = ended(child)
+    assert done.code == 6, done.err
+    assert "was changed" in done.err
+    assert "victim" not in picture(lab, "kc-b").domains
 
 
 def test_a_file_that_appears_at_the_final_path_is_never_overwritten(lab: Lab, victim: Vm) -> None:
@@ -246,19 +384,14 @@ def test_a_second_operation_on_the_same_vm_is_locked_out(lab: Lab, victim: Vm) -
 
 
 def test_a_definition_that_libvirt_refuses_rolls_back(lab: Lab, victim: Vm) -> None:
-    """A machine type that the destination's emulator lacks: an emulator of another name."""
-    xml = lab.run("kc-a", "virsh", "dumpxml", "--inactive", "victim").stdout
-    lab.run("kc-a", "sh", "-c", "cp -s /usr/bin/qemu-system-x86_64 /run/qemu-elsewhere")
-    other = xml.replace("/usr/bin/qemu-system-x86_64", "/run/qemu-elsewhere")
-    lab.run("kc-a", "virsh", "define", "/dev/stdin", input=other)
     before = picture(lab, "kc-b")
-    try:
-        done = kvm_clone(lab, "clone", "kc-a", "kc-b", "victim")
-        assert done.code == 6, done.err
-        assert "refuses the definition" in done.err
-        assert_becomes(lab, "kc-b", before)
-    finally:
-        lab.run("kc-a", "virsh", "define", "/dev/stdin", input=xml)
+    with refused_in_the_end(lab, victim), running(lab, "kc-a", "kc-b", "victim", *SLOW) as child:
+        wait_for_copy(lab)
+        lab.run("kc-b", "rm", EMULATOR)
+        done = ended(child)
+    assert done.code == 6, done.err
+    assert "refuses the definition" in done.err
+    assert_becomes(lab, "kc-b", before)
 
 
 def _config_with(lab: Lab, tmp_path: Path, change: Callable[[str], str], known_hosts: str | None = None) -> Path:

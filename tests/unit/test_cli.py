@@ -105,7 +105,9 @@ COMMANDS = dict(commands())
 
 
 def test_the_commands() -> None:
-    assert sorted(COMMANDS) == ["clone", *(f"config {name}" for name in sorted(CONFIG)), "list"]
+    assert sorted(COMMANDS) == sorted(
+        ["apply", "cleanup", "clone", *(f"config {name}" for name in CONFIG), "list", "status"]
+    )
 
 
 CONFIG = ("get", "set", "unset", "list", "path", "init")

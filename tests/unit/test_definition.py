@@ -39,6 +39,7 @@ OLD_UUID = "6695eb01-f6a4-4304-b9aa-97f2502e193f"
 NEW_UUID = "12345678-9abc-4def-8123-456789abcdef"
 PROVENANCE = Provenance(
     operation="20250102T030405-ab12",
+    uuid=NEW_UUID,
     source_host="root@alpha.example.org",
     source_uuid=OLD_UUID,
     source_name='the "old" & <first>',

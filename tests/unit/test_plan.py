@@ -4,121 +4,56 @@ from __future__ import annotations
 
 import ast
 import posixpath
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from cases import (
+    DEFAULT,
+    GIB,
+    IDENTITY,
+    IMAGES,
+    ONE_DISK,
+    OTHER_UUID,
+    UUID,
+    Case,
+    disk_xml,
+    existing,
+    images,
+    mark_of,
+    options,
+    staged,
+    staged_disk,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvm_clone import checks, decide, placement
 from kvm_clone import plan as plan_module
-from kvm_clone.definition import DiskXml, read_domain
-from kvm_clone.domains import STATES, Domain, Pool
+from kvm_clone.domains import STATES, Pool
 from kvm_clone.errors import DomainExistsError, ExitCode, RefusedError
-from kvm_clone.facts import DestinationFacts, Directory, Facts, HostFacts, ImageFacts, RouteFacts, SourceFacts
+from kvm_clone.facts import Directory, RouteFacts
 from kvm_clone.findings import Finding, Severity
-from kvm_clone.options import CloneOptions, Route
+from kvm_clone.options import Retry, Route
 from kvm_clone.plan import (
     BeginStage,
     CheckSource,
     CopyDisks,
     CreateDisk,
     DefineDomain,
+    DiscardStage,
     EndStage,
-    Identity,
+    FinishEarlier,
     Plan,
     ProveDisks,
     PublishDisk,
-    make_plan,
+    RemoveExisting,
+    RemoveReplaced,
+    SettleStage,
+    Step,
+    StopDomain,
+    VerifyExisting,
 )
-
-UUID = "6695eb01-f6a4-4304-b9aa-97f2502e193f"
-OTHER_UUID = "12345678-9abc-4def-8123-456789abcdef"
-IMAGES = "/var/lib/libvirt/images"
-IDENTITY = Identity(operation="0123456789ab", uuid=OTHER_UUID, macs=())
-DEFAULT = Pool("default", "dir", IMAGES, active=True)
-
-
-def disk_xml(path: str, target: str = "vda", inside: str = "", *, device: str = "disk", format_: str = "qcow2") -> str:
-    path = path.replace("&", "&amp;").replace("'", "&apos;")
-    return (
-        f"<disk type='file' device='{device}'><driver name='qemu' type='{format_}'/><source file='{path}'/>"
-        f"<target dev='{target}' bus='virtio'/>{inside}</disk>"
-    )
-
-
-def domain_xml(devices: str, os: str = "") -> str:
-    return (
-        f"<domain type='kvm'><name>NAME</name><uuid>{UUID}</uuid><memory>1024</memory><vcpu>1</vcpu>"
-        f"<os>{os}</os><devices>{devices}</devices></domain>"
-    )
-
-
-ONE_DISK = disk_xml(f"{IMAGES}/web.qcow2")
-DIRECT = RouteFacts(True, "kc-a can connect to kc-b")
-NOTHING_ASKED = CloneOptions()
-
-
-@dataclass(frozen=True)
-class Case:
-    """Two hosts that differ from a pair between which VM web, which has one disk, can be cloned without a remark.
-
-    `image` changes what is known of every image, `domain` of the VM, `present` holds the paths at the destination.
-    """
-
-    devices: str = ONE_DISK
-    os: str = ""
-    name: str = "web"
-    domain: dict[str, Any] = field(default_factory=dict)
-    image: dict[str, Any] = field(default_factory=dict)
-    source_host: dict[str, Any] = field(default_factory=dict)
-    destination_host: dict[str, Any] = field(default_factory=dict)
-    domains: dict[str, str] = field(default_factory=dict)
-    pools: tuple[Pool, ...] = (DEFAULT,)
-    directories: tuple[Directory, ...] = (Directory(IMAGES, exists=True, writable=True, free=1 << 40),)
-    present: tuple[str, ...] = ()
-    route: RouteFacts = DIRECT
-    options: CloneOptions = NOTHING_ASKED
-
-    def facts(self) -> Facts:
-        xml = domain_xml(self.devices, self.os).replace("NAME", self.name)
-        read = read_domain(xml)
-        tools = HostFacts("kc-a", "kc-a.example.org", "3.11.2", "7.2.22", "7.2.22")
-        domain = replace(Domain(self.name, UUID, "shut off", True, xml), **self.domain)
-        paths = {disk.path for disk in (*read.media, *read.referenced_disks) if disk.path}
-        paths |= {file.path for file in read.os_files}
-        return Facts(
-            SourceFacts(
-                replace(tools, **self.source_host),
-                domain,
-                read,
-                tuple(self._image(disk) for disk in read.own_disks),
-            ),
-            DestinationFacts(
-                replace(tools, name="kc-b", hostname="kc-b.example.org", **self.destination_host),
-                self.domains,
-                self.pools,
-                {directory.path: directory for directory in self.directories},
-                {path: path in self.present for path in paths},
-            ),
-            self.route,
-        )
-
-    def _image(self, disk: DiskXml) -> ImageFacts:
-        plain = ImageFacts(disk.target, disk.path or "", disk.format, virtual_size=1 << 30, data=1 << 20)
-        return replace(plain, **self.image)
-
-    def plan(self) -> Plan:
-        return make_plan(self.facts(), self.options, IDENTITY)
-
-
-def images(*names: str, writable: bool = True, path: str = IMAGES) -> tuple[Directory, ...]:
-    return (Directory(path, exists=True, writable=writable, free=1 << 40, names=frozenset(names)),)
-
-
-def options(**changes: Any) -> CloneOptions:
-    return CloneOptions(**changes)
 
 
 def with_device(xml: str) -> str:
@@ -138,6 +73,9 @@ NETWORK_DISK = (
     "<target dev='vda'/>%s</disk>"
 )
 
+NETWORK = "<interface type='network'><source network='%s'/></interface>"
+BRIDGE = "<interface type='bridge'><source bridge='br0'/></interface>"
+
 WARNINGS = {
     "hostdev",
     "filesystem",
@@ -146,7 +84,11 @@ WARNINGS = {
     "interface-hostdev",
     "medium-missing",
     "referenced-disk",
+    "replace",
+    "vcpus",
+    "network-inactive",
 }
+INFORMATION = {"clock", "qemu-older", "estimate"}
 """The codes of findings that do not keep a plan from being run."""
 
 APPEARS: dict[str, tuple[str, str, Case]] = {
@@ -229,12 +171,13 @@ APPEARS: dict[str, tuple[str, str, Case]] = {
     "no qemu-nbd at the source": ("tool-missing", "kc-a", Case(source_host={"qemu_nbd": None})),
     "no qemu-img at the destination": ("tool-missing", "kc-b", Case(destination_host={"qemu_img": None})),
     "no qemu-nbd at the destination": ("tool-missing", "kc-b", Case(destination_host={"qemu_nbd": None})),
+    "an old qemu-img": ("tool-old", "kc-a", Case(source_host={"qemu_img": "1.0", "qemu_nbd": "7.2.22"})),
     # names at the destination
-    "an existing VM": ("domain-exists", "web", Case(domains={"web": OTHER_UUID})),
+    "an existing VM": ("domain-exists", "web", Case(existing=existing())),
     "an existing VM of the new name": (
         "domain-exists",
         "copy",
-        Case(domains={"copy": OTHER_UUID}, options=options(new_name="copy")),
+        Case(existing=existing(name="copy"), options=options(new_name="copy")),
     ),
     "a taken UUID": (
         "uuid-in-use",
@@ -247,6 +190,49 @@ APPEARS: dict[str, tuple[str, str, Case]] = {
     "a name that is a directory": ("name", "..", Case(options=options(new_name=".."))),
     "a control character in the name": ("name", "a\x1bb", Case(options=options(new_name="a\x1bb"))),
     "a name that is no text": ("name", "a\udcff", Case(options=options(new_name="a\udcff"))),
+    # what the retry flags make of the destination
+    "nothing to resume": ("nothing-to-resume", "web", Case(options=options(retry=Retry.RESUME))),
+    "another VM's attempt": (
+        "other-attempt",
+        "web",
+        Case(staged=staged(source_uuid=OTHER_UUID), options=options(retry=Retry.IDEMPOTENT)),
+    ),
+    "a running VM in the way": (
+        "existing-running",
+        "web",
+        Case(existing=existing(state="running"), options=options(retry=Retry.IDEMPOTENT)),
+    ),
+    "a VM to replace": ("replace", "web", Case(existing=existing(), options=options(retry=Retry.FORCE))),
+    "a damaged journal": ("journal-damaged", "web", Case(staged_error="its record 2 is damaged")),
+    # what the destination can do
+    "no such machine": ("machine", "kc-b", Case(abilities={"refusal": "unsupported machine type"})),
+    "too little memory": ("memory", "kc-b", Case(abilities={"memory": 1 << 19})),
+    "few CPUs": ("vcpus", "kc-b", Case(abilities={"cpus": 0})),
+    "another CPU": (
+        "cpu-model",
+        "kc-b",
+        Case(cpu="<cpu mode='custom'><model>EPYC</model></cpu>", abilities={"cpu_models": {"EPYC": False}}),
+    ),
+    "no network": ("network-missing", "lan", Case(with_device(NETWORK % "lan"))),
+    "an inactive network": (
+        "network-inactive",
+        "lan",
+        Case(with_device(NETWORK % "lan"), abilities={"networks": {"lan": False}}),
+    ),
+    "no bridge": ("bridge-missing", "br0", Case(with_device(BRIDGE))),
+    "a slow clock": ("clock", "kc-b", Case(destination_host={"clock": -3600.0})),
+    "an older QEMU": ("qemu-older", "kc-b", Case(destination_host={"qemu_img": "6.2"})),
+    "a measured route": ("estimate", "kc-b", Case(route=RouteFacts(True, "measured", 1e6))),
+    "no room": (
+        "space",
+        IMAGES,
+        Case(image={"allocated": 100}, directories=(Directory(IMAGES, True, True, free=114),)),
+    ),
+    "no room for files": (
+        "inodes",
+        IMAGES,
+        Case(directories=(Directory(IMAGES, True, True, free=GIB, inodes=1),)),
+    ),
     # files at the destination
     "no kernel": ("boot-file-missing", "/boot/vmlinuz", Case(os="<kernel>/boot/vmlinuz</kernel>")),
     "no loader": ("boot-file-missing", "/usr/share/bios.bin", Case(os="<loader>/usr/share/bios.bin</loader>")),
@@ -364,10 +350,25 @@ def test_a_finding_appears(what: str) -> None:
     code, subject, case = APPEARS[what]
     plan = case.plan()
     severity = Severity.WARNING if code in WARNINGS else Severity.BLOCKING
+    severity = Severity.INFO if code in INFORMATION else severity
     assert [(one.code, one.subject, one.severity) for one in plan.findings] == [(code, subject, severity)]
     assert plan.findings[0].text.endswith((".", plan.route_reason))
     assert plan.blocking == (plan.findings if severity is Severity.BLOCKING else ())
-    assert (plan.refusal() is None) == (severity is Severity.WARNING)
+    assert (plan.refusal() is None) == (severity is not Severity.BLOCKING)
+
+
+IRREPLACEABLE = [
+    ("existing-transient", Case(existing=existing(persistent=False), options=options(retry=Retry.FORCE))),
+    ("existing-uuid", Case(existing=existing(), options=options(retry=Retry.FORCE, preserve_uuid=True))),
+]
+
+
+@pytest.mark.parametrize(("code", "case"), IRREPLACEABLE)
+def test_a_vm_that_cannot_be_replaced(code: str, case: Case) -> None:
+    plan = case.plan()
+    assert codes(plan) == [code, "replace"]
+    assert [one.code for one in plan.blocking] == [code]
+    assert plan.steps == ()
 
 
 @pytest.mark.parametrize("what", DOES_NOT_APPEAR)
@@ -380,22 +381,16 @@ def test_a_finding_does_not_appear(what: str) -> None:
 
 
 def test_every_code_of_the_plan_is_in_the_table() -> None:
-    tree = ast.parse(Path(plan_module.__file__).read_text())
-    written = {
-        node.args[0].value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id in ("_block", "Finding")
-        and isinstance(node.args[0], ast.Constant)
-    }
-    written |= {
-        node.elts[0].value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Tuple) and len(node.elts) == 4 and isinstance(node.elts[0], ast.Constant)
-    }
+    written: set[object] = set()
+    for module in (plan_module, checks, decide, placement):
+        for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                if node.func.id in ("block", "_stop", "Finding") and isinstance(node.args[0], ast.Constant):
+                    written.add(node.args[0].value)
+            elif isinstance(node, ast.Tuple) and len(node.elts) == 4 and isinstance(node.elts[0], ast.Constant):
+                written.add(node.elts[0].value)
     assert len(written) > 20
-    assert written <= {code for code, _, _ in APPEARS.values()}
+    assert written <= {code for code, _, _ in APPEARS.values()} | {code for code, _ in IRREPLACEABLE}
 
 
 @pytest.mark.parametrize("state", sorted({*STATES.values()} - {"shut off"}))
@@ -454,13 +449,15 @@ def test_every_finding_is_reported_at_once() -> None:
         image={"corrupt": True, "backing": "/b", "snapshots": ("i",)},
         source_host={"qemu_img": None, "qemu_nbd": None},
         destination_host={"qemu_nbd": None},
-        domains={"web": OTHER_UUID, "other": UUID},
+        domains={"other": UUID},
+        existing=existing(),
         route=RouteFacts(False, "No route to host"),
         options=options(pool="fast", preserve_uuid=True, route=Route.DIRECT),
     )
     plan = case.plan()
     of_each_image = ["disk-backing", "disk-corrupt", "disk-snapshots"]
     assert codes(plan) == [
+        "domain-exists",
         "managed-save",
         "snapshots",
         "tpm",
@@ -468,7 +465,6 @@ def test_every_finding_is_reported_at_once() -> None:
         *of_each_image,
         "tool-missing",
         "tool-missing",
-        "domain-exists",
         "uuid-in-use",
         "tool-missing",
         "boot-file-missing",
@@ -498,7 +494,7 @@ def test_the_same_pool_is_complained_of_once() -> None:
     assert codes(Case(devices, pools=(), directories=()).plan()) == ["pool-missing"]
 
 
-EXISTS = Case(domains={"web": OTHER_UUID})
+EXISTS = Case(existing=existing())
 
 
 @pytest.mark.parametrize(
@@ -507,8 +503,8 @@ EXISTS = Case(domains={"web": OTHER_UUID})
         (EXISTS, ExitCode.EXISTS),
         (replace(EXISTS, devices=with_device(ISO)), ExitCode.EXISTS),  # a warning beside it
         (replace(EXISTS, domain={"managed_save": True}), ExitCode.REFUSED),
-        (Case(domains={"web": OTHER_UUID, "x": UUID}, options=options(preserve_uuid=True)), ExitCode.REFUSED),
-        (Case(domains={"web": UUID}, options=options(preserve_uuid=True)), ExitCode.EXISTS),
+        (replace(EXISTS, domains={"x": UUID}, options=options(preserve_uuid=True)), ExitCode.REFUSED),
+        (Case(existing=existing(uuid=UUID), options=options(preserve_uuid=True)), ExitCode.EXISTS),
         (replace(EXISTS, destination_host={"qemu_img": None}), ExitCode.REFUSED),
         (replace(EXISTS, pools=(), directories=()), ExitCode.REFUSED),
         (Case(pools=(), directories=()), ExitCode.REFUSED),
@@ -648,7 +644,7 @@ def test_steps_in_order(verify: bool) -> None:
     plan = Case(devices, directories=(*images(path="/a"), *images(path="/b")), options=options(verify=verify)).plan()
     one, two = plan.disks
     assert plan.steps == (
-        BeginStage("/b"),
+        BeginStage("/b", resume=False),
         CreateDisk(one),
         CreateDisk(two),
         CopyDisks((one, two)),
@@ -656,9 +652,134 @@ def test_steps_in_order(verify: bool) -> None:
         CheckSource((one, two)),
         PublishDisk(one),
         PublishDisk(two),
-        DefineDomain(IDENTITY.uuid),
+        DefineDomain((), ()),
         EndStage(("/a", "/b")),
     )
+
+
+KEPT = staged_disk()
+
+
+def steps_of(retry: Retry, existing_vm: bool = False, attempt: bool = False, **changes: object) -> tuple[Step, ...]:
+    case = Case(options=options(retry=retry))
+    if existing_vm:
+        case = replace(case, existing=existing())
+    if attempt:
+        case = replace(case, staged=staged(disks={"vda": KEPT}))
+    plan = replace(case, **changes).plan()  # type: ignore[arg-type]
+    assert plan.refusal() is None
+    return plan.steps
+
+
+OLD, BESIDE = (f"{IMAGES}/old.qcow2",), ("monday", "backup-1")
+FILLING = [CreateDisk, CopyDisks, ProveDisks, CheckSource, PublishDisk]
+COMMIT = [DefineDomain, EndStage]
+REPLACE = [DefineDomain, RemoveReplaced, EndStage]
+AGAIN = staged(defining=True, directory="/elsewhere", disks={"vda": KEPT})
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (steps_of(Retry.NONE), [BeginStage, *FILLING, *COMMIT]),
+        (steps_of(Retry.IDEMPOTENT, existing_vm=True), [BeginStage, *FILLING, *REPLACE]),
+        (steps_of(Retry.FORCE, existing_vm=True), [BeginStage, *FILLING, *REPLACE]),
+        (
+            steps_of(Retry.FORCE, existing=existing(state="running")),
+            [BeginStage, *FILLING, StopDomain, *REPLACE],
+        ),
+        (steps_of(Retry.CLEANUP_EXISTING, existing_vm=True), [BeginStage, RemoveExisting, *FILLING, *COMMIT]),
+        (
+            steps_of(Retry.CLEANUP_EXISTING, existing=existing(state="running")),
+            [BeginStage, RemoveExisting, *FILLING, *COMMIT],
+        ),
+        (steps_of(Retry.RESUME, attempt=True), [BeginStage, *FILLING, *COMMIT]),
+        (steps_of(Retry.IDEMPOTENT, existing_vm=True, attempt=True), [BeginStage, *FILLING, *REPLACE]),
+        (steps_of(Retry.FORCE, attempt=True), [BeginStage, *FILLING, *COMMIT]),
+        (steps_of(Retry.RESUME, staged=AGAIN), [SettleStage, BeginStage, *FILLING, *COMMIT]),
+        (steps_of(Retry.FORCE, staged=AGAIN), [SettleStage, DiscardStage, BeginStage, *FILLING, *COMMIT]),
+    ],
+)
+def test_steps_of_each_decision(steps: tuple[Step, ...], expected: list[type[Step]]) -> None:
+    assert [type(step) for step in steps] == expected
+
+
+def test_replacing_removes_the_old_disks_after_the_commit_and_no_others() -> None:
+    old = existing()
+    old = replace(old, domain=replace(old.domain, snapshots=BESIDE[:1], checkpoints=BESIDE[1:]))
+    steps = steps_of(Retry.FORCE, existing=old)
+    assert steps[-3:] == (DefineDomain(OLD, BESIDE), RemoveReplaced(OLD, BESIDE), EndStage((IMAGES,)))
+    steps = steps_of(Retry.CLEANUP_EXISTING, existing_vm=True)
+    assert steps[:2] == (BeginStage(IMAGES, resume=False), RemoveExisting(OLD))
+    assert steps[-2] == DefineDomain((), ())
+
+
+def test_resuming_goes_on_where_the_attempt_lies() -> None:
+    elsewhere = staged(directory="/elsewhere", disks={"vda": staged_disk(directory="/elsewhere")})
+    plan = Case(staged=elsewhere, options=options(retry=Retry.RESUME)).plan()
+    assert plan.identity.operation == "earlier"
+    assert [(disk.final, disk.staged) for disk in plan.disks] == [
+        ("/elsewhere/kept-vda.qcow2", elsewhere.disks["vda"]),
+    ]
+    assert plan.steps[0] == BeginStage("/elsewhere", resume=True)
+    assert plan.steps[-1] == EndStage(("/elsewhere",))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"size": GIB - 512}, {"format": "raw"}, {"durable": 0, "allocated": 0}],
+    ids=["another size", "another format", "nothing durable"],
+)
+def test_a_staged_disk_that_is_of_no_use_is_made_anew_under_its_name(changes: dict[str, object]) -> None:
+    kept = replace(KEPT, **changes)  # type: ignore[arg-type]
+    plan = Case(staged=staged(disks={"vda": kept}), options=options(retry=Retry.RESUME)).plan()
+    assert [(disk.final, disk.staged) for disk in plan.disks] == [(kept.final, None)]
+
+
+def test_a_new_disk_of_the_source_joins_an_attempt() -> None:
+    devices = with_device(disk_xml(f"{IMAGES}/log.qcow2", "vdb"))
+    plan = Case(devices, staged=staged(disks={"vda": KEPT}), options=options(retry=Retry.RESUME)).plan()
+    assert [(disk.target, disk.final, disk.staged) for disk in plan.disks] == [
+        ("vda", KEPT.final, KEPT),
+        ("vdb", f"{IMAGES}/log.qcow2", None),
+    ]
+
+
+@pytest.mark.parametrize("retry", Retry)
+def test_a_commit_that_was_reached_is_only_finished(retry: Retry) -> None:
+    made = existing(mark=mark_of(Case().facts()))
+    attempt = staged(defining=True, remove=("/old",), forget=("monday",))
+    plan = Case(existing=made, staged=attempt, options=options(retry=retry)).plan()
+    assert plan.refusal() is None
+    assert plan.uuid == made.domain.uuid
+    assert plan.steps == (
+        SettleStage(IMAGES, committed=True),
+        RemoveReplaced(("/old",), ("monday",)),
+        FinishEarlier(IMAGES),
+    )
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_steps_when_there_is_nothing_to_do(verify: bool) -> None:
+    made = existing(mark=mark_of(Case().facts()))
+    plan = Case(existing=made, options=options(retry=Retry.IDEMPOTENT, verify_existing=verify)).plan()
+    assert plan.findings == ()
+    assert plan.uuid == made.domain.uuid
+    assert plan.steps == ((VerifyExisting(plan.disks),) if verify else ())
+
+
+@pytest.mark.parametrize(
+    ("case", "uuid"),
+    [
+        (Case(), IDENTITY.uuid),
+        (Case(options=options(preserve_uuid=True)), UUID),
+        (Case(existing=existing(uuid="old"), options=options(retry=Retry.FORCE)), "old"),
+        (Case(existing=existing(uuid="old"), options=options(retry=Retry.CLEANUP_EXISTING)), IDENTITY.uuid),
+        (Case(staged=staged(), options=options(retry=Retry.RESUME)), IDENTITY.uuid),
+    ],
+)
+def test_uuid(case: Case, uuid: str) -> None:
+    assert case.plan().uuid == uuid
 
 
 VOLUMES = Pool("a-vg", "logical", "/dev/a-vg", active=True)
@@ -679,7 +800,7 @@ VOLUMES = Pool("a-vg", "logical", "/dev/a-vg", active=True)
 def test_steps_of_a_vm_without_disks(case: Case, directory: str) -> None:
     plan = replace(case, devices="").plan()
     assert plan.refusal() is None
-    assert plan.steps == (BeginStage(directory), CheckSource(()), DefineDomain(IDENTITY.uuid), EndStage(()))
+    assert plan.steps == (BeginStage(directory, resume=False), CheckSource(()), DefineDomain((), ()), EndStage(()))
 
 
 @pytest.mark.parametrize(("new_name", "name"), [(None, "web"), ("copy", "copy")])

@@ -100,7 +100,12 @@ def _receive(request: Dict[str, Any], out: int) -> None:
     """Write what comes; every answer is a frame: {"written": […]}, and at the end {"done": true} or {"error": …}."""
     jobs = _jobs(request)
     try:
-        transfer.Receiver(0, jobs, lambda written: write_all(out, pack_frame({"written": written}))).run()
+        transfer.Receiver(
+            0,
+            jobs,
+            lambda written: write_all(out, pack_frame({"written": written})),
+            lambda durable: write_all(out, pack_frame({"durable": durable})),
+        ).run()
     except Exception as error:  # noqa: BLE001 - whatever went wrong is the answer
         write_all(out, pack_frame({"error": from_exception(error).as_dict()}))
         _exit(FAILED)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from typing import Iterator, List
+from typing import Iterator, List, Optional
 
-from .disk import DATA, Disk, Extent, split
+from .disk import DATA, Disk, Extent, bounded, split
 from .wire import CHUNK
 
 SEGMENT = 64 * CHUNK
@@ -30,22 +30,25 @@ def _zero_segment(length: int) -> bytes:
     return hashlib.sha256(chunks).digest()
 
 
-def segments(disk: Disk) -> Iterator[bytes]:
-    """The digest of each segment, in order. Raises OSError, AgentError."""
+def segments(disk: Disk, start: int = 0, end: Optional[int] = None) -> Iterator[bytes]:
+    """The digest of each segment of [start, end), in order; `start` is a segment's first byte.
+
+    Raises OSError, AgentError.
+    """
     buffer = memoryview(bytearray(CHUNK))
-    by_segment = _grouped(disk, SEGMENT)
-    for start, parts in zip(range(0, disk.size, SEGMENT), by_segment):
-        length = min(SEGMENT, disk.size - start)
+    start, stop = bounded(disk, start, end)
+    for at, parts in zip(range(start, stop, SEGMENT), _grouped(disk, start, stop, SEGMENT)):
+        length = min(SEGMENT, stop - at)
         if any(part.kind == DATA for part in parts):
-            yield _segment(disk, start, length, parts, buffer)
+            yield _segment(disk, at, length, parts, buffer)
         else:
             yield _zero_segment(length)
 
 
-def _grouped(disk: Disk, unit: int) -> Iterator[List[Extent]]:
-    """The disk's extents, cut at multiples of `unit`, in one list for each unit."""
+def _grouped(disk: Disk, start: int, stop: int, unit: int) -> Iterator[List[Extent]]:
+    """The extents of [start, stop), cut at multiples of `unit`, in one list for each unit."""
     group: List[Extent] = []
-    for extent in disk.extents():
+    for extent in disk.extents(start, stop):
         for piece in split(extent, unit):
             group.append(piece)
             if piece.end % unit == 0:

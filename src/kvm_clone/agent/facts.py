@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import grp
+import json
 import os
 import platform
 import pwd
 import re
 import shutil
 import stat
-from typing import Any, Callable, Dict, Optional
+import time
+from typing import Any, Callable, Dict, List, Optional
 
 from . import image, qemu
 from .disk import DATA
@@ -26,6 +28,7 @@ def host() -> Dict[str, Any]:
         "qemu_img": _version("qemu-img"),
         "qemu_nbd": _version("qemu-nbd"),
         "uid": os.geteuid(),
+        "time": time.time(),
     }
 
 
@@ -54,7 +57,7 @@ def disk(path: str, image_format: str) -> Dict[str, Any]:
         if answer["regular"] and image_format == image.QCOW2:
             answer["image"] = qemu.info(path, image_format)
             answer["virtual_size"] = answer["image"]["virtual-size"]
-        answer["data"] = _data(path, image_format) if answer["regular"] and _alone(answer.get("image", {})) else 0
+        answer["data"] = data_in(path, image_format) if answer["regular"] and _alone(answer.get("image", {})) else 0
     except (OSError, AgentError) as error:
         return {"path": path, "error": getattr(error, "strerror", None) or str(error)}
     return answer
@@ -66,11 +69,13 @@ def _alone(image_info: Dict[str, Any]) -> bool:
     return not (image_info.get("backing-filename") or image_info.get("encrypted") or specific.get("data-file"))
 
 
-def _data(path: str, format_: str) -> int:
-    """How many bytes of the image's content are not known to be zero."""
-    opened = image.open_for_reading(path, format_)
+def data_in(path: str, image_format: str, ranges: Optional[List[List[int]]] = None) -> int:
+    """How many bytes of the image's content in [start, end) pairs (None: in all) are not known to be zero."""
+    opened = image.open_for_reading(path, image_format)
     try:
-        return sum(extent.length for extent in opened.extents() if extent.kind == DATA)
+        parts = ranges if ranges is not None else [[0, opened.size]]
+        extents = (extent for start, end in parts for extent in opened.extents(start, end))
+        return sum(extent.length for extent in extents if extent.kind == DATA)
     finally:
         opened.close()
 
@@ -88,15 +93,31 @@ def fingerprint(path: str) -> str:
     return f"{about.st_dev}:{about.st_ino}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
 
 
+def backing_files(paths: List[str]) -> List[str]:
+    """Every file that these images rest on, themselves included. What cannot be read rests on nothing we know."""
+    found = set()
+    for path in paths:
+        found.add(os.path.realpath(path))
+        try:
+            argv = ["qemu-img", "info", "--force-share", "--backing-chain", "--output=json", "--", path]
+            found.update(os.path.realpath(one["filename"]) for one in json.loads(run(argv)))
+        except AgentError:
+            continue
+    return sorted(found)
+
+
 def directory(path: str) -> Dict[str, Any]:
     """Whether the directory is there and can be written, its free bytes, and the names in it."""
     if not os.path.isdir(path):
-        return {"path": path, "exists": False, "writable": False, "free": 0, "names": []}
+        return {"path": path, "exists": False, "writable": False, "free": 0, "names": [], "inodes": 0, "filesystem": 0}
     space = os.statvfs(path)
     return {
         "path": path,
         "exists": True,
         "writable": os.access(path, os.W_OK | os.X_OK),
         "free": space.f_bavail * space.f_frsize,
+        # Filesystems that make inodes as they go say that they have none.
+        "inodes": space.f_favail if space.f_files else 1 << 40,
+        "filesystem": os.stat(path).st_dev,
         "names": sorted(os.listdir(path)),
     }

@@ -16,11 +16,14 @@ from typing import Any, Dict, List
 from .errors import UNSUPPORTED, AgentError
 
 BEGIN = "begin"  # an operation holds the lock: operation, name, version, source, started
-CREATE = "create"  # a staged file is about to be made: disk, part
+CREATE = "create"  # a staged file is about to be made: disk, part, final, size in bytes, format
+DURABLE = "durable"  # all content before the byte `end` is durable in the staged file: disk, end
 COPIED = "copied"  # a staged file holds all content, durably: disk, bytes
 PROVEN = "proven"  # both ends' digests agreed: disk
 PUBLISH = "publish"  # a staged file is about to get its final name: disk, part, final, device, inode
-DEFINE = "define"  # the definition is about to be given to libvirt: the commit point: uuid
+RETRACT = "retract"  # a published file is about to get its staged name back: disk
+DEFINE = "define"  # the definition is about to be given to libvirt: the commit point: uuid, remove, forget
+WITHDRAWN = "withdrawn"  # libvirt does not have the definition, and will not get this one
 COMMITTED = "committed"  # libvirt has the definition
 
 Record = Dict[str, Any]
@@ -68,13 +71,28 @@ def _decode(line: bytes) -> Any:
 class Journal:
     """An open journal. Every append is durable when it returns."""
 
-    def __init__(self, path: str) -> None:
-        """Start a new journal. Raises FileExistsError, OSError."""
+    def __init__(self, path: str, *, resume: bool = False) -> None:
+        """Start a new journal, or go on with the one that is there, without its torn tail.
+
+        Raises FileExistsError, FileNotFoundError, OSError; AgentError when an inner record is damaged.
+        """
         self.path = path
         self.records: List[Record] = []
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd = os.open(path, flags, 0o600)
-        make_durable(os.path.dirname(path))
+        flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._fd = os.open(path, flags if resume else flags | os.O_CREAT | os.O_EXCL, 0o600)
+        if resume:
+            self._go_on()
+        else:
+            make_durable(os.path.dirname(path))
+
+    def _go_on(self) -> None:
+        try:
+            with open(self._fd, "rb", closefd=False) as file:
+                self.records = replay(file.read())
+            os.ftruncate(self._fd, sum(len(encode(record)) for record in self.records))
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, record: str, /, **fields: Any) -> None:
         """Add a record and return when it is durable. Raises OSError."""

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import struct
+import time
 from typing import Any, Dict, Optional
 
 from .disk import open_flags
@@ -21,6 +22,10 @@ _USES, _DOES_NOT_SHARE = 100, 200
 _CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3  # numbers of bits in QEMU's BlockPermission
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length, pid
+
+
+_LOOKS, _LOOK_SECONDS = 4, 0.02
+"""How often and how long apart a lock is tried: `holder_of` holds it for an instant."""
 
 
 class ImageLock:
@@ -68,12 +73,10 @@ class OperationLock:
     def _acquire(self, holder: Dict[str, Any]) -> int:
         while True:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _locked_soon(fd):
                 text = _describe(os.pread(fd, 4096, 0))
                 os.close(fd)
-                raise AgentError(LOCKED, f"another operation is under way: {text}") from None
+                raise AgentError(LOCKED, f"another operation is under way: {text}")
             if _same_file(fd, self.path):
                 os.truncate(fd, 0)
                 os.pwrite(fd, json.dumps(holder).encode(), 0)
@@ -86,6 +89,59 @@ class OperationLock:
             os.unlink(self.path)
             os.close(self._fd)
             self._fd = -1
+
+
+def _locked_soon(fd: int) -> bool:
+    """Take the flock, or find that it is held: for longer than whoever only looks at it holds it."""
+    for _ in range(_LOOKS):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOOK_SECONDS)
+        else:
+            return True
+    return False
+
+
+class WriterLock:
+    """Says that a receiver writes a staged file.
+
+    It may outlive its operation's agent, and nobody may go on before it
+    has ended. An flock, of which QEMU's own locks know nothing; several receivers may hold it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, open_flags(writable=False))
+        fcntl.flock(self._fd, fcntl.LOCK_SH)
+
+    def release(self) -> None:
+        """Nothing more will be written."""
+        os.close(self._fd)
+
+
+def is_written(path: str) -> bool:
+    """Whether a living process has a WriterLock on the file."""
+    return _blocks(path, fcntl.LOCK_EX) is not None
+
+
+def holder_of(path: str) -> str:
+    """What the lock at this path says of the living process that holds it, nothing when there is none."""
+    return _blocks(path, fcntl.LOCK_SH) or ""
+
+
+def _blocks(path: str, kind: int) -> Optional[str]:
+    """What is known of whoever keeps us from an flock of that kind; it is let go of at once if nobody does."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _describe(os.pread(fd, 4096, 0))
+    finally:
+        os.close(fd)
+    return None
 
 
 def _same_file(fd: int, path: str) -> bool:

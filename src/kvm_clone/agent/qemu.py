@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import subprocess
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from .disk import DATA, HOLE, ZERO, Extent
 from .errors import IO, AgentError
@@ -34,6 +34,31 @@ def create(path: str, format_: str, size: int, options: Dict[str, str]) -> None:
     if options:
         argv += ["-o", ",".join(f"{key}={value}" for key, value in sorted(options.items()))]
     run([*argv, "--", path, str(size)])
+
+
+def is_sound(path: str, format_: str) -> bool:
+    """Whether the image can be opened and its metadata contradict nothing; clusters that nothing refers to are no harm.
+
+    An image that another process has open is taken for sound.
+    """
+    status, said = _check(path, format_)
+    return b"lock" in said if status == _CHECK_FAILED else status != _CHECK_CORRUPT
+
+
+def repair(path: str, format_: str) -> None:
+    """Free the clusters that nothing refers to: a killed qemu-nbd leaves some."""
+    _check(path, format_, "-r", "leaks")
+
+
+def _check(path: str, format_: str, *options: str) -> Tuple[int, bytes]:
+    argv = ["qemu-img", "check", "-q", "-f", format_, *options, "--", path]
+    child = start(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    _, said = child.communicate()
+    return child.returncode, said
+
+
+_CHECK_FAILED, _CHECK_CORRUPT = 1, 2
+"""Exit statuses of qemu-img check."""
 
 
 def map_extents(path: str, format_: str, start_at: int, end: int) -> Iterator[Extent]:

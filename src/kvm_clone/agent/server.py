@@ -46,15 +46,20 @@ class Server:
             "lock_image": self._lock_image,
             "fingerprint": facts.fingerprint,
             "digest": digest_disk,
-            "unsettled": stage.unsettled,
+            "data_in": facts.data_in,
+            "staged": stage.staged,
             "settle": stage.settle,
             "recover": stage.recover,
+            "finish_earlier": stage.finish,
+            "remove_files": stage.remove_files,
+            "backing_files": facts.backing_files,
             "stage": self._begin,
             "create": lambda **how: self._staged().create(**how),
             "publish": lambda **how: self._staged().publish(**how),
             "note": lambda **how: self._staged().note(**how),
             "undo": lambda **how: self._staged().undo(**how),
             "finish": lambda: self._staged().finish(),
+            "release": lambda: self._staged().release(),
         }
 
     def serve(self) -> None:
@@ -102,13 +107,13 @@ class Server:
         except OSError as error:
             raise from_exception(error, f"opening {path}") from error
 
-    def _begin(self, directory: str, name: str, operation: str, about: Dict[str, Any]) -> None:
+    def _begin(self, **how: Any) -> None:
         with self._beginning:
             if self._over:
                 raise AgentError(INTERRUPTED, "the controller is gone")
             if self._stage is not None:
                 raise AgentError(UNSUPPORTED, "this agent has an operation already")
-            self._stage = stage.Stage(directory, name, operation, about)
+            self._stage = stage.Stage(**how)
 
     def _staged(self) -> stage.Stage:
         if self._stage is None:
@@ -116,14 +121,22 @@ class Server:
         return self._stage
 
 
-def digest_disk(path: str, image_format: str, progress: Progress) -> List[str]:
-    """The image's segment digests in hexadecimal; `progress` hears how many bytes of the disk are done."""
-    answer: List[str] = []
+def digest_disk(
+    path: str, image_format: str, progress: Progress, ranges: Optional[List[List[int]]] = None
+) -> List[List[Any]]:
+    """The image's segments as [first byte, digest in hexadecimal]; `progress` hears how many bytes are done.
+
+    `ranges`: [start, end) pairs in bytes, each start at a segment's first byte; None is the whole disk.
+    """
+    answer: List[List[Any]] = []
+    done = 0
     disk = image.open_for_reading(path, image_format)
     try:
-        for value in digest.segments(disk):
-            answer.append(value.hex())
-            progress({"done": min(len(answer) * digest.SEGMENT, disk.size)})
+        for start, end in ranges if ranges is not None else [[0, disk.size]]:
+            for at, value in zip(range(start, end, digest.SEGMENT), digest.segments(disk, start, end)):
+                answer.append([at, value.hex()])
+                done += min(digest.SEGMENT, end - at)
+                progress({"done": done})
     except OSError as error:
         raise from_exception(error, f"reading {path}") from error
     finally:

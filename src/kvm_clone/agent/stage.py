@@ -5,7 +5,9 @@ Everything that is made is journalled before it is made, so that undoing needs t
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import glob
 import grp
 import hashlib
 import os
@@ -15,10 +17,12 @@ import time
 from typing import Any, Callable, Dict, List, Optional, Tuple, TypeVar, cast
 
 from . import image, journal, qemu
-from .errors import EXISTS, IO, UNSUPPORTED, AgentError, from_exception
-from .lock import OperationLock
+from .errors import EXISTS, IO, LOCKED, MISSING, UNSUPPORTED, AgentError, from_exception
+from .lock import OperationLock, holder_of, is_written
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
+
+_UNSETTLED = "an earlier attempt may have been committed; libvirt has to be asked first"
 
 _LOCK_DIRECTORIES = ("/run/lock", "/var/lock", "/run")
 """Where a lock may lie, the first that exists. One place for each host, so that the lock covers every pool."""
@@ -54,33 +58,79 @@ def _one_at_a_time(step: _Step) -> _Step:
 class Stage:
     """One operation's staged files, its journal and its lock, held by this process."""
 
-    def __init__(self, directory: str, name: str, operation: str, about: Dict[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: str,
+        name: str,
+        operation: str,
+        about: Dict[str, Any],
+        *,
+        resume: bool = False,
+        keep: bool = False,
+    ) -> None:
         """Take the lock and begin the journal.
 
-        An earlier attempt whose holder is dead is undone first. Raises AgentError: locked; unsupported when an earlier
-        attempt reached its commit point and libvirt has to be asked what became of it (see `unsettled`).
+        An earlier attempt whose holder is dead is continued with `resume`, else undone first. `keep`: what is staged
+        outlives a controller that dies. Raises AgentError: locked; unsupported when an earlier attempt reached its
+        commit point and libvirt has to be asked what became of it (see `settle`).
         """
         self.directory = directory
         self.name = name
         self.operation = operation
+        self.keep = keep
         self._lock = OperationLock(lock_path(name), {"operation": operation, "pid": os.getpid(), **about})
         self._journal: Optional[journal.Journal] = None
         self._turn = threading.RLock()
         try:
             path = journal_path(directory, name)
-            if os.path.exists(path):
-                left = undo_all(_replay_file(path))
-                if left:
-                    raise AgentError(IO, f"an earlier attempt cannot be undone: {'; '.join(left)}")
-                os.unlink(path)
-            self._journal = journal.Journal(path)
-            self._append(journal.BEGIN, operation=operation, name=name, started=time.time(), **about)
+            if resume:
+                self._go_on(path)
+            else:
+                self._begin(path, about)
         except BaseException:
-            if self._journal is not None:
+            if self._journal is not None and not resume:
                 self._journal.remove()  # there is nothing yet that it would have to undo
                 self._journal = None
             self.release()
             raise
+
+    def _begin(self, path: str, about: Dict[str, Any]) -> None:
+        if os.path.exists(path):
+            left = undo_all(_replay_file(path))
+            if left:
+                raise AgentError(IO, f"an earlier attempt cannot be undone: {'; '.join(left)}")
+            os.unlink(path)
+        self._journal = journal.Journal(path)
+        self._append(journal.BEGIN, operation=self.operation, name=self.name, started=time.time(), **about)
+
+    def _go_on(self, path: str) -> None:
+        try:
+            self._journal = journal.Journal(path, resume=True)
+        except FileNotFoundError as error:
+            raise AgentError(MISSING, f"there is no interrupted attempt to go on with at {path}") from error
+        records = self._journal.records
+        if not records or records[0]["operation"] != self.operation:
+            raise AgentError(LOCKED, f"another operation has taken the place of {self.operation}")
+        if in_commit(records):
+            raise AgentError(UNSUPPORTED, _UNSETTLED)
+        for disk in states(records).values():
+            if is_written(disk.path):
+                raise AgentError(LOCKED, f"the receiver of the interrupted attempt still writes {disk.path}")
+            self._retract(disk)
+            if disk.format == image.QCOW2 and os.path.exists(disk.part):
+                qemu.repair(disk.part, disk.format)
+
+    def _retract(self, disk: DiskState) -> None:
+        """Give a published file its staged name back: the commit that it was published for has not come.
+
+        The file's identity says how far an earlier run came with it: the record alone says nothing of that.
+        """
+        if disk.identity is not None and _identity(disk.final) == disk.identity:
+            self._append(journal.RETRACT, disk=disk.disk)
+            if not os.path.lexists(disk.part):
+                os.link(disk.final, disk.part)
+            os.unlink(disk.final)
+            journal.make_durable(os.path.dirname(disk.final))
 
     def _append(self, record: str, /, **fields: Any) -> None:
         if self._journal is None:
@@ -98,7 +148,8 @@ class Stage:
         try:
             if os.path.lexists(final):
                 raise AgentError(EXISTS, f"{final} is there already; it was left as it is")
-            self._append(journal.CREATE, disk=disk, part=part)
+            _unlink(part)
+            self._append(journal.CREATE, disk=disk, part=part, final=final, size=spec["size"], format=spec["format"])
             os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             if spec["format"] == image.RAW:
                 os.truncate(part, spec["size"])
@@ -148,38 +199,126 @@ class Stage:
 
     @_one_at_a_time
     def finish(self) -> None:
-        """End the operation: its result stays."""
+        """End the operation: its result stays, and staged files that were not part of it go."""
         if self._journal is not None:
+            for disk in states(self._journal.records).values():
+                _unlink(disk.part)
             self._journal.remove()
             self._journal = None
         self.release()
 
     @_one_at_a_time
     def abandon(self) -> None:
-        """The controller is gone: undo, unless libvirt may have the definition already."""
-        if self._journal is None or any(entry["record"] == journal.DEFINE for entry in self._journal.records):
+        """The controller is gone: undo, unless it is to be kept or libvirt may have the definition already."""
+        if self.keep or self._journal is None or in_commit(self._journal.records):
             self.release()
         else:
             self.undo()
 
+    @_one_at_a_time
     def release(self) -> None:
-        """Let go of journal and lock, and leave everything as it is."""
+        """Let go of journal and lock, and leave everything as it is, for another run to go on with."""
         if self._journal is not None:
             self._journal.close()
             self._journal = None
         self._lock.release()
 
 
-def unsettled(directory: str, name: str) -> Optional[Dict[str, Any]]:
-    """An earlier operation that may have committed: its `operation`, and whether `committed` is certain."""
-    path = journal_path(directory, name)
-    if not os.path.exists(path):
-        return None
-    records = _replay_file(path)
-    names = {entry["record"] for entry in records}
-    if journal.DEFINE not in names:
-        return None
-    return {"operation": records[0]["operation"], "committed": journal.COMMITTED in names}
+class DiskState:
+    """What a journal says of one disk: its names, how much is durable in bytes, and its identity once published."""
+
+    def __init__(self, record: journal.Record) -> None:
+        self.disk: str = record["disk"]
+        self.part: str = record["part"]
+        self.final: str = record["final"]
+        self.size: int = record["size"]
+        self.format: str = record["format"]
+        self.durable = 0
+        self.identity: Optional[Tuple[int, int]] = None
+
+    @property
+    def path(self) -> str:
+        """Where the file lies: the final name may have become somebody else's."""
+        return self.final if self.identity is not None and _identity(self.final) == self.identity else self.part
+
+    def _is_whole(self, about: os.stat_result) -> bool:
+        """Whether the file can be filled further: a crash or a hand may have cut it short or torn it."""
+        return about.st_size == self.size if self.format == image.RAW else qemu.is_sound(self.path, self.format)
+
+    def as_dict(self) -> Dict[str, Any]:
+        """The form that crosses the wire, with the bytes that the file takes."""
+        try:
+            about: Optional[os.stat_result] = os.stat(self.path)
+        except FileNotFoundError:
+            about = None
+        return {
+            "part": self.part,
+            "final": self.final,
+            "size": self.size,
+            "format": self.format,
+            "durable": self.durable if self.durable and about and self._is_whole(about) else 0,
+            "allocated": about.st_blocks * 512 if about else 0,
+        }
+
+
+def states(records: List[journal.Record]) -> Dict[str, DiskState]:
+    """The state of each disk after these records."""
+    found: Dict[str, DiskState] = {}
+    for entry in records:
+        record = entry["record"]
+        if record == journal.CREATE:
+            found[entry["disk"]] = DiskState(entry)
+        elif record == journal.DURABLE:
+            found[entry["disk"]].durable = max(found[entry["disk"]].durable, entry["end"])
+        elif record == journal.PUBLISH:
+            found[entry["disk"]].identity = (entry["device"], entry["inode"])
+    return found
+
+
+def in_commit(records: List[journal.Record]) -> bool:
+    """Whether libvirt may have the definition: only it can say."""
+    last = [entry["record"] for entry in records if entry["record"] in (journal.DEFINE, journal.WITHDRAWN)]
+    return bool(last) and last[-1] == journal.DEFINE
+
+
+def has_committed(records: List[journal.Record]) -> bool:
+    """Whether libvirt is known to have the definition."""
+    return in_commit(records) and records[-1]["record"] == journal.COMMITTED
+
+
+def staged(directories: List[str], name: Optional[str] = None) -> List[Dict[str, Any]]:
+    """The interrupted and running operations whose journals lie in these directories; all, or those on one VM."""
+    found: List[Dict[str, Any]] = []
+    for directory in sorted(set(directories)):
+        paths = glob.glob(os.path.join(glob.escape(directory), ".kvm-clone-*.journal"))
+        wanted = [path for path in paths if name is None or path == journal_path(directory, name)]
+        found += [_summary(directory, path) for path in sorted(wanted)]
+    return found
+
+
+def _summary(directory: str, path: str) -> Dict[str, Any]:
+    """What a journal says, or the `error` that keeps it from being read."""
+    try:
+        records = _replay_file(path)
+    except (AgentError, OSError) as error:
+        return {"directory": directory, "path": path, "error": str(error)}
+    if not records:
+        return {"directory": directory, "path": path, "error": "the journal is empty: its operation had just begun"}
+    define = next((entry for entry in reversed(records) if entry["record"] == journal.DEFINE), {})
+    holder = holder_of(lock_path(records[0]["name"]))
+    return {
+        **records[0],
+        "directory": directory,
+        "path": path,
+        "changed": os.stat(path).st_mtime,
+        "active": bool(holder),
+        "holder": holder,
+        "defining": in_commit(records),
+        "committed": has_committed(records),
+        "remove": define.get("remove", []),
+        "forget": define.get("forget", []),
+        "disks": {disk: state.as_dict() for disk, state in states(records).items()},
+    }
 
 
 def recover(directory: str, name: str) -> List[str]:
@@ -200,17 +339,51 @@ def recover(directory: str, name: str) -> List[str]:
         lock.release()
 
 
-def settle(directory: str, name: str, *, committed: bool) -> List[str]:
-    """End an unsettled operation, when libvirt was asked: keep its files if it has committed, undo them if not."""
-    path = journal_path(directory, name)
+def settle(directory: str, name: str, *, committed: bool) -> None:
+    """Journal on which side of its commit point an operation was interrupted, when libvirt has been asked."""
     lock = OperationLock(lock_path(name), {"settling": name, "pid": os.getpid()})
     try:
-        left = [] if committed else undo_all(_replay_file(path), past_commit=True)
-        if not left:
-            os.unlink(path)
-        return left
+        log = journal.Journal(journal_path(directory, name), resume=True)
+        try:
+            if in_commit(log.records):
+                log.append(journal.COMMITTED if committed else journal.WITHDRAWN)
+        finally:
+            log.close()
     finally:
         lock.release()
+
+
+def finish(directory: str, name: str) -> None:
+    """Remove the journal of an operation that has committed, and staged files that were not part of its result."""
+    path = journal_path(directory, name)
+    lock = OperationLock(lock_path(name), {"finishing": name, "pid": os.getpid()})
+    try:
+        records = _replay_file(path)
+        if has_committed(records):
+            for disk in states(records).values():
+                _unlink(disk.part)
+            _unlink(path)
+    finally:
+        lock.release()
+
+
+def remove_files(paths: List[str]) -> List[Dict[str, str]]:
+    """Remove files; for each its `path` and what came of it: `removed`, `missing`, or the `error`."""
+    done = []
+    for path in paths:
+        try:
+            _unlink_there(path)
+            done.append({"path": path, "result": "removed"})
+        except FileNotFoundError:
+            done.append({"path": path, "result": "missing"})
+        except OSError as error:
+            done.append({"path": path, "result": "error", "error": str(error.strerror)})
+    return done
+
+
+def _unlink_there(path: str) -> None:
+    os.unlink(path)
+    journal.make_durable(os.path.dirname(path))
 
 
 def _replay_file(path: str) -> List[journal.Record]:
@@ -220,8 +393,8 @@ def _replay_file(path: str) -> List[journal.Record]:
 
 def undo_all(records: List[journal.Record], *, past_commit: bool = False) -> List[str]:
     """Undo the journalled steps in reverse and go on past a failure; the failures' texts."""
-    if not past_commit and any(entry["record"] == journal.DEFINE for entry in records):
-        raise AgentError(UNSUPPORTED, "an earlier attempt may have been committed; libvirt has to be asked first")
+    if not past_commit and in_commit(records):
+        raise AgentError(UNSUPPORTED, _UNSETTLED)
     left: List[str] = []
     for entry in reversed(records):
         try:
@@ -235,20 +408,22 @@ def undo_all(records: List[journal.Record], *, past_commit: bool = False) -> Lis
 
 
 def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        _unlink_there(path)
+
+
+def _identity(path: str) -> Optional[Tuple[int, int]]:
+    """Device and inode, None for a file that is not there."""
     try:
-        os.unlink(path)
+        about = os.lstat(path)
     except FileNotFoundError:
-        return
-    journal.make_durable(os.path.dirname(path))
+        return None
+    return about.st_dev, about.st_ino
 
 
 def _unlink_inode(path: str, identity: Tuple[int, int]) -> None:
     """Remove the file if it is the one that was published: another one of that name is not ours."""
-    try:
-        about = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if (about.st_dev, about.st_ino) == identity:
+    if _identity(path) == identity:
         _unlink(path)
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Callable, Dict, Generator, Iterator, List, NamedTuple, Tuple
+from typing import Callable, Dict, Generator, Iterator, List, NamedTuple, Optional, Tuple
 
 from . import image
 from .disk import DATA as DATA_KIND
 from .disk import Disk, Extent, split
 from .errors import INTERRUPTED, PROTOCOL, AgentError, from_exception
+from .lock import WriterLock
 from .stream import Incoming
 from .wire import (
     CHUNK,
@@ -35,16 +36,28 @@ IDLE_SECONDS = 5.0
 SILENCE_SECONDS = 60.0
 """A receiver that hears nothing for so long takes the sender for dead: TCP notices a cut network much later."""
 
+DURABLE_PARTS = 256
+DURABLE_LEAST, DURABLE_BYTES = 4 * CHUNK, 64 * CHUNK
+DURABLE_SECONDS = 2.0
+"""A receiver makes durable what it has, and says so: after a part of the disks' size, of so many bytes at least and at
+most, or after so many seconds. It is what a resumed copy can spare."""
+
 REPORT_SECONDS = 0.25
 """A receiver reports what it has written this often."""
 
 
 class Job(NamedTuple):
-    """One disk's copy: its image at one end, and whether the other end is known to read as zeros."""
+    """One disk's copy: its image at one end, and whether the other end is known to read as zeros.
+
+    `ranges`: [start, end) pairs in bytes, in order, that are to be sent; None is the whole disk. `durable`: at the
+    receiving end, the byte before which everything was durable already.
+    """
 
     path: str
     format: str
     fresh: bool = True
+    ranges: Optional[List[List[int]]] = None
+    durable: int = 0
 
 
 class Pacer:
@@ -107,6 +120,8 @@ class Sender:
             next(disk)
         except StopIteration:
             return False
+        except BrokenPipeError as error:
+            raise AgentError(INTERRUPTED, "the receiver went away") from error
         except Exception as error:
             raise from_exception(error, f"reading {self._jobs[index].path}") from error
         return True
@@ -117,23 +132,24 @@ class Sender:
         try:
             # Compressed ranges first: see image.StagedImage.
             if job.fresh and job.format == image.QCOW2 and any(extent.compressed for extent in disk.extents()):
-                yield from self._extents(index, disk, job.fresh, compressed=True)
-            yield from self._extents(index, disk, job.fresh, compressed=False)
+                yield from self._extents(index, disk, job, compressed=True)
+            yield from self._extents(index, disk, job, compressed=False)
             self._record(Record(DISK_END, index, disk.size, 0))
         finally:
             disk.close()
 
-    def _extents(self, index: int, disk: Disk, fresh: bool, *, compressed: bool) -> Iterator[None]:
-        for extent in disk.extents():
-            if not fresh:  # QEMU stores compressed only what was never written
-                extent = extent._replace(compressed=False)
-            if extent.kind != DATA_KIND:
-                if not fresh and not compressed:
-                    self._record(Record(ZERO, index, extent.offset, extent.length))
-            elif extent.compressed == compressed:
-                for piece in split(extent, CHUNK if compressed else self._pacer.most):
-                    self._data(index, disk, piece)
-                    yield
+    def _extents(self, index: int, disk: Disk, job: Job, *, compressed: bool) -> Iterator[None]:
+        for start, end in job.ranges if job.ranges is not None else [[0, disk.size]]:
+            for extent in disk.extents(start, end):
+                if not job.fresh:  # QEMU stores compressed only what was never written
+                    extent = extent._replace(compressed=False)
+                if extent.kind != DATA_KIND:
+                    if not job.fresh:
+                        self._record(Record(ZERO, index, extent.offset, extent.length))
+                elif extent.compressed == compressed:
+                    for piece in split(extent, CHUNK if compressed else self._pacer.most):
+                        self._data(index, disk, piece)
+                        yield
 
     def _data(self, index: int, disk: Disk, piece: Extent) -> None:
         self._pacer.wait(piece.length)
@@ -152,8 +168,20 @@ class Sender:
 class Receiver:
     """Writes the records of one stream to staged images."""
 
-    def __init__(self, source: int, jobs: List[Job], report: Callable[[List[int]], None]) -> None:
+    def __init__(
+        self,
+        source: int,
+        jobs: List[Job],
+        report: Callable[[List[int]], None],
+        durable: Callable[[List[int]], None] = lambda _: None,
+    ) -> None:
+        """`report` hears how many bytes each disk got, `durable` the byte before which each is durable."""
         self._source = Incoming(source, SILENCE_SECONDS)
+        self._say_durable = durable
+        self._durable = [job.durable for job in jobs]
+        self._reached = list(self._durable)
+        self._settled = time.monotonic()
+        self._unsettled = 0
         self._jobs = jobs
         self._report = report
         self._reported = time.monotonic()
@@ -162,7 +190,9 @@ class Receiver:
 
     def run(self) -> None:
         """Write everything up to the end record and make it durable. Raises AgentError."""
+        locks: List[WriterLock] = []
         try:
+            locks += [WriterLock(job.path) for job in self._jobs]
             while True:
                 record = self._next()
                 if record.type == END:
@@ -176,6 +206,8 @@ class Receiver:
             for disk in self._open.values():  # there are any only if something went wrong, which is the news
                 with contextlib.suppress(OSError, AgentError):
                     disk.close()
+            for lock in locks:
+                lock.release()
             self._source.close()
 
     def _next(self) -> Record:
@@ -198,12 +230,31 @@ class Receiver:
                     disk.compress(bool(record.flags & COMPRESSED))
                 disk.receive(record.offset, record.length, self._source)
                 self.written[record.disk] += record.length
+                self._reach(record)
             elif record.type == ZERO:
-                disk.zero(record.offset, record.length)
+                _zero_data(disk, record.offset, record.offset + record.length)
+                self._reach(record)
             elif record.type == DISK_END:
                 self._finish(record.disk)
         except Exception as error:
             raise from_exception(error, f"writing {job.path}") from error
+
+    def _reach(self, record: Record) -> None:
+        """Ranges come in order, so that everything before the last one's end is written.
+
+        Compressed ranges come before the others: until those begin, nothing can be said.
+        """
+        if not record.flags & COMPRESSED:
+            self._reached[record.disk] = max(self._reached[record.disk], record.offset + record.length)
+        self._unsettled += record.length if record.type == DATA else 0
+        now = time.monotonic()
+        enough = min(DURABLE_BYTES, max(DURABLE_LEAST, sum(disk.size for disk in self._open.values()) // DURABLE_PARTS))
+        if self._unsettled >= enough or now - self._settled >= DURABLE_SECONDS:
+            for index, disk in self._open.items():
+                disk.flush()
+                self._durable[index] = self._reached[index]
+            self._say_durable(self._durable)
+            self._settled, self._unsettled = time.monotonic(), 0
 
     def _disk(self, index: int) -> Disk:
         if index not in self._open:
@@ -212,11 +263,14 @@ class Receiver:
 
     def _finish(self, index: int) -> None:
         disk = self._open.pop(index)
+        size = disk.size
         try:
             disk.flush()
         finally:
             disk.close()
         image.settle(self._jobs[index].path)
+        self._durable[index] = self._reached[index] = size
+        self._say_durable(self._durable)
 
     def _end(self, record: Record) -> None:
         if record.length != sum(self.written) or self._open:
@@ -228,6 +282,13 @@ class Receiver:
         if now - self._reported >= REPORT_SECONDS:
             self._reported = now
             self._report(self.written)
+
+
+def _zero_data(disk: Disk, start: int, end: int) -> None:
+    """Make the range read as zeros; what does so already is left alone, so that an image does not grow by it."""
+    for extent in list(disk.extents(start, end)):
+        if extent.kind == DATA_KIND:
+            disk.zero(extent.offset, extent.length)
 
 
 def _check(record: Record, size: int) -> None:

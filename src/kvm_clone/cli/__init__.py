@@ -10,10 +10,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from kvm_clone.cli import output
+from kvm_clone.cli.apply import apply_command
 from kvm_clone.cli.clone import clone_command
 from kvm_clone.cli.config import config_app
 from kvm_clone.cli.context import Context
 from kvm_clone.cli.listing import list_command
+from kvm_clone.cli.status import cleanup_command, status_command
 from kvm_clone.config import Output
 from kvm_clone.errors import ExitCode, KvmCloneError
 from kvm_clone.version import __version__
@@ -39,6 +41,15 @@ app.command(
     "list",
     epilog="Examples:\n\nkvm-clone list host-a host-b\n\nkvm-clone list host-a --state running --output json",
 )(list_command)
+app.command("apply", epilog="Examples:\n\nkvm-clone apply web.plan")(apply_command)
+app.command(
+    "status",
+    epilog="Examples:\n\nkvm-clone status\n\nkvm-clone status 1b4222938b00 --follow\n\nkvm-clone status --host host-b",
+)(status_command)
+app.command(
+    "cleanup",
+    epilog="Examples:\n\nkvm-clone cleanup host-b --dry-run\n\nkvm-clone cleanup host-b --older-than 7d",
+)(cleanup_command)
 app.add_typer(config_app, name="config")
 
 

@@ -50,6 +50,23 @@ ConfigFileOption = Annotated[
 ]
 
 
+def connection_flags(
+    ssh_config: Path | None,
+    ssh_key: Path | None,
+    ssh_option: list[str] | None,
+    output: config.Output | None,
+    log_level: config.LogLevel | None,
+) -> dict[str, object]:
+    """The flags that every connecting command has, by the settings that they go before."""
+    return {
+        "ssh_config_path": ssh_config,
+        "ssh_key_path": ssh_key,
+        "ssh_options": ssh_option or None,
+        "output": output,
+        "log_level": log_level,
+    }
+
+
 def load(ctx: typer.Context, path: Path | None, flags: dict[str, object]) -> config.Settings:
     """The settings with the flags that were given over them; sets up logging. Raises UsageError."""
     root: Context = ctx.find_root().obj
@@ -92,7 +109,7 @@ async def _with_signals(work: Coroutine[Any, Any, Result]) -> Result:
         received.append(number)
         if len(received) == 1:
             task.cancel()
-            print("\nstopping, and undoing what was written; this takes a moment", file=sys.stderr)
+            print("\nstopping in good order; this takes a moment", file=sys.stderr)
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -102,7 +119,7 @@ async def _with_signals(work: Coroutine[Any, Any, Result]) -> Result:
     except asyncio.CancelledError:
         if not received:
             raise
-        remedy = "run the same command again to start over"
-        text = f"stopped by {received[0].name}; what was written at the destination was undone"
+        remedy = "run the same command again, with --resume or --idempotent to go on with what was copied"
+        text = f"stopped by {received[0].name}"
         kind = InterruptedByUserError if received[0] is signal.SIGINT else TransferError
         raise kind(text, remedy=remedy) from None

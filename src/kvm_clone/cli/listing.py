@@ -40,13 +40,7 @@ def list_command(
     A host that cannot be asked has an error in its place; the others still show, and the exit code is 5.
     """
     wanted = _state(state)
-    flags: dict[str, object] = {
-        "ssh_config_path": ssh_config,
-        "ssh_key_path": ssh_key,
-        "ssh_options": ssh_option or None,
-        "output": output_format,
-        "log_level": log_level,
-    }
+    flags = context.connection_flags(ssh_config, ssh_key, ssh_option, output_format, log_level)
     settings = context.load(ctx, config, flags)
     listings = context.run(_list(settings, hosts))
     if settings.output is Output.JSON:

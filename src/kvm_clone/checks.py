@@ -1,0 +1,270 @@
+"""What the facts say against a clone, or of it. Pure."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterator
+
+from kvm_clone import definition, domains
+from kvm_clone.decide import Decision
+from kvm_clone.facts import DestinationFacts, Directory, Facts, ImageFacts, SourceFacts
+from kvm_clone.findings import Finding, Severity, block
+from kvm_clone.options import CloneOptions, Route
+from kvm_clone.placement import PlannedDisk
+from kvm_clone.units import format_bytes, format_duration, format_rate
+from kvm_clone.xmlspan import is_xml
+
+_MARGIN_PERCENT = 115
+"""Of what is to be written, that must be free: metadata, and what others write meanwhile."""
+
+_OLDEST_QEMU = (4, 2)
+"""qemu-nbd with socket activation and the compress filter; qemu-img map with what we read of it."""
+
+_CLOCK_SECONDS = 5.0
+
+
+def source_findings(source: SourceFacts) -> Iterator[Finding]:
+    """What the source says against the clone."""
+    domain = source.domain
+    if domain.state != domains.SHUT_OFF:
+        yield block(
+            "source-state",
+            domain.name,
+            f"VM {domain.name} is {domain.state} on {source.host.name}; only a VM that is shut off can be cloned yet.",
+            f"shut it down: virsh shutdown {domain.name}",
+        )
+    if domain.managed_save:
+        yield block(
+            "managed-save",
+            domain.name,
+            f"VM {domain.name} has a saved memory image (managed save), which cannot be cloned yet.",
+            "start it and shut it down, or drop the image with virsh managedsave-remove",
+        )
+    if domain.snapshots:
+        listed = ", ".join(domain.snapshots)
+        yield block(
+            "snapshots",
+            domain.name,
+            f"VM {domain.name} has snapshots ({listed}), which cannot be cloned yet.",
+            "",
+        )
+    for reason in definition.unsupported(source.xml):
+        yield block(reason.code, reason.subject, reason.text, "")
+    for warning in definition.warnings(source.xml):
+        yield Finding(warning.code, Severity.WARNING, warning.subject, warning.text)
+    if domain.state == domains.SHUT_OFF:
+        refused = {reason.subject for reason in definition.unsupported(source.xml)}
+        for image in source.images:
+            if image.target not in refused:
+                yield from _image_findings(image)
+    yield from _tool_findings(source.host.name, source.host.qemu_img, source.host.qemu_nbd)
+
+
+def _image_findings(image: ImageFacts) -> Iterator[Finding]:
+    what = f"Disk {image.target} ({image.path})"
+    reasons = (
+        ("disk-in-use", image.in_use, "is in use by another process", "shut down whatever uses it"),
+        ("disk-unreadable", image.error and not image.in_use, f"cannot be read: {image.error}", ""),
+        (
+            "disk-block-device",
+            not image.regular,
+            "is no regular file but a device, which cannot be cloned yet",
+            "",
+        ),
+        (
+            "disk-backing",
+            image.backing,
+            f"has the backing file {image.backing}, which cannot be cloned yet",
+            "",
+        ),
+        (
+            "disk-data-file",
+            image.data_file,
+            f"keeps its data in {image.data_file}, which cannot be cloned yet",
+            "",
+        ),
+        ("disk-encrypted", image.encrypted, "is encrypted, which cannot be cloned yet", ""),
+        ("disk-corrupt", image.corrupt, "is marked as corrupt", "repair it: qemu-img check -r all"),
+        (
+            "disk-snapshots",
+            image.snapshots,
+            f"has internal snapshots ({', '.join(image.snapshots)}), which cannot be cloned yet",
+            "",
+        ),
+    )
+    for code, applies, text, remedy in reasons:
+        if applies:
+            yield block(code, image.target, f"{what} {text}.", remedy)
+
+
+def _tool_findings(host: str, qemu_img: str | None, qemu_nbd: str | None) -> Iterator[Finding]:
+    for program, found in (("qemu-img", qemu_img), ("qemu-nbd", qemu_nbd)):
+        remedy = f"install qemu-utils (or qemu-img) on {host}"
+        if found is None:
+            yield block("tool-missing", host, f"{host} has no {program}.", remedy)
+        elif found != "unknown" and version(found) < _OLDEST_QEMU:
+            oldest = ".".join(map(str, _OLDEST_QEMU))
+            yield block("tool-old", host, f"{program} on {host} is {found}, {oldest} is needed.", remedy)
+
+
+def destination_findings(facts: Facts, options: CloneOptions, name: str, decision: Decision) -> Iterator[Finding]:
+    """What the destination says against the clone."""
+    destination, xml = facts.destination, facts.source.xml
+    host = destination.host.name
+    if not _is_name(name):
+        yield block("name", name, f"{name!r} cannot be a VM's name.", "choose another --new-name")
+    owner = next((one for one, uuid in destination.domains.items() if uuid == xml.uuid and one != name), None)
+    if options.preserve_uuid and owner is not None:
+        yield block("uuid-in-use", name, f"VM {owner} on {host} has the UUID {xml.uuid}.", "leave out --preserve-uuid")
+    yield from _replace_findings(facts, options, name, decision)
+    yield from _ability_findings(destination, xml)
+    yield from _clock_findings(facts)
+    if destination.staged_error:
+        yield block(
+            "journal-damaged",
+            name,
+            f"The journal of an earlier attempt on {host} cannot be read: {destination.staged_error}.",
+            "look at it, and remove it and its .part files by hand",
+        )
+    yield from _tool_findings(host, destination.host.qemu_img, destination.host.qemu_nbd)
+    for file in xml.os_files:
+        if not destination.present.get(file.path, False):
+            yield block(
+                "boot-file-missing",
+                file.path,
+                f"{host} lacks {file.path}, the {file.role} that VM {name} boots with.",
+                f"copy it to {host} at the same path",
+            )
+    yield from _reference_findings(destination, xml)
+
+
+def _ability_findings(destination: DestinationFacts, xml: definition.DomainXml) -> Iterator[Finding]:
+    """What the destination's hardware, emulator and networks say."""
+    host, can = destination.host.name, destination.abilities
+    if can.refusal:
+        what = f"emulator {xml.emulator}, machine type {xml.machine}, architecture {xml.arch}"
+        yield block(
+            "machine", host, f"{host} cannot run this VM ({what}): {can.refusal}.", f"install what {host} lacks"
+        )
+    if xml.memory > can.memory:
+        text = f"The VM has {format_bytes(xml.memory)} of memory, {host} has {format_bytes(can.memory)}."
+        yield block("memory", host, text, "give the VM less memory, or choose another host")
+    if xml.vcpus > can.cpus:
+        text = f"The VM has {xml.vcpus} vCPUs, {host} has {can.cpus} CPUs."
+        yield Finding("vcpus", Severity.WARNING, host, text, "it will run, but slower")
+    if xml.cpu_model and can.cpu_models and not can.cpu_models.get(xml.cpu_model, False):
+        text = f"{host} cannot give the VM its CPU model, {xml.cpu_model}."
+        yield block("cpu-model", host, text, "choose a model that both hosts have: virsh domcapabilities")
+    for network in xml.networks:
+        if network not in can.networks:
+            remedy = f"define it on {host}: virsh net-define"
+            yield block("network-missing", network, f"{host} has no libvirt network named {network}.", remedy)
+        elif not can.networks[network]:
+            text = f"The libvirt network {network} on {host} is not active; the VM will not start."
+            yield Finding("network-inactive", Severity.WARNING, network, text, f"virsh net-start {network}")
+    for bridge in xml.bridges:
+        if not destination.present.get(f"/sys/class/net/{bridge}", False):
+            yield block("bridge-missing", bridge, f"{host} has no bridge named {bridge}.", f"make it on {host}")
+
+
+def _clock_findings(facts: Facts) -> Iterator[Finding]:
+    for host in (facts.source.host, facts.destination.host):
+        if abs(host.clock) > _CLOCK_SECONDS:
+            text = f"The clock of {host.name} differs from this machine's by {host.clock:+.0f} s."
+            yield Finding("clock", Severity.INFO, host.name, text, "set it by NTP")
+    source, destination = facts.source.host, facts.destination.host
+    if source.qemu_img and destination.qemu_img and version(destination.qemu_img) < version(source.qemu_img):
+        text = (
+            f"QEMU on {destination.name} ({destination.qemu_img}) is older than on {source.name} ({source.qemu_img})."
+        )
+        yield Finding("qemu-older", Severity.INFO, destination.name, text)
+
+
+def space_findings(destination: DestinationFacts, disks: tuple[PlannedDisk, ...]) -> Iterator[Finding]:
+    """Room for what is still to be written and 15 % more, on every filesystem where disks land."""
+    host = destination.host.name
+    needed: dict[int, int] = {}
+    files: dict[int, int] = {}
+    where: dict[int, Directory] = {}
+    for disk in disks:
+        directory = destination.directories.get(posixpath.dirname(disk.final))
+        if directory is not None:
+            there = disk.staged.allocated if disk.staged else 0
+            needed[directory.filesystem] = needed.get(directory.filesystem, 0) + max(0, disk.image.allocated - there)
+            files[directory.filesystem] = files.get(directory.filesystem, 0) + 1
+            where[directory.filesystem] = directory
+    for filesystem, directory in where.items():
+        wanted = needed[filesystem] * _MARGIN_PERCENT // 100
+        if wanted > directory.free:
+            free = format_bytes(directory.free)
+            text = f"{directory.path} on {host} has {free} free, {format_bytes(wanted)} are needed."
+            yield block("space", directory.path, text, "make room, or name another pool with --pool")
+        if files[filesystem] + 1 > directory.inodes:
+            more = files[filesystem] + 1
+            text = f"The filesystem of {directory.path} on {host} has no room for {more} more files."
+            yield block("inodes", directory.path, text, "remove files there, or name another pool with --pool")
+
+
+def estimate(facts: Facts, options: CloneOptions, route: Route, disks: tuple[PlannedDisk, ...]) -> Iterator[Finding]:
+    """How long the copy should take, by what was measured on the route and the limit that was asked for."""
+    rates = [rate for rate in (facts.route.rate, options.bandwidth_limit) if rate]
+    if rates and disks:
+        left = sum(max(0, disk.image.data - (disk.staged.durable if disk.staged else 0)) for disk in disks)
+        seconds = left / min(rates)
+        measured = f"measured {format_rate(facts.route.rate)}, " if facts.route.rate else ""
+        text = (
+            f"{route} route: {measured}the copy of {format_bytes(left)} should take about {format_duration(seconds)}."
+        )
+        yield Finding("estimate", Severity.INFO, facts.destination.host.name, text)
+
+
+def version(text: str) -> tuple[int, ...]:
+    """A version as numbers that compare."""
+    return tuple(int(part) for part in text.split(".") if part.isdecimal())
+
+
+def _replace_findings(facts: Facts, options: CloneOptions, name: str, decision: Decision) -> Iterator[Finding]:
+    existing = facts.destination.existing
+    host = facts.destination.host.name
+    if existing is None or not (decision.replace or decision.remove_first):
+        return
+    if not existing.domain.persistent:
+        text = f"VM {name} on {host} is transient: it cannot be replaced by a definition."
+        yield block("existing-transient", name, text, "destroy it, or choose another --new-name")
+    if decision.replace and options.preserve_uuid and existing.domain.uuid != facts.source.xml.uuid:
+        text = f"VM {name} on {host} has another UUID, and a VM can be replaced only under its own."
+        yield block("existing-uuid", name, text, "leave out --preserve-uuid, or use --cleanup-existing")
+    first = "before the copy begins" if decision.remove_first else "once the clone is complete"
+    files = f", with {', '.join(existing.removable)}" if existing.removable else ""
+    kind = "an earlier clone" if existing.mark else "a VM that kvm-clone did not make"
+    stopping = " and stopped" if decision.stop else ""
+    text = f"VM {name} on {host}, {kind}, is removed{stopping} {first}{files}."
+    yield Finding("replace", Severity.WARNING, name, text)
+
+
+def _is_name(name: str) -> bool:
+    """Whether libvirt and XML take the name, and a file can have it."""
+    return bool(name.strip()) and name not in (".", "..") and not re.search("[/\n]", name) and is_xml(name)
+
+
+def _reference_findings(destination: DestinationFacts, xml: definition.DomainXml) -> Iterator[Finding]:
+    host = destination.host.name
+    for disk in xml.media:
+        if disk.type == "file" and disk.path and not destination.present.get(disk.path, False):
+            text = (
+                f"{host} lacks {disk.path}, the medium in {disk.target}; the reference is kept, the VM may not start."
+            )
+            yield Finding("medium-missing", Severity.WARNING, disk.target, text, "copy it there, or eject it")
+    for disk in xml.referenced_disks:
+        kind = "shared" if disk.shareable else "read-only"
+        if disk.type == "file" and not destination.present.get(disk.path or "", False):
+            yield block(
+                "referenced-disk-missing",
+                disk.target,
+                f"{host} lacks {disk.path}, the {kind} disk {disk.target}, which is not copied.",
+                f"make it available on {host} at the same path",
+            )
+        else:
+            text = f"The {kind} disk {disk.target} ({disk.path}) is not copied; {host} uses what it has there."
+            yield Finding("referenced-disk", Severity.WARNING, disk.target, text)

@@ -1,0 +1,157 @@
+"""Plans on the command line: shown by --dry-run, saved by --plan-out, run by `kvm-clone apply`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from kvm_clone import plan as steps
+from kvm_clone.api import Client, Request
+from kvm_clone.cli import context, output
+from kvm_clone.config import Output, Settings
+from kvm_clone.errors import ExitCode, UsageError
+from kvm_clone.findings import Severity
+from kvm_clone.options import CloneOptions, Retry, Route
+from kvm_clone.placement import PlannedDisk
+from kvm_clone.plan import Plan, Step
+from kvm_clone.units import format_bytes
+from kvm_clone.version import __version__
+
+FORMAT = 1
+"""Of the saved document; another one is refused."""
+
+_STYLES = {Severity.BLOCKING: "bold red", Severity.WARNING: "yellow", Severity.INFO: ""}
+
+
+def show(settings: Settings, request: Request, file: Path | None, *, dry_run: bool) -> int:
+    """Plan, print what would be done, and save it to `file` if one is given; the exit code."""
+    plan = context.run(_plan(settings, request))
+    refusal = plan.refusal()
+    if file is not None and refusal is None:
+        _save(file, request, plan)
+    if settings.output is Output.JSON:
+        output.print_json(document(request, plan))
+    else:
+        _print(plan)
+        if file is not None and refusal is None and not dry_run:
+            print(f"saved; run it with: kvm-clone apply {file}")
+    return int(refusal.exit_code if refusal is not None else ExitCode.DONE)
+
+
+async def _plan(settings: Settings, request: Request) -> Plan:
+    async with Client(context.ssh_options(settings), interactive=sys.stdin.isatty()) as client:
+        return await client.plan(request)
+
+
+def document(request: Request, plan: Plan) -> dict[str, Any]:
+    """The stable form of a plan."""
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "request": asdict(request),
+        "facts": plan.facts.digest,
+        "name": plan.name,
+        "action": plan.decision.action,
+        "runs": plan.refusal() is None,
+        "route": {"route": plan.route, "reason": plan.route_reason},
+        "disks": [
+            {
+                "target": disk.target,
+                "source": disk.image.path,
+                "destination": disk.final,
+                "format": disk.image.format,
+                "virtual_size": disk.image.virtual_size,
+                "data": disk.image.data,
+                "durable": disk.staged.durable if disk.staged else 0,
+            }
+            for disk in plan.disks
+        ],
+        "findings": [asdict(finding) for finding in plan.findings],
+        "steps": [{"step": type(step).__name__, "text": describe(step)} for step in plan.steps],
+    }
+
+
+def describe(step: Step) -> str:  # noqa: C901 - one line for each kind of step
+    """What a step does, for people."""
+    match step:
+        case steps.RemoveExisting(paths):
+            return f"remove the existing VM{_listed(paths)}"
+        case steps.SettleStage(_, committed):
+            return f"note that the earlier attempt {'has' if committed else 'has not'} committed"
+        case steps.DiscardStage(directory):
+            return f"undo the earlier attempt in {directory}"
+        case steps.BeginStage(directory, resume):
+            return f"lock, and {'go on with the' if resume else 'begin a'} journal in {directory}"
+        case steps.CreateDisk(disk):
+            return f"{'take up' if disk.staged else 'make'} the staged image of {disk.target} ({disk.image.format})"
+        case steps.CopyDisks(disks):
+            return f"send the content of {_targets(disks)}"
+        case steps.ProveDisks(disks) | steps.VerifyExisting(disks):
+            return f"digest {_targets(disks)} on both hosts and compare"
+        case steps.CheckSource():
+            return "make sure that the source has not changed"
+        case steps.PublishDisk(disk):
+            return f"give {disk.target} its final name, {disk.final}"
+        case steps.StopDomain():
+            return "stop the existing VM"
+        case steps.DefineDomain():
+            return "define the clone: the commit"
+        case steps.RemoveReplaced(paths, _):
+            return f"remove what only the replaced VM had{_listed(paths)}"
+        case steps.EndStage() | steps.FinishEarlier():
+            return "remove the journal, and unlock"
+
+
+def _targets(disks: tuple[PlannedDisk, ...]) -> str:
+    return ", ".join(disk.target for disk in disks)
+
+
+def _listed(paths: tuple[str, ...]) -> str:
+    return f": {', '.join(paths)}" if paths else ""
+
+
+def _print(plan: Plan) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    data = sum(disk.image.data for disk in plan.disks)
+    console.print(Text(f"{plan.name}: {plan.decision.action}, {format_bytes(data)} of content, {plan.route} route "))
+    for finding in plan.findings:
+        console.print(Text(f"  {finding.severity}: {finding.text}", style=_STYLES[finding.severity]))
+        if finding.remedy:
+            console.print(Text(f"    {finding.remedy}"))
+    for number, step in enumerate(plan.steps, 1):
+        console.print(Text(f"  {number}. {describe(step)}"))
+    if plan.refusal() is not None:
+        console.print(Text("this plan cannot be run", style="bold red"))
+
+
+def _save(file: Path, request: Request, plan: Plan) -> None:
+    try:
+        file.write_text(json.dumps(document(request, plan), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write the plan to {file}: {error.strerror}", remedy="name another file") from error
+
+
+def read(file: Path) -> tuple[Request, str]:
+    """A saved plan's request, and the digest of the facts that it rests on. Raises UsageError."""
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        if saved["format"] != FORMAT:
+            raise UsageError(f"{file} is a plan of another format", remedy="make it again with --plan-out")
+        return _request(saved["request"]), str(saved["facts"])
+    except OSError as error:
+        raise UsageError(f"cannot read the plan {file}: {error.strerror}", remedy="name a saved plan") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is not a saved plan", remedy="make one with clone --plan-out") from error
+
+
+def _request(saved: Mapping[str, Any]) -> Request:
+    options = dict(saved["options"])
+    options |= {"route": Route(options["route"]), "retry": Retry(options["retry"])}
+    return Request(saved["source"], saved["destination"], saved["vm"], CloneOptions(**options))

@@ -1,0 +1,183 @@
+"""`kvm-clone status` and `kvm-clone cleanup`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+
+from kvm_clone import operations
+from kvm_clone.api import Client, StagedListing
+from kvm_clone.cli import context, output
+from kvm_clone.config import Output, Settings
+from kvm_clone.errors import ExitCode, KvmCloneError, UsageError
+from kvm_clone.operations import Operation
+from kvm_clone.staging import StagedData
+from kvm_clone.units import format_bytes, format_duration, parse_duration
+
+_FOLLOW_SECONDS = 0.5
+
+
+def status_command(
+    ctx: typer.Context,
+    operation: Annotated[str | None, typer.Argument(metavar="[ID]", help="One operation, with its log.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="With ID: go on printing until it ends.")] = False,
+    host: Annotated[
+        list[str] | None, typer.Option("--host", metavar="HOST", help="Staged data there, too. May be repeated.")
+    ] = None,
+    ssh_config: context.SshConfigOption = None,
+    ssh_key: context.SshKeyOption = None,
+    ssh_option: context.SshOptionOption = None,
+    output_format: Annotated[Output | None, typer.Option("--output", help="json: one document on stdout.")] = None,
+    log_level: context.LogLevelOption = None,
+    config: context.ConfigFileOption = None,
+) -> None:
+    """Operations of this machine, and what is staged on hosts: state, age, size, and how to go on."""
+    flags = context.connection_flags(ssh_config, ssh_key, ssh_option, output_format, log_level)
+    settings = context.load(ctx, config, flags)
+    if operation is not None:
+        _show_one(settings, operation, follow=follow)
+        return
+    listings = context.run(_staged(settings, host or []))
+    found = operations.operations()
+    if settings.output is Output.JSON:
+        output.print_json({"operations": [_document(one) for one in found], "hosts": [_host(one) for one in listings]})
+    else:
+        for one in found:
+            print(_line(one))
+        for listing in listings:
+            _print_host(listing)
+    _exit_with_errors(listings)
+
+
+def cleanup_command(
+    ctx: typer.Context,
+    hosts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[HOST]...", help="By default the destinations of this machine's own operations."),
+    ] = None,
+    older_than: Annotated[
+        str | None, typer.Option("--older-than", metavar="TIME", help="Only what has not changed for so long: 7d, 12h.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be removed.")] = False,
+    ssh_config: context.SshConfigOption = None,
+    ssh_key: context.SshKeyOption = None,
+    ssh_option: context.SshOptionOption = None,
+    output_format: Annotated[Output | None, typer.Option("--output", help="json: one document on stdout.")] = None,
+    log_level: context.LogLevelOption = None,
+    config: context.ConfigFileOption = None,
+) -> None:
+    """Remove what interrupted operations have staged on hosts; nothing without our mark, and nothing in use."""
+    flags = context.connection_flags(ssh_config, ssh_key, ssh_option, output_format, log_level)
+    settings = context.load(ctx, config, flags)
+    age = _age(older_than)
+    named = hosts or sorted({one.destination for one in operations.operations() if one.state == operations.KEPT})
+    listings = context.run(_clean(settings, named, age, dry_run=dry_run))
+    if settings.output is Output.JSON:
+        output.print_json({"dry_run": dry_run, "hosts": [_host(one) for one in listings]})
+    else:
+        for listing in listings:
+            for data in listing.staged:
+                done = "would be removed" if dry_run else listing.done.get(data.path, "left as it is")
+                print(f"{data.host}: {data.name or data.path}, {format_bytes(data.size)}: {done}")
+        if not any(listing.staged for listing in listings):
+            print("nothing to remove")
+    _exit_with_errors(listings)
+
+
+def _age(text: str | None) -> float:
+    try:
+        return parse_duration(text) if text is not None else 0.0
+    except ValueError as error:
+        raise UsageError(f"--older-than {text}: {error}", remedy="write 7d, 12h or 30m") from None
+
+
+async def _staged(settings: Settings, hosts: list[str]) -> list[StagedListing]:
+    async with Client(context.ssh_options(settings), interactive=sys.stdin.isatty()) as client:
+        return await client.staged(hosts)
+
+
+async def _clean(settings: Settings, hosts: list[str], age: float, *, dry_run: bool) -> list[StagedListing]:
+    async with Client(context.ssh_options(settings), interactive=sys.stdin.isatty()) as client:
+        return await client.cleanup(hosts, older_than=age, dry_run=dry_run)
+
+
+def _show_one(settings: Settings, name: str, *, follow: bool) -> None:
+    one = _known(name)
+    if settings.output is Output.JSON:
+        output.print_json({**_document(one), "log": list(one.entries)})
+        return
+    print(_line(one))
+    shown = 0
+    while True:
+        for entry in one.entries[shown:]:
+            print(_entry(entry), flush=True)
+        shown = len(one.entries)
+        if not follow or one.state != operations.RUNNING:
+            return
+        time.sleep(_FOLLOW_SECONDS)
+        one = _known(name)
+
+
+def _known(name: str) -> Operation:
+    one = operations.read(name)
+    if one is None:
+        raise UsageError(f"this machine knows no operation {name}", remedy="see them all: kvm-clone status")
+    return one
+
+
+def _line(one: Operation) -> str:
+    age = format_duration(max(0.0, time.time() - one.changed))
+    text = f"{one.operation}  {one.state}, {age} ago: {one.vm} from {one.source} to {one.destination} as {one.name}"
+    if one.state == operations.KEPT:
+        text += f"; go on: kvm-clone clone {one.source} {one.destination} {one.vm} --resume"
+    return text
+
+
+def _entry(entry: dict[str, Any]) -> str:
+    when = datetime.fromtimestamp(entry["time"], UTC).astimezone().isoformat(sep=" ", timespec="seconds")
+    what = {
+        "begin": lambda: f"begin {entry.get('action', '')}",
+        "step": lambda: f"{entry['step']}: {entry['result']} after {entry['seconds']} s",
+        "end": lambda: f"{entry['state']} {entry['text']}".rstrip(),
+    }
+    return f"  {when}  {what.get(entry.get('event', ''), lambda: str(entry))()}"
+
+
+def _document(one: Operation) -> dict[str, Any]:
+    return {key: value for key, value in asdict(one).items() if key != "entries"}
+
+
+def _host(listing: StagedListing) -> dict[str, Any]:
+    staged = [{**asdict(data), "done": listing.done.get(data.path, "")} for data in listing.staged]
+    errors = [output.error_document(error) for error in listing.errors]
+    return {"host": listing.host, "staged": staged, "errors": errors}
+
+
+def _print_host(listing: StagedListing) -> None:
+    for data in listing.staged:
+        print(_staged_line(data))
+    if not listing.staged and not listing.errors:
+        print(f"{listing.host}: nothing staged")
+
+
+def _staged_line(data: StagedData) -> str:
+    if data.error:
+        return f"{data.host}: {data.path}: {data.error}"
+    state = "running" if data.active else "interrupted"
+    text = f"{data.host}: {data.name} from {data.source}, {state}, {format_duration(data.age)} old"
+    drop = "" if data.active else f"; go on with clone --resume, or drop it: kvm-clone cleanup {data.host}"
+    return f"{text}, {format_bytes(data.size)} staged in {data.directory}{drop}"
+
+
+def _exit_with_errors(listings: list[StagedListing]) -> None:
+    errors: list[KvmCloneError] = [error for listing in listings for error in listing.errors]
+    for error in errors:
+        output.report(error, as_json=False)
+    if errors:
+        codes = {error.exit_code for error in errors}
+        raise typer.Exit(codes.pop() if len(codes) == 1 else ExitCode.CONNECT)

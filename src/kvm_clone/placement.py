@@ -1,0 +1,127 @@
+"""Where each disk of a clone goes. Pure."""
+
+from __future__ import annotations
+
+import posixpath
+from dataclasses import dataclass
+
+from kvm_clone import domains
+from kvm_clone.facts import DestinationFacts, Directory, Facts, ImageFacts, Staged, StagedDisk
+from kvm_clone.findings import Finding, block
+from kvm_clone.options import CloneOptions
+
+_NAME_MAX = 255
+"""Bytes in a file's name, on every filesystem that images live on."""
+
+
+@dataclass(frozen=True)
+class PlannedDisk:
+    """One disk to copy and the file it becomes; `staged` is what an interrupted attempt has of it."""
+
+    image: ImageFacts
+    final: str
+    staged: StagedDisk | None = None
+
+    @property
+    def target(self) -> str:
+        """The guest's name for it, such as vda."""
+        return self.image.target
+
+
+def place(
+    facts: Facts, options: CloneOptions, name: str, staged: Staged | None
+) -> tuple[tuple[PlannedDisk, ...], tuple[Finding, ...]]:
+    """Where each disk goes: a directory, and in it a name that nothing has; or where an interrupted attempt put it."""
+    placed: list[PlannedDisk] = []
+    findings: list[Finding] = []
+    taken: set[str] = set()
+    for image in facts.source.images:
+        kept = staged.disks.get(image.target) if staged is not None else None
+        # Nothing durable: nothing to reuse, and the file may be missing or half made.
+        if kept is not None and kept.durable and (kept.size, kept.format) == (image.virtual_size, image.format):
+            placed.append(PlannedDisk(image, kept.final, kept))
+            continue
+        directory, finding = _directory_for(facts.destination, posixpath.dirname(image.path), options.pool)
+        if finding is not None and finding not in findings:
+            findings.append(finding)
+        if directory is not None:
+            others = taken | facts.destination.paths_in_use
+            path = kept.final if kept else _free_path(directory, image, facts.source.domain.name, name, others)
+            taken.add(path)
+            placed.append(PlannedDisk(image, path))
+    return tuple(placed), tuple(findings)
+
+
+def _directory_for(
+    destination: DestinationFacts, source_directory: str, pool_name: str | None
+) -> tuple[Directory | None, Finding | None]:
+    host = destination.host.name
+    pools = {pool.name: pool for pool in destination.pools}
+    same = destination.directories.get(source_directory)
+    if pool_name is None and same is not None and same.exists:
+        directory = same
+    else:
+        pool = pools.get(pool_name or "default")
+        if pool is None or not pool.active or pool.type not in domains.FILE_POOLS:
+            return None, _pool_finding(host, pool_name or "default", pool, sorted(pools))
+        directory = destination.directories.get(pool.path) or Directory(pool.path, exists=False, writable=False, free=0)
+    return _usable(host, directory)
+
+
+def _usable(host: str, directory: Directory) -> tuple[Directory | None, Finding | None]:
+    if not directory.exists:
+        text = f"{host} has no directory {directory.path}, although it has a storage pool there."
+        return None, block("directory-missing", directory.path, text, "make it, or name another pool with --pool")
+    if not directory.writable:
+        text = f"This user cannot write in {directory.path} on {host}."
+        remedy = "connect as another user, or name another pool with --pool"
+        return None, block("not-writable", directory.path, text, remedy)
+    return directory, None
+
+
+def _pool_finding(host: str, name: str, pool: domains.Pool | None, known: list[str]) -> Finding:
+    if pool is None:
+        remedy = f"name one of its pools with --pool: {', '.join(known) or 'it has none'}"
+        return block("pool-missing", name, f"{host} has no storage pool named {name}.", remedy)
+    if not pool.active:
+        return block(
+            "pool-inactive",
+            name,
+            f"The storage pool {name} on {host} is not active.",
+            f"virsh pool-start {name}",
+        )
+    text = f"The storage pool {name} on {host} is of type {pool.type}, whose volumes are not files."
+    return block("pool-type", name, text, f"name a pool of type {', '.join(domains.FILE_POOLS)} with --pool")
+
+
+def _free_path(directory: Directory, image: ImageFacts, old: str, new: str, taken: set[str]) -> str:
+    """The source's file name where it is free, with the VM's new name for the old; else one with the disk's target."""
+    stem, extension = posixpath.splitext(posixpath.basename(image.path))
+    if new != old and stem.startswith(old):
+        stem = new + stem.removeprefix(old)
+    # Names end up in paths that people type: a VM's name may hold what they would have to quote.
+    endings = ["", f"-{image.target}"]
+    endings += [f"-{image.target}-{number}" for number in range(1, len(directory.names) + len(taken) + 2)]
+    for ending in endings:
+        file = _file_name(stem, f"{ending}{extension}")
+        path = posixpath.join(directory.path, file)
+        if file not in directory.names and path not in taken:
+            return path
+    raise AssertionError("more candidates than names")
+
+
+def _file_name(stem: str, ending: str) -> str:
+    """Both together, the stem cut where a file's name could not hold it."""
+    room = _NAME_MAX - len(ending.encode())
+    raw = stem.encode(errors="surrogatepass")
+    return (stem if len(raw) <= room else raw[: max(room, 0)].decode(errors="ignore")) + ending
+
+
+def stage_directory(facts: Facts, options: CloneOptions, disks: tuple[PlannedDisk, ...], staged: Staged | None) -> str:
+    """Where the journal lies: beside the first disk; for a VM without disks, where its disks would be."""
+    if staged is not None:
+        return staged.directory
+    if disks:
+        return posixpath.dirname(disks[0].final)
+    directory, _ = _directory_for(facts.destination, "", options.pool)
+    return directory.path if directory else "/var/tmp"  # noqa: S108

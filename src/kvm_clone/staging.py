@@ -1,0 +1,79 @@
+"""What interrupted operations have left on a host, and its removal."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import libvirt
+
+from kvm_clone import domains
+from kvm_clone.errors import KvmCloneError
+from kvm_clone.host import Host
+
+
+@dataclass(frozen=True)
+class StagedData:
+    """One operation's journal and staged files. `size` in bytes on disk, `age` in seconds since it last changed."""
+
+    host: str
+    directory: str
+    path: str
+    operation: str = ""
+    name: str = ""
+    source: str = ""
+    active: bool = False
+    defining: bool = False
+    size: int = 0
+    age: float = 0.0
+    error: str = ""
+
+
+async def find(host: Host, connection: libvirt.virConnect, more: frozenset[str] = frozenset()) -> list[StagedData]:
+    """Everything with our mark in the directories of the host's pools, and in `more`. Raises TransferError."""
+    with domains.failing_as(f"asking libvirt on {host.name}", host.name):
+        pools = await asyncio.to_thread(domains.pools, connection)
+    paths = {pool.path for pool in pools if pool.path and pool.type in domains.FILE_POOLS} | more
+    answers = await host.call("staged", directories=sorted(paths))
+    return [_data(host.name, answer) for answer in answers]
+
+
+def _data(host: str, answer: Mapping[str, Any]) -> StagedData:
+    if "error" in answer:
+        return StagedData(host, answer["directory"], answer["path"], error=answer["error"])
+    return StagedData(
+        host,
+        answer["directory"],
+        answer["path"],
+        answer["operation"],
+        answer["name"],
+        answer.get("source", {}).get("host", ""),
+        answer["active"],
+        answer["defining"],
+        sum(disk["allocated"] for disk in answer["disks"].values()),
+        max(0.0, time.time() - answer["changed"]),
+    )
+
+
+async def remove(host: Host, connection: libvirt.virConnect, data: StagedData) -> str:
+    """Undo the operation, or finish it if it has committed; what was done.
+
+    Raises KvmCloneError: LockedError when it is running.
+    """
+    if data.error:
+        raise KvmCloneError(f"{data.path} on {host.name} was left as it is: {data.error}", subject=data.path)
+    where = {"directory": data.directory, "name": data.name}
+    if data.defining:
+        with domains.failing_as(f"asking {host.name} for {data.name!r}", data.name):
+            committed = await asyncio.to_thread(domains.defined_by, connection, data.name, data.operation)
+        await host.call("settle", **where, committed=committed)
+        if committed:
+            await host.call("finish_earlier", **where)
+            return "it had committed: its journal was removed, the clone stays"
+    left = await host.call("recover", **where)
+    if left:
+        raise KvmCloneError(f"{data.name} on {host.name}: {'; '.join(left)}", subject=data.path)
+    return "removed"

@@ -1,0 +1,37 @@
+"""kvm-clone that stops itself (SIGSTOP) once the destination has journalled a record: `held.py RECORD ARGV…`.
+
+Only the first such record stops it; it goes on when it gets SIGCONT.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from kvm_clone.cli import main
+from kvm_clone.host import Host
+
+WRITES = {"stage": "begin", "create": "create", "publish": "publish"}
+"""The record that a call of the agent writes; `note` writes the one that it is given."""
+
+
+def hold_at(record: str) -> None:
+    """Wrap the calls to agents."""
+    call = Host.call
+    held: list[str] = []
+
+    async def holding(self: Host, name: str, progress: Any = None, /, **arguments: Any) -> Any:
+        answer = await call(self, name, progress, **arguments)
+        if record in (WRITES.get(name), arguments.get("record")) and not held:
+            held.append(record)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return answer
+
+    Host.call = holding  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    hold_at(sys.argv.pop(1))
+    main()
