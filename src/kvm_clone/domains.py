@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import libvirt
 
 from kvm_clone import definition
-from kvm_clone.errors import ConnectError, KvmCloneError, TransferError
+from kvm_clone.errors import ConnectError, InterruptedTransferError, KvmCloneError, TransferError
 from kvm_clone.xmlspan import Document
 
 STATES = {
@@ -109,11 +109,24 @@ def connect(uri: str, host: str) -> libvirt.virConnect:
 
 @contextlib.contextmanager
 def failing_as(what: str, subject: str) -> Iterator[None]:
-    """Turn libvirt's errors into TransferError that says what was being done."""
+    """Turn libvirt's errors into TransferError that says what was being done; a lost daemon is an interruption."""
     try:
         yield
     except libvirt.libvirtError as error:
-        raise TransferError(f"{what}: {error.get_error_message()}", subject=subject) from error
+        kind = InterruptedTransferError if _daemon_is_gone(error) else TransferError
+        raise kind(f"{what}: {error.get_error_message()}", subject=subject) from error
+
+
+def _daemon_is_gone(error: libvirt.libvirtError) -> bool:
+    """There is no code for it: libvirt's socket layer says it in words (rpc/virnetclient.c, rpc/virnetsocket.c)."""
+    texts = (
+        "client socket is closed",
+        "Broken pipe",
+        "End of file while reading",
+        "Cannot recv data",
+        "Connection reset",
+    )
+    return any(text in (error.get_error_message() or "") for text in texts)
 
 
 def find(connection: libvirt.virConnect, name: str) -> Domain | None:

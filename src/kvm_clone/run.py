@@ -334,7 +334,7 @@ class Run:
         if not self._state.begun or self._state.committed:
             return
         interrupted = isinstance(cause, asyncio.CancelledError) or getattr(cause, "interrupted", False)
-        if interrupted and self._plan.options.keep_partial and not self._state.defining:
+        if interrupted and self._plan.options.keep_partial:  # at the commit too: the next try asks libvirt about it
             await self._keep()
             return
         self._say(Phase.ROLL_BACK, f"undoing what was written on {self._destination.name}")

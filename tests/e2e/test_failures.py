@@ -362,6 +362,38 @@ def test_a_file_that_appears_at_the_final_path_is_never_overwritten(lab: Lab, vi
         squatter.unlink(missing_ok=True)
 
 
+def test_libvirtd_restarted_in_the_midst_of_the_copy(lab: Lab, victim: Vm) -> None:
+    with running(lab, "kc-a", "kc-b", "victim", *SLOW) as child:
+        wait_for_copy(lab)
+        kill(lab, "kc-b", pids(lab, "kc-b", "libvirtd")[0], signal.SIGTERM)
+        wait_until("libvirtd has ended", lambda: not pids(lab, "kc-b", "libvirtd"))
+        lab.run("kc-b", "libvirtd", "-d")
+        done = ended(child)
+    assert done.code == 0, done.err
+    assert_equal(lab, victim)
+    assert_nothing_left(lab)
+
+
+def test_a_directory_that_turns_read_only(lab: Lab, victim: Vm) -> None:
+    own = f"{IMAGES}/own"
+    lab.run("kc-b", "sh", "-c", f"mkdir {own} && virsh pool-create-as own dir --target {own}")
+    try:
+        with running(lab, "kc-a", "kc-b", "victim", "--pool", "own", *SLOW) as child:
+            wait_until("the copy is under way", lambda: "part" in lab.run("kc-b", "ls", "-A", own).stdout)
+            lab.run("kc-b", "chattr", "+i", own)
+            done = ended(child)
+        assert done.code == 6, done.err
+        assert "not permitted" in done.err
+        assert "victim" not in lab.run("kc-b", "virsh", "list", "--all", "--name").stdout.split()
+        lab.run("kc-b", "chattr", "-i", own)
+        again = kvm_clone(lab, "clone", "kc-a", "kc-b", "victim", "--pool", "own", "--idempotent")
+        assert again.code == 0, again.err
+        remove(lab, "kc-b", "victim")
+        assert lab.run("kc-b", "ls", "-A", own).stdout == ""
+    finally:
+        lab.run("kc-b", "sh", "-c", f"chattr -i {own}; virsh pool-destroy own; rmdir {own}; true")
+
+
 def test_an_existing_vm_is_left_alone(lab: Lab, victim: Vm) -> None:
     lab.vm("kc-b", "victim", ["raw:8M:1M"], boot=False)
     before = picture(lab, "kc-b")
