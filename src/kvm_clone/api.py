@@ -183,8 +183,9 @@ class Client:
     ) -> CloneResult:
         """Clone the VM from the source host to the destination host.
 
-        Raises KvmCloneError and its kinds; whatever it raises, the destination is as it was, or the error's remedy
-        says what could not be undone. Cancelling the task rolls back as well.
+        Raises KvmCloneError and its kinds; whatever it raises, the destination's VMs are as they were. After an
+        interruption, which cancelling the task is too, what was copied is kept for `Retry.RESUME`, unless
+        `keep_partial` is off; any other failure is rolled back, or the error's remedy says what could not be undone.
         """
         return await self.run(Request(source, destination, vm, options or CloneOptions()), on_event=on_event)
 

@@ -8,7 +8,7 @@
     │   ├── AuthenticationError  5  the host refused our key
     │   └── HostKeyError         5  the host's key is unknown or has changed
     ├── TransferError            6  the copy failed; it was rolled back
-    │   └── InterruptedTransferError  6  it was interrupted; it was kept for the next try
+    │   └── InterruptedTransferError  6  it was interrupted; it was kept for the next try, if that was not declined
     ├── VerificationError        7  source and destination differ after the copy
     └── LockedError              8  another operation works on the same destination VM
 
