@@ -40,8 +40,7 @@ lab-up:
 	@lab/lab up
 
 lab-down:
-	@lab/lab down
+	@for state in .lab .lab-gw*; do KVM_CLONE_LAB_STATE=$$state lab/lab down; done
 
-clean:
-	@lab/lab down
-	rm -rf .venv .lab dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: lab-down
+	rm -rf .venv .lab .lab-gw* dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

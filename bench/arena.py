@@ -86,6 +86,17 @@ class Arena:
         files = [str(self.outside(SOURCE, self.image)), str(self.outside(DESTINATION, copy))]
         run(["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", *files], environment(), LIMIT_SECONDS)
 
+    def make_running(self, name: str, disk: str) -> Path:
+        """Make and start a VM on the source, in place of one of that name; its serial port's file."""
+        made = _lab("vm", SOURCE, name, "--guest", "counter", "--disk", disk, "--disk", disk, "--start", "--json")
+        return Path(json.loads(made)["serial_here"])
+
+    def remove_running(self, name: str) -> None:
+        """Stop and remove such a VM with its disks."""
+        virsh = ("virsh", "-q", "-c", "qemu:///system")
+        self.run(SOURCE, *virsh, "destroy", name)
+        self.run(SOURCE, *virsh, "undefine", name, "--checkpoints-metadata", "--remove-all-storage")
+
     def entered(self, host: str, *argv: str) -> list[str]:
         """The command that runs another one on a host."""
         return lab_host.entered(self.lab.host(host), *argv)

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 import again
+import delta
 from arena import Arena, arena, size_in_bytes
 from methods import METHODS, Copied, Method
 from peaks import Watch
@@ -37,6 +38,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--methods", default=names, metavar="A,B", help=f"default {names}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
     parser.add_argument("--no-again", dest="again", action="store_false", help="leave out the second runs")
+    parser.add_argument("--no-delta", dest="delta", action="store_false", help="leave out what sync costs")
     parser.add_argument("--keep-lab", action="store_true", help="leave the lab up, with its VM")
     asked = parser.parse_args(argv)
     known = {method.name: method for method in METHODS}
@@ -65,6 +67,9 @@ def measure(asked: argparse.Namespace) -> tuple[Report, str]:
                 print(f"round {number}: {method.name} {copied.seconds:.2f} s", file=sys.stderr, flush=True)
         peaks = {method: _peaks(place, method) for method in asked.methods if method.ours}
         second = again.measure(place, asked.rounds) if asked.again else ""
+        if asked.delta:
+            second += "\n" + delta.measure(place, asked.rounds, asked.data_bytes)
+            second += "\n" + delta.measure_running(place, asked.rounds)
         place.clear()
     return Report(asked.size_bytes, asked.data_bytes, runs, peaks), second
 

@@ -6,18 +6,30 @@ Usage: lab/lab COMMAND …
   down                            end it; only the cached guest image stays
   status                          what there is
   exec HOST -- CMD…               run a command on a host
-  vm HOST NAME [--disk FORMAT:SIZE[:DATA]]… [--no-boot-disk] [--start] [--json]
-                                  make and define a VM; one that has the name already is replaced
+  vm HOST NAME [--disk FORMAT:SIZE[:DATA]]… [--no-boot-disk] [--guest MODE] [--guest-agent]
+               [--start] [--json] make and define a VM; one that has the name already is replaced
   power off|on HOST               cut the host's power (its disks stay), or switch it on
   net cut|heal HOST               take the host's link down, or up
   net shape HOST [--rate 1gbit] [--delay 25ms] | --clear
                                   limit and delay the link, in each direction: a round trip
                                   takes twice the delay longer
 
+A guest prints `GUEST-UP` and the first line of vdb on its serial port. Then, by MODE:
+
+  tick     (if none is given) writes a counter to vdb once a second
+  counter  writes `count N` at 1 MiB of vdb, then of vdc, up to 50 times a second, each time after a
+           block of 4 KiB to each; every write is on the disk before the next one
+  fs       mounts vdb, which is made with ext4, and there makes, replaces and deletes files that
+           begin with a line of CRC-32 and length; `last` has the number of the last finished round
+
+The last two print `TICK SECONDS N` up to ten times a second, by the guest's clock, and go on where
+they were when they boot again. With --guest-agent the VM has the QEMU guest agent and its channel.
+
 Examples:
   lab/lab up
   lab/lab vm kc-a web --start
   lab/lab vm kc-a big --no-boot-disk --disk qcow2:4G:1.5G --disk raw:1G:200M
+  lab/lab vm kc-a busy --guest fs --guest-agent --start
   lab/lab vm kc-a -- "-odd name's"
   lab/lab exec kc-a -- virsh list --all
   ssh -F .lab/ssh_config kc-b hostname
@@ -42,6 +54,7 @@ from typing import NoReturn
 from kclab import host, identity, network, vm
 from kclab.command import LabError, environment, missing_programs
 from kclab.disk import Disk
+from kclab.extras import MODES, TICK, Extras
 from kclab.state import HOST_NAMES, Host, Lab
 
 PROGRAMS = (
@@ -148,10 +161,13 @@ def make_vm(lab: Lab, argv: list[str]) -> None:
     parser.add_argument("name")
     parser.add_argument("--disk", action="append", type=Disk.parse)
     parser.add_argument("--no-boot-disk", dest="boot", action="store_false")
+    parser.add_argument("--guest", default=TICK, choices=MODES)
+    parser.add_argument("--guest-agent", action="store_true")
     parser.add_argument("--start", action="store_true")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(argv)
-    made = vm.make(lab.host(asked.host), asked.name, asked.disk or [vm.DEFAULT_DISK], asked.boot, asked.start)
+    wanted = Extras(asked.guest, asked.guest_agent)
+    made = vm.make(lab.host(asked.host), asked.name, asked.disk or [], asked.boot, asked.start, wanted)
     print(json.dumps(made.fields()) if asked.json else made.report())
 
 

@@ -1,10 +1,14 @@
-"""Data disks with reproducible content: random and compressible stretches with holes between them."""
+"""Data disks with reproducible content: random and compressible stretches with holes between them.
+
+In a disk with a file system, the stretches are its files.
+"""
 
 from __future__ import annotations
 
 import os
 import random
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,14 +50,22 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def make(disk: Disk, path: Path, vm: str, target: str) -> None:
-    """Write the disk; the same VM name, target and size always give the same content, in any format."""
+def make(disk: Disk, path: Path, vm: str, target: str, file_system: bool = False) -> None:
+    """Write the disk; the same VM name, target and size always give the same content, in any format.
+
+    Of a file system, this is true of what is in it.
+    """
+    label = f"{vm} {target}"
     raw = path if disk.format == "raw" else path.with_name(path.name + ".raw")
     try:
         descriptor = os.open(raw, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             os.ftruncate(descriptor, disk.size)
-            _fill(descriptor, disk, vm, target)
+            if file_system:
+                _make_file_system(raw, disk, label)
+            else:
+                _fill(descriptor, disk, label)
+            _mark(descriptor, label)
         finally:
             os.close(descriptor)
         if raw != path:
@@ -64,10 +76,20 @@ def make(disk: Disk, path: Path, vm: str, target: str) -> None:
             raw.unlink(missing_ok=True)
 
 
-def _fill(descriptor: int, disk: Disk, vm: str, target: str) -> None:
-    label = f"{vm} {target}"
+def _fill(descriptor: int, disk: Disk, label: str) -> None:
     for number, (offset, length) in enumerate(stretches(disk.size, disk.data)):
         os.pwrite(descriptor, _content(label, number, length), offset)
+
+
+def _make_file_system(raw: Path, disk: Disk, label: str) -> None:
+    with tempfile.TemporaryDirectory(dir=raw.parent) as directory:
+        for number, (_, length) in enumerate(stretches(disk.size, disk.data)):
+            Path(directory, f"stretch-{number}").write_bytes(_content(label, number, length))
+        run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", "-d", directory, str(raw))
+
+
+def _mark(descriptor: int, label: str) -> None:
+    """Write the line that the guest prints; a file system leaves the first sector free."""
     # A name of many bytes must leave the rest of the first sector's text whole.
     os.pwrite(descriptor, f"marker of {label}\n".encode()[:511].ljust(512, b"\n"), 0)
 

@@ -1,7 +1,7 @@
 """The boot disk of the test guests: a Debian cloud kernel, busybox and a small init, on FAT with syslinux.
 
 The guest prints `GUEST-UP <first line of its second disk>` on its serial port, then writes a counter to
-that disk once a second, and powers off when asked by ACPI.
+that disk once a second, and powers off when asked by ACPI. What else it may do is in `kclab.extras`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from kclab import extras, packages
 from kclab.command import LabError, run, which
+from kclab.extras import Extras
 from kclab.state import Lab
 
 # In the order of their dependencies.
@@ -32,6 +34,9 @@ MODULES = (
     "button",
     "evdev",
 )
+APPLETS = ("sh", "mount", "umount", "mkdir", "cat", "insmod", "seq", "sleep", "dd", "tar", "acpid", "poweroff")
+# For what is in `kclab.extras`, with what these depend on.
+EXTRA_MODULES = ("crc32c_generic", "ext4", "virtio_console")
 KERNEL_PACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual")
 FAT_KIB = 24 * 1024
 SYSLINUX = """\
@@ -54,7 +59,15 @@ done
 text='(no data disk)'
 [ ! -b /dev/vdb ] || IFS= read -r text </dev/vdb
 echo "GUEST-UP $text" >/dev/ttyS0
+if [ -b /dev/vda ] && read -r sectors </sys/block/vda/size && [ "$sectors" -gt @SECTORS@ ]; then
+  cd /
+  dd if=/dev/vda bs=512 skip=@SECTORS@ 2>/dev/null | tar x
+  [ ! -e /start ] || . /start >/dev/ttyS0 2>&1
+fi
 acpid -d -f >/dev/null 2>&1 &
+while [ -e /workload.pid ]; do
+  sleep 60
+done
 count=0
 while :; do
   sleep 1
@@ -63,12 +76,13 @@ while :; do
     dd of=/dev/vdb bs=512 seek=$((2048 + count % 2048)) conv=sync,notrunc,fsync 2>/dev/null
 done
 """
-POWER_BUTTON = "#!/bin/sh\nexec /bin/poweroff -f\n"
+POWER_BUTTON = "#!/bin/sh\n[ ! -e /stop ] || . /stop\nexec /bin/poweroff -f\n"
 
 
 def boot_disk(lab: Lab) -> Path:
-    """Return the cached qcow2 boot disk, which the first call makes."""
-    key = hashlib.sha256(repr((INIT, SYSLINUX, MODULES, POWER_BUTTON)).encode()).hexdigest()[:12]
+    """Return the cached qcow2 boot disk, which the first call makes; `extra_modules` tells what lies beside it."""
+    recipe = (INIT, SYSLINUX, MODULES, EXTRA_MODULES, APPLETS, POWER_BUTTON)
+    key = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
     image = lab.cache / f"guest-{key}.qcow2"
     with lab.locked():
         if not image.exists():
@@ -77,6 +91,11 @@ def boot_disk(lab: Lab) -> Path:
             with tempfile.TemporaryDirectory(dir=lab.cache) as directory:
                 _build(Path(directory), image)
     return image
+
+
+def extra_modules(image: Path) -> Path:
+    """Return the directory of the kernel modules for `kclab.extras`, which fit the boot disk's kernel."""
+    return image.with_suffix(".modules")
 
 
 def _build(directory: Path, image: Path) -> None:
@@ -94,18 +113,24 @@ def _build(directory: Path, image: Path) -> None:
         run("mcopy", "-i", str(fat), str(directory / name), f"::{name}")
     made = directory / "guest.qcow2"
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(fat), str(made))
+    _keep_extra_modules(directory / "modules", modules, extra_modules(image))
     made.rename(image)
+
+
+def _keep_extra_modules(made: Path, modules: Path | None, kept: Path) -> None:
+    made.mkdir()
+    for number, (name, content) in enumerate(_with_dependencies(modules, EXTRA_MODULES) if modules else ()):
+        (made / f"{number:02}-{name}.ko").write_bytes(content)
+    shutil.rmtree(kept, ignore_errors=True)
+    made.rename(kept)
 
 
 def _kernel(directory: Path) -> tuple[Path, Path | None]:
     """Find a kernel and its modules: those of the distribution's package, else this machine's own."""
     for package in _kernel_packages():
-        download = 'cd "$0" && apt-get -o APT::Sandbox::User=root download "$1"'
-        done = run("sh", "-c", download, str(directory), package, check=False)
-        archives = list(directory.glob("*.deb"))
-        if done.returncode == 0 and archives:
-            run("dpkg", "-x", str(archives[0]), str(directory / "kernel"))
-            return _newest(directory / "kernel/boot", directory / "kernel")
+        root = packages.unpack(package, directory)
+        if root is not None:
+            return _newest(root / "boot", root)
     if list(Path("/boot").glob("vmlinuz-*")):
         return _newest(Path("/boot"), Path("/"))
     raise LabError(
@@ -140,11 +165,12 @@ def _initramfs(modules: Path | None) -> bytes:
     if busybox is None:
         raise LabError("busybox is missing: run scripts/install lab")
     archive.add("bin/busybox", stat.S_IFREG | 0o755, Path(busybox).read_bytes())
-    for applet in ("sh", "mount", "insmod", "sleep", "dd", "acpid", "poweroff"):
+    for applet in APPLETS:
         archive.add(f"bin/{applet}", stat.S_IFLNK | 0o777, b"busybox")
     # The kernel opens it for init before devtmpfs is mounted.
     archive.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
-    archive.add("init", stat.S_IFREG | 0o755, INIT.replace("@MODULES@", " ".join(MODULES)).encode())
+    init = INIT.replace("@MODULES@", " ".join(MODULES)).replace("@SECTORS@", str(FAT_KIB * 2))
+    archive.add("init", stat.S_IFREG | 0o755, init.encode())
     archive.add("etc/acpi/PWRF/00000080", stat.S_IFREG | 0o755, POWER_BUTTON.encode())
     for name in MODULES:
         content = _module(modules, name) if modules else None
@@ -153,11 +179,35 @@ def _initramfs(modules: Path | None) -> bytes:
     return archive.finish()
 
 
+def _with_dependencies(modules: Path, names: Iterable[str]) -> list[tuple[str, bytes]]:
+    """Read modules in the order to load them, without those that every guest has loaded."""
+    found: dict[str, bytes] = {}
+
+    def add(name: str) -> None:
+        path = _module_path(modules, name)
+        if path is None or name in found or name in MODULES:
+            return
+        for needed in run("modinfo", "-F", "depends", str(path)).stdout.strip().split(","):
+            add(needed)
+        found[name] = _unpacked(path)
+
+    for name in names:
+        add(name)
+    return list(found.items())
+
+
 def _module(modules: Path, name: str) -> bytes | None:
     """Read a kernel module, unpacked for busybox; None when it is not there (built in)."""
-    path = next(modules.rglob(f"{name}.ko*"), None)
-    if path is None:
-        return None
+    path = _module_path(modules, name)
+    return None if path is None else _unpacked(path)
+
+
+def _module_path(modules: Path, name: str) -> Path | None:
+    """Find a module's file; what the kernel calls a_b may be in a file of the name a-b."""
+    return next(modules.rglob(f"{name.replace('_', '[-_]')}.ko*"), None)
+
+
+def _unpacked(path: Path) -> bytes:
     if path.suffix == ".zst":
         with tempfile.TemporaryDirectory() as directory:
             run("zstd", "-d", "-q", "-o", f"{directory}/module", str(path))
@@ -190,7 +240,16 @@ def _padded(part: bytes) -> bytes:
     return part + bytes(-len(part) % 4)
 
 
-def copy_boot_disk(lab: Lab, path: Path) -> None:
-    """Give a VM its own boot disk."""
-    shutil.copyfile(boot_disk(lab), path)
+def copy_boot_disk(lab: Lab, path: Path, wanted: Extras) -> None:
+    """Give a VM its own boot disk, with the extras behind what it boots from."""
+    image = boot_disk(lab)
+    if not wanted.any:
+        shutil.copyfile(image, path)
+    else:
+        with tempfile.TemporaryDirectory(dir=lab.cache) as directory:
+            raw = Path(directory, "raw")
+            run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(image), str(raw))
+            with raw.open("ab") as file:
+                file.write(extras.archive(lab, wanted, extra_modules(image)))
+            run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(path))
     os.chmod(path, 0o600)

@@ -11,6 +11,7 @@ from xml.sax.saxutils import escape, quoteattr
 from kclab import disk, guest, host
 from kclab.command import LabError, run
 from kclab.disk import Disk
+from kclab.extras import DISKS, Extras
 from kclab.state import Host
 
 IMAGES = "/var/lib/libvirt/images"
@@ -18,6 +19,8 @@ IMAGES = "/var/lib/libvirt/images"
 SERIAL_LOGS = "/var/log/libvirt/qemu"
 DEFAULT_DISK = Disk("qcow2", 64 << 20, 8 << 20)
 MEMORY_MIB = 96
+CHANNEL = """
+    <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"""
 UNDEFINE = ("--managed-save", "--snapshots-metadata", "--checkpoints-metadata", "--nvram")
 
 
@@ -44,9 +47,11 @@ class Vm:
         return asdict(self)
 
 
-def make(where: Host, name: str, disks: list[Disk], boot: bool, start: bool) -> Vm:
-    """Make the disks of a VM and define it, in place of one that has its name."""
+def make(where: Host, name: str, disks: list[Disk], boot: bool, start: bool, extras: Extras) -> Vm:
+    """Make the disks of a VM and define it, in place of one that has its name; no disks: those it needs."""
+    disks = disks or [DEFAULT_DISK] * max(1, DISKS[extras.mode])
     _check_name(name)
+    _check_extras(extras, disks, boot)
     _remove_existing(where, name)
     safe = safe_name(name)
     serial = f"{SERIAL_LOGS}/{safe}-serial.log"
@@ -55,15 +60,15 @@ def make(where: Host, name: str, disks: list[Disk], boot: bool, start: bool) -> 
     placed: dict[str, tuple[str, str]] = {}
     if boot:
         path = f"{IMAGES}/{safe}-vda.qcow2"
-        guest.copy_boot_disk(where.lab, _outside(where, path))
+        guest.copy_boot_disk(where.lab, _outside(where, path), extras)
         placed["vda"] = (path, "qcow2")
     for number, wanted in enumerate(disks, start=len(placed)):
         target = f"vd{chr(ord('a') + number)}"
         path = f"{IMAGES}/{safe}-{target}.{wanted.format}"
-        disk.make(wanted, _outside(where, path), name, target)
+        disk.make(wanted, _outside(where, path), name, target, target == extras.file_system)
         placed[target] = (path, wanted.format)
     uuid = str(where.lab.derived_uuid(f"{where.name} vm {name}"))
-    _virsh(where, "define", "/dev/stdin", stdin=_definition(where, name, uuid, placed, serial))
+    _virsh(where, "define", "/dev/stdin", stdin=_definition(where, name, uuid, placed, serial, extras))
     _virsh(where, "pool-refresh", "default")
     if start:
         _virsh(where, "start", uuid)
@@ -83,6 +88,13 @@ def safe_name(name: str) -> str:
 def _check_name(name: str) -> None:
     if not name or "/" in name or any(ord(letter) < 32 for letter in name):
         raise LabError(f"bad VM name {name!r}: libvirt wants some characters, but no / and no control character")
+
+
+def _check_extras(extras: Extras, disks: list[Disk], boot: bool) -> None:
+    if extras.any and not boot:
+        raise LabError("a VM without a boot disk has no guest for --guest and --guest-agent")
+    if len(disks) < DISKS[extras.mode]:
+        raise LabError(f"--guest {extras.mode} needs {DISKS[extras.mode]} data disks: give --disk as often, or never")
 
 
 def _outside(where: Host, path: str) -> Path:
@@ -112,7 +124,9 @@ def _virsh(where: Host, *argv: str, stdin: str = "", check: bool = True) -> str 
     return None
 
 
-def _definition(where: Host, name: str, uuid: str, disks: dict[str, tuple[str, str]], serial: str) -> str:
+def _definition(
+    where: Host, name: str, uuid: str, disks: dict[str, tuple[str, str]], serial: str, extras: Extras
+) -> str:
     drives = "".join(
         f"""
     <disk type='file' device='disk'>
@@ -139,7 +153,7 @@ def _definition(where: Host, name: str, uuid: str, disks: dict[str, tuple[str, s
   <os><type arch='x86_64' machine='pc'>hvm</type><boot dev='hd'/></os>
   <features><acpi/></features>
   <clock offset='utc'/>
-  <devices>{drives}{card if "default" in networks else ""}
+  <devices>{drives}{card if "default" in networks else ""}{CHANNEL if extras.agent else ""}
     <serial type='file'><source path={quoteattr(serial)}/><target port='0'/></serial>
     <console type='file'><source path={quoteattr(serial)}/><target type='serial' port='0'/></console>
     <memballoon model='none'/>

@@ -1,8 +1,8 @@
 """Clone KVM/libvirt virtual machines between hosts over SSH, proven byte for byte."""
 
-from kvm_clone.api import Client, CloneResult, DiskResult, HostListing, Request, StagedListing
+from kvm_clone.api import Client, DiskResult, HostListing, Request, Result, StagedListing
 from kvm_clone.errors import ExitCode, KvmCloneError
-from kvm_clone.options import CloneOptions, Retry, Route
+from kvm_clone.options import CloneOptions, Quiesce, Retry, Route, SyncOptions, Verify
 from kvm_clone.progress import DiskProgress, Event, Note, Phase, PhaseStarted
 from kvm_clone.ssh import SshOptions
 from kvm_clone.version import __version__
@@ -10,7 +10,6 @@ from kvm_clone.version import __version__
 __all__ = [
     "Client",
     "CloneOptions",
-    "CloneResult",
     "DiskProgress",
     "DiskResult",
     "Event",
@@ -20,10 +19,14 @@ __all__ = [
     "Note",
     "Phase",
     "PhaseStarted",
+    "Quiesce",
     "Request",
+    "Result",
     "Retry",
     "Route",
     "SshOptions",
     "StagedListing",
+    "SyncOptions",
+    "Verify",
     "__version__",
 ]

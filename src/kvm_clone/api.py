@@ -16,7 +16,7 @@ from typing import Self
 
 import libvirt
 
-from kvm_clone import definition, domains, operations, runtime, ssh, staging, vms
+from kvm_clone import domains, live, measure, operations, rewrite, runtime, ssh, staging, vms
 from kvm_clone.decide import Action
 from kvm_clone.errors import (
     ConnectError,
@@ -30,27 +30,33 @@ from kvm_clone.facts import Facts
 from kvm_clone.findings import Finding, Severity
 from kvm_clone.host import Host
 from kvm_clone.inspect import inspect
-from kvm_clone.options import CloneOptions, Retry
+from kvm_clone.options import CloneOptions, Options, Retry, SyncOptions, Verify
+from kvm_clone.placement import PlannedDisk
 from kvm_clone.plan import Identity, Plan, make_plan
 from kvm_clone.progress import Event, Note, OnEvent, Phase, PhaseStarted
 from kvm_clone.run import Outcome, Run
+from kvm_clone.running import stale_checkpoints
 from kvm_clone.staging import StagedData
+from kvm_clone.sync import make_sync_plan
 from kvm_clone.tasks import together
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be cloned, between which hosts, and how."""
+    """What is to be cloned, or synced, between which hosts, and how."""
 
     source: str
     destination: str
     vm: str
-    options: CloneOptions = field(default_factory=CloneOptions)
+    options: Options = field(default_factory=CloneOptions)
 
 
 @dataclass(frozen=True)
 class DiskResult:
-    """One copied disk; sizes in bytes, `data` is the content that was sent."""
+    """One disk of the result; sizes in bytes. `data`: what the source's image holds, `sent`: what was sent of it.
+
+    `method`: whether it was copied whole, or what differs was found by digests or by a dirty bitmap.
+    """
 
     target: str
     source: str
@@ -58,13 +64,19 @@ class DiskResult:
     format: str
     virtual_size: int
     data: int
+    sent: int
+    method: str
 
 
 @dataclass(frozen=True)
-class CloneResult:
-    """A finished clone. `changed` tells it from one that was there already; times in seconds, sizes in bytes.
+class Result:
+    """A finished clone or sync. `changed` tells it from one that was there already; times in seconds, sizes in bytes.
 
-    `bytes_reused`: content that an interrupted attempt had brought. `removed`: what went with a replaced VM.
+    `proof`: how much was proven equal. `bytes_reused`: content that an interrupted attempt had brought.
+    `bytes_compared`: what both hosts digested to find what differs. `consistency`: of the source's point in time:
+    offline, filesystem or crash; `frozen_seconds`: for how long the guest's filesystems were frozen for it;
+    `scratch_bytes`: what its backup job took. `checkpoint`: what was left on the source for the next sync. `hint`: why
+    no dirty bitmap was used. `removed`: what went with a replaced VM.
     """
 
     operation: str
@@ -75,12 +87,19 @@ class CloneResult:
     uuid: str
     changed: bool
     verified: bool
+    proof: str
     route: str
     route_reason: str
     disks: tuple[DiskResult, ...]
     bytes_sent: int
     bytes_resent: int
     bytes_reused: int
+    bytes_compared: int
+    consistency: str
+    frozen_seconds: float
+    scratch_bytes: int
+    checkpoint: str
+    hint: str
     seconds: float
     copy_seconds: float
     prove_seconds: float
@@ -180,7 +199,7 @@ class Client:
         options: CloneOptions | None = None,
         *,
         on_event: OnEvent = _ignore,
-    ) -> CloneResult:
+    ) -> Result:
         """Clone the VM from the source host to the destination host.
 
         Raises KvmCloneError and its kinds; whatever it raises, the destination's VMs are as they were. After an
@@ -189,24 +208,62 @@ class Client:
         """
         return await self.run(Request(source, destination, vm, options or CloneOptions()), on_event=on_event)
 
-    async def run(self, request: Request, *, on_event: OnEvent = _ignore, expected: str | None = None) -> CloneResult:
-        """Clone as requested. `expected` is the digest of the facts that a saved plan rests on: others are refused."""
+    async def sync(
+        self,
+        source: str,
+        destination: str,
+        vm: str,
+        options: SyncOptions | None = None,
+        *,
+        on_event: OnEvent = _ignore,
+    ) -> Result:
+        """Bring the destination's replica of the VM to the source's state, sending what differs.
+
+        Raises KvmCloneError and its kinds; whatever it raises, the replica is as it was, or new and whole. What was
+        interrupted is kept or rolled back as for `clone`.
+        """
+        return await self.run(Request(source, destination, vm, options or SyncOptions()), on_event=on_event)
+
+    async def run(self, request: Request, *, on_event: OnEvent = _ignore, expected: str | None = None) -> Result:
+        """Clone or sync as requested.
+
+        `expected` is the digest of the facts that a saved plan rests on: others are refused.
+        """
         started = time.monotonic()
         try:
             async with asyncio.timeout(request.options.timeout):
                 plan, outcome = await self._persist(_Watched(request, on_event, expected))
         except TimeoutError as error:
             raise TransferError(
-                f"the clone was not done within {request.options.timeout:g} s",
+                f"the operation was not done within {request.options.timeout:g} s",
                 subject=request.vm,
                 remedy="allow more time with --timeout; the same command with --resume goes on with what is kept",
             ) from error
         return _result(plan, outcome, request, time.monotonic() - started)
 
     async def plan(self, request: Request) -> Plan:
-        """Plan a clone and change nothing anywhere. Raises RefusedError, ConnectError, TransferError."""
+        """Plan a clone or a sync and change nothing anywhere. Raises RefusedError, ConnectError, TransferError."""
         async with self._planned(_Watched(request, _ignore), None) as (plan, _):
             return plan
+
+    async def measure(self, request: Request, *, on_event: OnEvent = _ignore) -> tuple[Plan, dict[str, int | None]]:
+        """Plan a sync, and find out how much it would send: bytes by disk, None where only the run can tell.
+
+        Both hosts digest what is compared; nothing is changed. Raises as `plan` does.
+        """
+        async with self._planned(_Watched(request, on_event), None) as (plan, hosts):
+            return plan, await measure.delta(plan, hosts[0], hosts[1][0], on_event)
+
+    async def untrack(self, request: Request) -> list[str]:
+        """Remove our checkpoints for the replica that the request names from the source; their names.
+
+        Raises RefusedError, ConnectError, TransferError.
+        """
+        async with self._planned(_Watched(request, _ignore), None) as (plan, hosts):
+            host, connection = hosts[0]
+            names = stale_checkpoints(plan.facts, plan.name, since="")
+            with domains.failing_as(f"deleting checkpoints on {host.name}", request.vm):
+                return await asyncio.to_thread(live.delete_checkpoints, connection, request.vm, names)
 
     async def _persist(self, watched: _Watched) -> tuple[Plan, Outcome]:
         """Try, take a dropped connection up again, and wait for others if that is asked for."""
@@ -215,8 +272,7 @@ class Client:
             attempt = _Attempt()
             try:
                 plan, outcome = await self._attempt(watched, own_operation, attempt)
-                # An earlier run had committed, and is tidied up now: what was asked for may be more than that.
-                if plan.decision.action is not Action.FINISH or plan.continues or _asks_no_more(watched.request):
+                if not _is_only_a_start(plan, watched.request):
                     return plan, outcome
             except LockedError as error:
                 if not watched.request.options.wait:
@@ -258,9 +314,8 @@ class Client:
                     await host.connect()
                     return host
 
-                (from_host, _), (to_host, to_libvirt) = hosts
                 log = _log(watched.request, plan)
-                run = Run(plan, from_host, to_host, to_libvirt, reconnect, watched.on_event, log.step)
+                run = Run(plan, hosts[0], hosts[1], reconnect, watched.on_event, log.step)
                 try:
                     outcome = await run.run()
                 except BaseException as error:
@@ -282,7 +337,7 @@ class Client:
             watched.on_event(PhaseStarted(Phase.INSPECT, f"looking at {request.vm} and at both hosts"))
             facts = await inspect(from_host, from_libvirt, to_host, to_libvirt, request.vm, request.options)
             watched.check(facts)
-            yield make_plan(facts, request.options, _identity(facts), own_operation), hosts
+            yield _plan(facts, request.options, own_operation), hosts
 
     @contextlib.asynccontextmanager
     async def _connected(self, *names: str) -> AsyncIterator[list[tuple[Host, libvirt.virConnect]]]:
@@ -366,6 +421,7 @@ async def _open(host: Host) -> libvirt.virConnect:
 def _log(request: Request, plan: Plan) -> operations.OperationLog:
     return operations.OperationLog(
         plan.identity.operation,
+        command="sync" if isinstance(request.options, SyncOptions) else "clone",
         source=request.source,
         destination=request.destination,
         vm=request.vm,
@@ -374,9 +430,22 @@ def _log(request: Request, plan: Plan) -> operations.OperationLog:
     )
 
 
-def _asks_no_more(request: Request) -> bool:
-    """Whether a clone that an earlier run has finished is all that is wanted."""
-    return request.options.retry in (Retry.NONE, Retry.RESUME)
+def _plan(facts: Facts, options: Options, own_operation: str | None) -> Plan:
+    if isinstance(options, SyncOptions):
+        return make_sync_plan(facts, options, _identity(facts), own_operation)
+    assert isinstance(options, CloneOptions)
+    return make_plan(facts, options, _identity(facts), own_operation)
+
+
+def _is_only_a_start(plan: Plan, request: Request) -> bool:
+    """Whether what was done is less than what was asked for, so that another plan has to follow.
+
+    Either an earlier run had committed, and was tidied up; or a replica was stopped to be overwritten.
+    """
+    if plan.decision.action is Action.FINISH and not plan.continues:
+        enough = (Retry.RESUME,) if isinstance(request.options, SyncOptions) else (Retry.NONE, Retry.RESUME)
+        return request.options.retry not in enough
+    return plan.decision.action is Action.STOP_REPLICA
 
 
 def _add_way_on(error: TransferError, request: Request, kept: str | None) -> None:
@@ -388,23 +457,13 @@ def _add_way_on(error: TransferError, request: Request, kept: str | None) -> Non
 
 def _identity(facts: Facts) -> Identity:
     source = random.SystemRandom()
-    macs = tuple(definition.new_mac(random.Random(source.getrandbits(64))) for _ in facts.source.xml.macs)
+    macs = tuple(rewrite.new_mac(random.Random(source.getrandbits(64))) for _ in facts.source.xml.macs)
     return Identity(operation=uuid.uuid4().hex[:12], uuid=str(uuid.uuid4()), macs=macs)
 
 
-def _result(plan: Plan, outcome: Outcome, request: Request, seconds: float) -> CloneResult:
-    disks = tuple(
-        DiskResult(
-            disk.target,
-            disk.image.path,
-            disk.final,
-            disk.image.format,
-            disk.image.virtual_size,
-            disk.image.data,
-        )
-        for disk in plan.disks
-    )
-    return CloneResult(
+def _result(plan: Plan, outcome: Outcome, request: Request, seconds: float) -> Result:
+    totals, taken = outcome.totals, outcome.taken
+    return Result(
         operation=plan.identity.operation,
         source=request.source,
         destination=request.destination,
@@ -412,17 +471,38 @@ def _result(plan: Plan, outcome: Outcome, request: Request, seconds: float) -> C
         name=plan.name,
         uuid=plan.uuid,
         changed=plan.continues or plan.decision.action not in (Action.NOTHING, Action.FINISH),
-        verified=outcome.totals.verified,
+        verified=totals.proof is not Verify.OFF,
+        proof=totals.proof.value,
         route=plan.route.value,
         route_reason=plan.route_reason,
-        disks=disks,
-        bytes_sent=outcome.totals.sent,
-        bytes_resent=outcome.totals.resent,
-        bytes_reused=outcome.totals.reused,
+        disks=tuple(_disk_result(disk, outcome) for disk in plan.disks),
+        bytes_sent=totals.sent,
+        bytes_resent=totals.resent,
+        bytes_reused=totals.reused,
+        bytes_compared=totals.compared,
+        consistency=taken.consistency.value,
+        frozen_seconds=taken.frozen,
+        scratch_bytes=taken.scratch,
+        checkpoint=taken.checkpoint,
+        hint=taken.hint or plan.hint,
         seconds=seconds,
-        copy_seconds=outcome.totals.copy_seconds,
-        prove_seconds=outcome.totals.prove_seconds,
+        copy_seconds=totals.copy_seconds,
+        prove_seconds=totals.prove_seconds,
         findings=plan.findings,
         warnings=outcome.warnings,
         removed=outcome.removed,
+    )
+
+
+def _disk_result(disk: PlannedDisk, outcome: Outcome) -> DiskResult:
+    delta = "bitmap" if disk.target in outcome.hinted else "digests"
+    return DiskResult(
+        disk.target,
+        disk.image.path,
+        disk.final if disk.below is None else disk.below.path,
+        disk.image.format if disk.base is None else disk.base.format,
+        disk.image.virtual_size,
+        disk.image.data,
+        outcome.totals.sent_by_disk.get(disk.target, 0),
+        "whole" if disk.base is None else delta,
     )

@@ -10,7 +10,7 @@ from kvm_clone import definition, domains
 from kvm_clone.decide import Decision
 from kvm_clone.facts import DestinationFacts, Directory, Facts, ImageFacts, SourceFacts
 from kvm_clone.findings import Finding, Severity, block
-from kvm_clone.options import CloneOptions, Route
+from kvm_clone.options import CloneOptions, Options, Route
 from kvm_clone.placement import PlannedDisk
 from kvm_clone.units import format_bytes, format_duration, format_rate
 from kvm_clone.xmlspan import is_xml
@@ -27,12 +27,13 @@ _CLOCK_SECONDS = 5.0
 def source_findings(source: SourceFacts) -> Iterator[Finding]:
     """What the source says against the clone."""
     domain = source.domain
-    if domain.state != domains.SHUT_OFF:
+    if domain.state not in (domains.SHUT_OFF, *domains.RUNNING):
         yield block(
             "source-state",
             domain.name,
-            f"VM {domain.name} is {domain.state} on {source.host.name}; only a VM that is shut off can be cloned yet.",
-            f"shut it down: virsh shutdown {domain.name}",
+            f"VM {domain.name} is {domain.state} on {source.host.name}; it can be copied when it runs, is paused or is "
+            "shut off.",
+            "wait until it is",
         )
     if domain.managed_save:
         yield block(
@@ -53,7 +54,7 @@ def source_findings(source: SourceFacts) -> Iterator[Finding]:
         yield block(reason.code, reason.subject, reason.text, "")
     for warning in definition.warnings(source.xml):
         yield Finding(warning.code, Severity.WARNING, warning.subject, warning.text)
-    if domain.state == domains.SHUT_OFF:
+    if domain.state in (domains.SHUT_OFF, *domains.RUNNING):
         refused = {reason.subject for reason in definition.unsupported(source.xml)}
         for image in source.images:
             if image.target not in refused:
@@ -118,6 +119,13 @@ def destination_findings(facts: Facts, options: CloneOptions, name: str, decisio
     if options.preserve_uuid and owner is not None:
         yield block("uuid-in-use", name, f"VM {owner} on {host} has the UUID {xml.uuid}.", "leave out --preserve-uuid")
     yield from _replace_findings(facts, options, name, decision)
+    yield from host_findings(facts, name)
+
+
+def host_findings(facts: Facts, name: str) -> Iterator[Finding]:
+    """What the destination host says, whatever it has of the VM."""
+    destination, xml = facts.destination, facts.source.xml
+    host = destination.host.name
     yield from _ability_findings(destination, xml)
     yield from _clock_findings(facts)
     if destination.staged_error:
@@ -190,8 +198,7 @@ def space_findings(destination: DestinationFacts, disks: tuple[PlannedDisk, ...]
     for disk in disks:
         directory = destination.directories.get(posixpath.dirname(disk.final))
         if directory is not None:
-            there = disk.staged.allocated if disk.staged else 0
-            needed[directory.filesystem] = needed.get(directory.filesystem, 0) + max(0, disk.image.allocated - there)
+            needed[directory.filesystem] = needed.get(directory.filesystem, 0) + _to_write(disk)
             files[directory.filesystem] = files.get(directory.filesystem, 0) + 1
             where[directory.filesystem] = directory
     for filesystem, directory in where.items():
@@ -206,10 +213,23 @@ def space_findings(destination: DestinationFacts, disks: tuple[PlannedDisk, ...]
             yield block("inodes", directory.path, text, "remove files there, or name another pool with --pool")
 
 
-def estimate(facts: Facts, options: CloneOptions, route: Route, disks: tuple[PlannedDisk, ...]) -> Iterator[Finding]:
+def _to_write(disk: PlannedDisk) -> int:
+    """Bytes that the disk will take beyond what is there.
+
+    Of a replica what its image may grow by: how much has changed is not known yet. What is gone on with is stored
+    uncompressed, also where the source's image is compressed.
+    """
+    if disk.base is not None:
+        return max(0, disk.image.allocated - disk.base.allocated)
+    if disk.staged is None:
+        return disk.image.allocated
+    return max(0, disk.image.allocated - disk.staged.allocated, disk.image.data - disk.staged.durable)
+
+
+def estimate(facts: Facts, options: Options, route: Route, disks: tuple[PlannedDisk, ...]) -> Iterator[Finding]:
     """How long the copy should take, by what was measured on the route and the limit that was asked for."""
     rates = [rate for rate in (facts.route.rate, options.bandwidth_limit) if rate]
-    if rates and disks:
+    if rates and disks and not any(disk.base for disk in disks):
         left = sum(max(0, disk.image.data - (disk.staged.durable if disk.staged else 0)) for disk in disks)
         seconds = left / min(rates)
         measured = f"measured {format_rate(facts.route.rate)}, " if facts.route.rate else ""

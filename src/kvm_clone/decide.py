@@ -18,6 +18,8 @@ class Action(StrEnum):
     RESUME = "resume"
     NOTHING = "nothing to do"
     FINISH = "finish"
+    SYNC = "sync"
+    STOP_REPLICA = "stop the replica"
     STOP = "stop here"
 
 
@@ -26,7 +28,8 @@ class Decision:
     """The action, and what goes with it.
 
     `discard`: an interrupted attempt is undone first. `replace`: the existing VM is replaced by the commit;
-    `stop`: and stopped right before it. `remove_first`: it is removed before the copy, as the user asked.
+    `stop`: and stopped right before it. `remove_first`: it is removed before the copy, as the user asked. `update`: the
+    existing VM is brought up to date, and keeps what is its own.
     """
 
     action: Action
@@ -34,6 +37,7 @@ class Decision:
     replace: bool = False
     stop: bool = False
     remove_first: bool = False
+    update: bool = False
     finding: Finding | None = None
 
 
@@ -43,11 +47,13 @@ def decide(facts: Facts, retry: Retry, name: str, own_operation: str | None = No
     `own_operation`: the operation of this very run that a dropped connection has interrupted; it is simply continued.
     """
     existing, staged = facts.destination.existing, facts.destination.staged
-    if staged is not None and staged.holder and staged.operation != own_operation:
-        text = f"Another operation on {name} is under way on {facts.destination.host.name}: {staged.holder}."
-        return _stop(LOCKED, name, text, "wait until it has ended, or let --wait do so")
-    if staged is not None and staged.defining and _made_by(existing, staged.operation):
-        return Decision(Action.FINISH)
+    first = unfinished(facts, name, own_operation)
+    if first is not None:
+        return first
+    if staged is not None and staged.kind != CLONE and retry not in (Retry.FORCE, Retry.CLEANUP_EXISTING):
+        text = f"An interrupted sync of {name} is kept on {facts.destination.host.name}."
+        remedy = "go on with kvm-clone sync --resume, or start over with --force"
+        return _stop("other-attempt", name, text, remedy)
     own = staged is not None and staged.operation == own_operation
     if own and (existing is None or retry is Retry.FORCE):
         return Decision(Action.RESUME, replace=existing is not None, stop=_is_running(existing))
@@ -59,6 +65,25 @@ def decide(facts: Facts, retry: Retry, name: str, own_operation: str | None = No
         text = f"There is no interrupted attempt to clone {name} on {facts.destination.host.name}."
         return _stop("nothing-to-resume", name, text, "leave out --resume")
     return Decision(Action.CLONE)
+
+
+CLONE, SYNC = "clone", "sync"
+"""Kinds of operation, as journals have them."""
+
+
+def unfinished(facts: Facts, name: str, own_operation: str | None) -> Decision | None:
+    """What another operation on the same VM, under way or committed but not tidied up, means for any new one."""
+    existing, staged = facts.destination.existing, facts.destination.staged
+    if staged is not None and staged.holder and staged.operation != own_operation:
+        text = f"Another operation on {name} is under way on {facts.destination.host.name}: {staged.holder}."
+        return _stop(LOCKED, name, text, "wait until it has ended, or let --wait do so")
+    if staged is not None and staged.defining and _made_by(existing, staged.operation):
+        return Decision(Action.FINISH)
+    used = sorted(set(staged.published) & facts.destination.paths_in_use) if staged is not None else []
+    if used:  # by the VM that it was defined as, under another name now
+        text = f"A VM on {facts.destination.host.name} uses what an earlier attempt has left: {', '.join(used)}."
+        return _stop("attempt-in-use", name, text, f"give that VM the name {name} again, or remove it")
+    return None
 
 
 def _is_running(existing: Existing | None) -> bool:

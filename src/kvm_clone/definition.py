@@ -1,19 +1,16 @@
-"""Domain definitions: read the facts a plan needs from libvirt's XML, and rewrite that XML for the clone.
+"""Domain definitions: the facts that a plan needs, read from libvirt's XML.
 
-Pure: text in, text or facts out. Only libvirt's own elements, which are in no namespace, are read or changed.
+Pure. Only libvirt's own elements, which are in no namespace, are read.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from kvm_clone.errors import RefusedError
-from kvm_clone.xmlspan import Document, Node, escape
+from kvm_clone.xmlspan import Document, Node
 
-NAMESPACE = "https://kvm-clone.org/xmlns/clone/1"
 FORMATS = ("raw", "qcow2")
 
 _REFUSED_FEATURES = {"nvram": "UEFI variables", "tpm": "a TPM", "memory": "persistent memory"}
@@ -24,39 +21,6 @@ _REFUSED_STORAGE = {
     "dataStore": "keeps its data in a second file, which cannot be cloned yet",
     "fdgroup": "is passed to QEMU as an open file, which another host has not",
 }
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """The ownership mark in a clone's <metadata>: what made it, and from what.
-
-    `uuid` is the clone's own: a copy of the clone by another tool carries the mark, but another UUID.
-    """
-
-    operation: str
-    uuid: str
-    source_host: str
-    source_uuid: str
-    source_name: str
-    fingerprint: str
-    version: str
-    created: str
-    verified: bool
-
-
-@dataclass(frozen=True)
-class Change:
-    """What differs between a source's definition and its clone's; None keeps what is there.
-
-    `new_macs` has one entry for each of `DomainXml.macs`, in the same order. `disk_paths` maps a disk's
-    target ("vda") to the file it gets.
-    """
-
-    new_name: str
-    provenance: Provenance
-    new_uuid: str | None = None
-    new_macs: tuple[str, ...] | None = None
-    disk_paths: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -158,50 +122,12 @@ class HostTied(Remark):
     """The clone may not start, or not work, on another host because of this."""
 
 
-def new_mac(source: random.Random) -> str:
-    """Return a random MAC address with the prefix that QEMU's and libvirt's own have."""
-    return "52:54:00:" + source.randbytes(3).hex(":")
-
-
-def rewrite(xml: str, change: Change) -> str:
-    """Return the definition with `change` made, and every other byte as it was.
-
-    Raises RefusedError when `xml` is no domain's, when `change` names a disk that is without a file or has
-    another number of MACs than the domain, or when a value cannot stand in XML.
-    """
-    document, domain, name = _parse(xml)
-    document.set_text(name, change.new_name)
-    if change.new_uuid is not None:
-        _set_uuid(document, domain, name, change.new_uuid)
-    if change.new_macs is not None:
-        _set_macs(document, domain, change.new_macs)
-    _set_disk_paths(document, domain, change.disk_paths)
-    _set_provenance(document, domain, name, change.provenance)
-    return document.result()
-
-
-def read_provenance(xml: str) -> Provenance | None:
-    """Return the ownership mark, or None when there is none or it lacks a part: half a mark proves nothing.
-
-    Raises RefusedError when `xml` is no domain's.
-    """
-    _, domain, _ = _parse(xml)
-    mark = domain.find("metadata", f"{NAMESPACE} clone")
-    if mark is None:
-        return None
-    names = [part.name for part in fields(Provenance)]
-    values: dict[str, Any] = {name: mark.attributes.get(name.replace("_", "-")) for name in names}
-    if None in values.values():
-        return None
-    return Provenance(**{**values, "verified": values["verified"] == "yes"})
-
-
 def read_domain(xml: str) -> DomainXml:
     """Return the facts of a definition.
 
     Raises RefusedError when `xml` is no domain's, or its memory or vcpu is not a number.
     """
-    _, domain, name = _parse(xml)
+    _, domain, name = parse(xml)
     machine = domain.find_attributes("os", "type")
     os_files = tuple(_os_files(domain))
     has_loader = any(file.role == "loader" for file in os_files)
@@ -216,7 +142,7 @@ def read_domain(xml: str) -> DomainXml:
         emulator=domain.find_text("devices", "emulator"),
         os_files=os_files,
         loader_type=domain.find_attributes("os", "loader").get("type", "rom") if has_loader else None,
-        macs=tuple(mac.attributes["address"] for mac in _macs(domain)),
+        macs=tuple(mac.attributes["address"] for mac in macs_of(domain)),
         disks=tuple(_disk(disk) for disk in domain.find_all("devices", "disk")),
         features=(*_outside_state(domain), *_host_devices(domain)),
         networks=tuple(_connected_to(domain, "network")),
@@ -260,7 +186,7 @@ def warnings(domain: DomainXml) -> tuple[HostTied, ...]:
     )
 
 
-def _parse(xml: str) -> tuple[Document, Node, Node]:
+def parse(xml: str) -> tuple[Document, Node, Node]:
     """Return the document, its <domain> and that one's <name>."""
     document = Document(xml)
     domain = document.root
@@ -272,78 +198,9 @@ def _parse(xml: str) -> tuple[Document, Node, Node]:
     return document, domain, name
 
 
-def _set_uuid(document: Document, domain: Node, name: Node, new: str) -> None:
-    uuid = domain.find("uuid")
-    old = uuid.text if uuid else ""
-    if _same_uuid(old, new):
-        return
-    if uuid:
-        document.set_text(uuid, new)
-    else:
-        document.insert_after(name, f"{document.margin(name)}<uuid>{escape(new)}</uuid>")
-    # libvirt refuses a domain whose SMBIOS UUID is another than its own.
-    for entry in domain.find_all("sysinfo", "system", "entry"):
-        if entry.attributes.get("name") == "uuid" and (not old or _same_uuid(entry.text, old)):
-            document.set_text(entry, new)
-
-
-def _same_uuid(one: str, other: str) -> bool:
-    """Compare as libvirt does, for which hyphens and case do not count."""
-    return one.replace("-", "").strip().lower() == other.replace("-", "").strip().lower()
-
-
-def _macs(domain: Node) -> list[Node]:
+def macs_of(domain: Node) -> list[Node]:
     """Return the <mac> of each interface that has one."""
     return [mac for mac in domain.find_all("devices", "interface", "mac") if "address" in mac.attributes]
-
-
-def _set_macs(document: Document, domain: Node, new: tuple[str, ...]) -> None:
-    macs = _macs(domain)
-    if len(macs) != len(new):
-        raise RefusedError(f"The domain has {len(macs)} MAC addresses, and {len(new)} new ones were given.")
-    for mac, address in zip(macs, new, strict=True):
-        document.set_attribute(mac, "address", address)
-
-
-def _set_disk_paths(document: Document, domain: Node, paths: Mapping[str, str]) -> None:
-    missing = set(paths)
-    for disk in domain.find_all("devices", "disk"):
-        target, source = disk.find_attributes("target").get("dev", ""), disk.find("source")
-        if target in paths and source and "file" in source.attributes:
-            missing.discard(target)
-            document.set_attribute(source, "file", paths[target])
-    if missing:
-        raise RefusedError(f"The domain has no disk with a file as {', '.join(sorted(missing))}.")
-
-
-def _set_provenance(document: Document, domain: Node, name: Node, provenance: Provenance) -> None:
-    mark = _mark(provenance)
-    metadata = domain.find("metadata")
-    if metadata is None:
-        anchor = domain.find("uuid") or name
-        outer = document.margin(anchor)
-        document.insert_after(anchor, f"{outer}<metadata>{_deeper(outer)}{mark}{outer}</metadata>")
-        return
-    ours = [node for node in metadata.children if node.tag.startswith(f"{NAMESPACE} ")]
-    if not ours:
-        outer = document.margin(metadata)
-        inner = document.margin(metadata.children[-1]) if metadata.children else _deeper(outer)
-        document.append(metadata, inner + mark, closing=outer)
-    # One mark only: libvirt keeps one element of a namespace.
-    for index, node in enumerate(ours):
-        document.replace(node, "" if index else mark)
-
-
-def _deeper(margin: str) -> str:
-    """Return the margin below a child of <domain>, whose own margin is one step."""
-    return margin + margin.lstrip("\r\n")
-
-
-def _mark(provenance: Provenance) -> str:
-    """Return the element as libvirt would print it."""
-    values = {**asdict(provenance), "verified": "yes" if provenance.verified else "no"}
-    written = [f'{name.replace("_", "-")}="{escape(value, quote=chr(34))}"' for name, value in values.items()]
-    return f'<kvm-clone:clone xmlns:kvm-clone="{NAMESPACE}" {" ".join(written)}/>'
 
 
 def _number(domain: Node, tag: str, default: int) -> int:

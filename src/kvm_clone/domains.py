@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import libvirt
 
-from kvm_clone import definition
+from kvm_clone import definition, ownership
 from kvm_clone.errors import ConnectError, InterruptedTransferError, KvmCloneError, TransferError
 from kvm_clone.xmlspan import Document
 
@@ -23,6 +23,8 @@ STATES = {
     libvirt.VIR_DOMAIN_PMSUSPENDED: "suspended",
 }
 SHUT_OFF = "shut off"
+RUNNING = ("running", "blocked", "paused")
+"""States in which a VM's disks can be read by a backup job."""
 
 FILE_POOLS = ("dir", "fs", "netfs")
 """Kinds of storage pool whose volumes are files in a directory."""
@@ -61,7 +63,7 @@ class Abilities:
     """What a host can give a VM: memory in bytes, CPUs, CPU models by name (whether usable), networks (whether active).
 
     `refusal`: why libvirt there cannot run the VM's emulator, machine type or architecture. `version`: libvirt's own,
-    as major * 1,000,000 + minor * 1,000 + release.
+    as major * 1,000,000 + minor * 1,000 + release. `uuid`: the host's own.
     """
 
     memory: int = 0
@@ -70,6 +72,7 @@ class Abilities:
     cpu_models: Mapping[str, bool] = field(default_factory=dict)
     networks: Mapping[str, bool] = field(default_factory=dict)
     version: int = 0
+    uuid: str = ""
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,8 @@ def abilities(connection: libvirt.virConnect, xml: definition.DomainXml) -> Abil
         refusal = error.get_error_message()
     networks = {network.name(): bool(network.isActive()) for network in connection.listAllNetworks()}
     version = connection.getLibVersion()
-    return Abilities(memory * 1024 * 1024, cpus, refusal, models, networks, version)
+    uuid = Document(connection.getCapabilities()).root.find_text("host", "uuid") or ""
+    return Abilities(memory * 1024 * 1024, cpus, refusal, models, networks, version, uuid)
 
 
 def names(connection: libvirt.virConnect) -> dict[str, str]:
@@ -228,6 +232,12 @@ def forget_state(connection: libvirt.virConnect, name: str, own: tuple[str, ...]
     return done
 
 
+def is_saved_with(connection: libvirt.virConnect, name: str, disks: tuple[str, ...]) -> bool:
+    """Whether libvirt keeps a managed save of the domain that has any of these disks. Raises libvirt.libvirtError."""
+    domain = connection.lookupByName(name)
+    return bool(domain.hasManagedSaveImage()) and _refers_to(domain.managedSaveGetXMLDesc(), disks)
+
+
 def _refers_to(xml: str, disks: tuple[str, ...]) -> bool:
     return any(disk.path in disks for disk in definition.read_domain(xml).disks)
 
@@ -261,10 +271,19 @@ def define(connection: libvirt.virConnect, xml: str) -> None:
     connection.defineXML(xml)
 
 
+def seal(connection: libvirt.virConnect, name: str, images: Mapping[str, str]) -> None:
+    """Record in the definition how it and its images are now. Raises libvirt.libvirtError."""
+    domain = connection.lookupByName(name)
+    xml = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
+    markup = ownership.seal_markup(ownership.Seal(ownership.definition_digest(xml), images))
+    kind, flags = libvirt.VIR_DOMAIN_METADATA_ELEMENT, libvirt.VIR_DOMAIN_AFFECT_CONFIG
+    domain.setMetadata(kind, markup, "kvm-clone-replica", ownership.SEAL_NAMESPACE, flags)
+
+
 def defined_by(connection: libvirt.virConnect, name: str, operation: str) -> bool:
     """Whether the domain of that name carries our mark of that operation. Raises libvirt.libvirtError."""
     domain = find(connection, name)
-    mark = definition.read_provenance(domain.xml) if domain is not None else None
+    mark = ownership.read_provenance(domain.xml) if domain is not None else None
     return mark is not None and mark.operation == operation
 
 

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvm_clone.definition import DomainXml, Provenance
+from kvm_clone.definition import DomainXml
 from kvm_clone.domains import Abilities, Domain, Pool
+from kvm_clone.live import Live
+from kvm_clone.ownership import Provenance, Seal, definition_digest
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class ImageFacts:
 class Directory:
     """A directory at the destination; `names` are its entries.
 
-    `free`: bytes, `inodes`: files that its filesystem has room for, `filesystem`: which one it is.
+    `free`: bytes, `inodes`: files that its filesystem has room for, `filesystem`: which one it is, `reflink`: whether
+    files there can share their blocks.
     """
 
     path: str
@@ -66,16 +69,25 @@ class Directory:
     names: frozenset[str] = frozenset()
     inodes: int = 1 << 40
     filesystem: int = 0
+    reflink: bool = False
 
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """The VM at the source."""
+    """The VM at the source.
+
+    `live`: what is known of it while it runs, None when it does not. `directories`: where a backup job's scratch may
+    lie. `reader`: who else copies it by a backup job. `libvirt`: its version there, see Abilities.
+    """
 
     host: HostFacts
     domain: Domain
     xml: DomainXml
     images: tuple[ImageFacts, ...]
+    live: Live | None = None
+    directories: Mapping[str, Directory] = field(default_factory=dict)
+    reader: str = ""
+    libvirt: int = 0
 
     @property
     def fingerprint(self) -> str:
@@ -89,6 +101,7 @@ class Existing:
     """The VM of the wanted name that the destination has.
 
     `mark`: our mark, if it is this VM's own. `whole`: its disks are there. `removable`: the files that are its alone.
+    `seal`: how it was when an operation of ours was done with it. `images`: its disks' files, where a sync asks.
     """
 
     domain: Domain
@@ -96,11 +109,22 @@ class Existing:
     mark: Provenance | None
     whole: bool
     removable: tuple[str, ...]
+    seal: Seal | None = None
+    images: tuple[ImageFacts, ...] = ()
 
     @property
     def beside(self) -> tuple[str, ...]:
         """The names of its snapshots and checkpoints."""
         return (*self.domain.snapshots, *self.domain.checkpoints)
+
+    @property
+    def unused(self) -> bool:
+        """Whether nobody has used or changed it since an operation of ours was done with it, as far as can be told."""
+        if self.seal is None or self.domain.managed_save or not self.whole:
+            return False
+        now = {image.target: _lasting(image.fingerprint) for image in self.images}
+        then = {target: _lasting(text) for target, text in self.seal.images.items()}
+        return now == then and definition_digest(self.domain.xml) == self.seal.definition
 
 
 @dataclass(frozen=True)
@@ -113,6 +137,7 @@ class StagedDisk:
     size: int
     durable: int
     allocated: int
+    backing: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,6 +146,7 @@ class Staged:
 
     `holder`: who is at it, nothing for an interrupted one.
     `defining`: libvirt may have the definition. `remove`, `forget`: files and snapshots of the VM that it replaces.
+    `kind`: clone or sync. `published`: the files that have their final names already.
     """
 
     directory: str
@@ -133,6 +159,8 @@ class Staged:
     forget: tuple[str, ...]
     disks: Mapping[str, StagedDisk]
     holder: str = ""
+    kind: str = "clone"
+    published: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,6 +220,11 @@ class Facts:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def _lasting(fingerprint: str) -> tuple[str, ...]:
+    """Inode, size and mtime: a device's number may be another one after a reboot, and libvirt changes the ctime."""
+    return tuple(fingerprint.split(":")[1:4])
+
+
 _QCOW2_OPTIONS = {
     "compat": "compat",
     "compression-type": "compression_type",
@@ -209,6 +242,11 @@ def host_facts(name: str, answer: Mapping[str, Any]) -> HostFacts:
     """From the agent's answer to `host`."""
     clock = answer["time"] - time.time()
     return HostFacts(name, answer["hostname"], answer["python"], answer["qemu_img"], answer["qemu_nbd"], clock)
+
+
+def directory_facts(answer: Mapping[str, Any]) -> Directory:
+    """From the agent's answer to `directory`."""
+    return Directory(**{**answer, "names": frozenset(answer["names"])})
 
 
 def image_facts(target: str, path: str, format_: str, answer: Mapping[str, Any]) -> ImageFacts:
@@ -265,4 +303,6 @@ def staged_facts(answer: Mapping[str, Any]) -> Staged:
         tuple(answer["forget"]),
         {target: StagedDisk(**disk) for target, disk in answer["disks"].items()},
         answer["holder"],
+        answer.get("kind", "clone"),
+        tuple(answer["published"]),
     )

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,9 @@ _READY_SECONDS = 60.0
 _LIBVIRT_SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock")
 """The monolithic daemon's (or its proxy's), then the modular one's, which serves storage calls too."""
 
+LOCK_PATIENCE_SECONDS = 75.0
+"""How long we wait for agents of ours that were cut off to let go of their locks: longer than a receiver's patience."""
+
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -51,6 +55,8 @@ class AgentCallError(TransferError):
 
 _REMEDIES = {
     kinds.NO_SPACE: "make room on that filesystem, or name another pool with --pool; then run the command again",
+    kinds.IO: "check that host's storage (its kernel log, dmesg, says more), or name another pool with --pool; "
+    "then run the command again",
     kinds.PERMISSION: "connect as a user who may do this (root, usually)",
     kinds.IN_USE: "shut down whatever uses the image, then run the command again",
     kinds.INTERRUPTED: "run the command again",
@@ -310,6 +316,18 @@ class Host:
                 subject=self.name,
                 remedy="allow AllowStreamLocalForwarding in its sshd_config",
             )
+
+
+async def once_free(host: Host, name: str, /, *, patience: float, **arguments: Any) -> Any:
+    """Make a call, again and again for `patience` seconds while another process holds the operation's lock."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return await host.call(name, **arguments)
+        except LockedError:
+            if time.monotonic() >= deadline:
+                raise
+            await asyncio.sleep(1.0)
 
 
 async def read_marker(stream: asyncio.StreamReader, seconds: float | None) -> str:

@@ -6,27 +6,28 @@ import asyncio
 import os
 import posixpath
 import time
-from typing import Any
+from dataclasses import replace
 
 import libvirt
 
-from kvm_clone import definition, domains, ssh, vms
+from kvm_clone import definition, domains, live, ssh, vms
 from kvm_clone.agent import errors as kinds
 from kvm_clone.agent import peer
 from kvm_clone.errors import RefusedError
 from kvm_clone.facts import (
     DestinationFacts,
-    Directory,
+    Existing,
     Facts,
     ImageFacts,
     RouteFacts,
     SourceFacts,
+    directory_facts,
     host_facts,
     image_facts,
     staged_facts,
 )
 from kvm_clone.host import AgentCallError, Host, kill_process
-from kvm_clone.options import CloneOptions, Route
+from kvm_clone.options import Options, Route, SyncOptions
 from kvm_clone.tasks import together
 
 
@@ -36,20 +37,25 @@ async def inspect(
     destination: Host,
     destination_libvirt: libvirt.virConnect,
     vm: str,
-    options: CloneOptions,
+    options: Options,
 ) -> Facts:
-    """Everything a plan needs. From here on the source agent keeps every QEMU from writing the VM's disks.
+    """Everything a plan needs. From here on the source agent keeps every QEMU from writing the disks of a VM at rest.
+
+    For a sync the destination's agent does the same for the replica's.
 
     Raises RefusedError when the source has no such VM, ConnectError, TransferError.
     """
 
     async def both_hosts() -> tuple[SourceFacts, DestinationFacts]:
         facts = await _source(source, source_libvirt, vm)
-        name = options.new_name or facts.domain.name
-        return facts, await _destination(destination, destination_libvirt, facts.xml, name)
+        name = options.name_for(facts.domain.name)
+        replica = isinstance(options, SyncOptions)
+        return facts, await _destination(destination, destination_libvirt, facts.xml, name, replica=replica)
 
     (source_facts, destination_facts), reach = await together(
-        both_hosts(), find_route(source, destination, options.route)
+        both_hosts(),
+        # How long a sync takes does not hang on the rate alone: it is not told, and not measured.
+        find_route(source, destination, options.route, measured=not isinstance(options, SyncOptions)),
     )
     return Facts(source_facts, destination_facts, reach)
 
@@ -64,45 +70,65 @@ async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> Source
             remedy=f"see what it has: kvm-clone list {host.name}",
         )
     xml = definition.read_domain(domain.xml)
-    about, *images = await together(
-        host.call("host"),
-        *(_image(host, disk, locked=domain.state == domains.SHUT_OFF) for disk in xml.own_disks),
+    running = domain.state in domains.RUNNING
+    about, images = await together(host.call("host"), _images(host, xml, domain.state))
+    if not running:
+        return SourceFacts(host_facts(host.name, about), domain, xml, images)
+    with domains.failing_as(f"asking {host.name} for {vm!r}", vm):
+        now, version, pools = await together(
+            asyncio.to_thread(live.look, connection, vm),
+            asyncio.to_thread(connection.getLibVersion),
+            asyncio.to_thread(domains.pools, connection),
+        )
+    paths = {posixpath.dirname(image.path) for image in images if image.path}
+    paths |= {pool.path for pool in pools if pool.active and pool.type in domains.FILE_POOLS}
+    reader, *directories = await together(
+        host.call("reader", domain=domain.uuid), *(host.call("directory", path=path) for path in sorted(paths))
     )
-    return SourceFacts(host_facts(host.name, about), domain, xml, tuple(images))
+    found = {answer["path"]: directory_facts(answer) for answer in directories}
+    return SourceFacts(host_facts(host.name, about), domain, xml, images, now, found, reader, version)
 
 
-async def _image(host: Host, disk: definition.DiskXml, *, locked: bool) -> ImageFacts:
-    """A disk's image. Nothing is asked of one that the plan refuses by its definition, or that a VM writes."""
+async def _images(host: Host, xml: definition.DomainXml, state: str) -> tuple[ImageFacts, ...]:
+    """The VM's own disks' images."""
+    return tuple(await together(*(_image(host, disk, state) for disk in xml.own_disks)))
+
+
+async def _image(host: Host, disk: definition.DiskXml, state: str) -> ImageFacts:
+    """A disk's image, locked if its VM is at rest. Nothing is asked of one that the plan refuses by its definition."""
     path, format_ = disk.path or "", disk.format
-    unread = ImageFacts(disk.target, path, format_, error="not looked at")
-    if disk.type != "file" or format_ not in definition.FORMATS or not locked:
-        return unread
+    running = state in domains.RUNNING
+    if disk.type != "file" or format_ not in definition.FORMATS or not (running or state == domains.SHUT_OFF):
+        return ImageFacts(disk.target, path, format_, error="not looked at")
     try:
-        await host.call("lock_image", path=path)
+        if not running:
+            await host.call("lock_image", path=path)
     except AgentCallError as error:
         return image_facts(disk.target, path, format_, {"error": str(error), "in_use": error.kind == kinds.IN_USE})
-    return image_facts(disk.target, path, format_, await host.call("disk", path=path, image_format=format_))
+    answer = await host.call("disk", path=path, image_format=format_, live=running)
+    return image_facts(disk.target, path, format_, answer)
 
 
 async def _destination(
-    host: Host, connection: libvirt.virConnect, xml: definition.DomainXml, name: str
+    host: Host, connection: libvirt.virConnect, xml: definition.DomainXml, name: str, *, replica: bool
 ) -> DestinationFacts:
     with domains.failing_as(f"asking libvirt on {host.name}", host.name):
-        names, pools, abilities, in_use = await together(
+        names, pools, abilities, in_use, existing = await together(
             asyncio.to_thread(domains.names, connection),
             asyncio.to_thread(domains.pools, connection),
             asyncio.to_thread(domains.abilities, connection, xml),
             asyncio.to_thread(domains.paths_of_others, connection, ""),
+            _existing(host, connection, name, replica=replica),
         )
+    own = (*xml.own_disks, *(existing.xml.own_disks if existing is not None else ()))
     wanted = {pool.path for pool in pools if pool.path}
-    wanted |= {posixpath.dirname(disk.path) for disk in xml.own_disks if disk.path and disk.type == "file"}
+    wanted |= {posixpath.dirname(disk.path) for disk in own if disk.path and disk.type == "file"}
     referred = {file.path for file in xml.os_files}
     referred |= {f"/sys/class/net/{bridge}" for bridge in xml.bridges}
     referred |= {disk.path for disk in (*xml.media, *xml.referenced_disks) if disk.path and disk.type == "file"}
     paths, files = sorted(wanted), sorted(referred)
-    about, existing, staged, directories, present = await together(
+    about, staged, directories, present = await together(
         host.call("host"),
-        vms.existing(host, connection, name),
         host.call("staged", directories=paths, name=name),
         together(*(host.call("directory", path=path) for path in paths)),
         together(*(host.call("exists", path=path) for path in files)),
@@ -111,7 +137,7 @@ async def _destination(
         host_facts(host.name, about),
         names,
         pools,
-        {path: _directory(answer) for path, answer in zip(paths, directories, strict=True)},
+        {path: directory_facts(answer) for path, answer in zip(paths, directories, strict=True)},
         dict(zip(files, present, strict=True)),
         existing,
         next((staged_facts(answer) for answer in staged if "error" not in answer), None),
@@ -121,23 +147,29 @@ async def _destination(
     )
 
 
-def _directory(answer: dict[str, Any]) -> Directory:
-    return Directory(**{**answer, "names": frozenset(answer["names"])})
+async def _existing(host: Host, connection: libvirt.virConnect, name: str, *, replica: bool) -> Existing | None:
+    """The VM of that name; as a replica, with its images, which nobody can write from here on."""
+    found = await vms.existing(host, connection, name)
+    if found is None or not replica:
+        return found
+    return replace(found, images=await _images(host, found.xml, found.domain.state))
 
 
-async def find_route(source: Host, destination: Host, wanted: Route) -> RouteFacts:
-    """Whether the source can send to the destination itself, and how fast the route that is taken is."""
+async def find_route(source: Host, destination: Host, wanted: Route, *, measured: bool) -> RouteFacts:
+    """Whether the source can send to the destination itself, and how fast the route that is taken is, if measured."""
+
+    async def relay(reason: str) -> RouteFacts:
+        return RouteFacts(False, reason, await _measure_relay(source, destination) if measured else 0.0)
+
     if wanted is Route.RELAY:
-        return RouteFacts(False, "asked for", await _measure_relay(source, destination))
+        return await relay("asked for")
     if source.address.local or destination.address.local:
-        reason = "this machine is one of the two hosts"
-        return RouteFacts(False, reason, await _measure_relay(source, destination))
+        return await relay("this machine is one of the two hosts")
     argv, known_hosts = await direct_ssh(destination)
-    answer = await source.call("probe", ssh=argv, known_hosts=known_hosts)
+    answer = await source.call("probe", ssh=argv, known_hosts=known_hosts, measured=measured)
     if answer["error"]:
-        reason = f"{source.name} cannot connect to {destination.name}: {answer['error']}"
-        return RouteFacts(False, reason, await _measure_relay(source, destination))
-    return RouteFacts(True, f"{source.name} can connect to {destination.name}", answer["rate"])
+        return await relay(f"{source.name} cannot connect to {destination.name}: {answer['error']}")
+    return RouteFacts(True, f"{source.name} can connect to {destination.name}", answer["rate"] if measured else 0.0)
 
 
 async def _measure_relay(source: Host, destination: Host) -> float:

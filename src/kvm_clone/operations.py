@@ -49,7 +49,10 @@ class OperationLog:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of this machine. `changed`: seconds since the epoch of its last entry."""
+    """One operation of this machine. `changed`: seconds since the epoch of its last entry.
+
+    `command`: clone or sync.
+    """
 
     operation: str
     source: str
@@ -60,6 +63,7 @@ class Operation:
     text: str
     changed: float
     entries: tuple[dict[str, Any], ...]
+    command: str = "clone"
 
 
 def operations() -> list[Operation]:
@@ -80,7 +84,15 @@ def read(operation: str) -> Operation | None:
     state = last["state"] if ended else RUNNING if alive else KEPT
     text = last.get("text", "") if ended else "" if alive else "its process is gone"
     values = {key: str(begin.get(key, "")) for key in ("source", "destination", "vm", "name")}
-    return Operation(operation, **values, state=state, text=text, changed=last["time"], entries=entries)
+    return Operation(
+        operation,
+        **values,
+        state=state,
+        text=text,
+        changed=last["time"],
+        entries=entries,
+        command=begin.get("command", "clone"),
+    )
 
 
 def _entries(path: Path) -> Iterator[dict[str, Any]]:

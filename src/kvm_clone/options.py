@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 
@@ -24,23 +24,36 @@ class Retry(StrEnum):
     RESUME = "resume"
 
 
-@dataclass(frozen=True)
-class CloneOptions:
-    """Options of a clone.
+class Verify(StrEnum):
+    """What is proven equal before the commit: nothing, what a bitmap said and was sent, or every byte."""
 
-    `new_name`: None keeps the name. `pool`: a storage pool of the destination. `parallel`: disks at once.
-    `bandwidth_limit`: bytes a second over all disks together, None for no limit. `timeout`: seconds for the whole
-    operation, None for no limit. `retries`: how often a dropped connection is taken up again. `keep_partial`: what is
-    staged outlives an interruption. `wait`: wait for another operation on the same VM instead of failing.
-    `verify_existing`: digest a finished clone instead of trusting its fingerprint.
+    OFF = "off"
+    SENT = "sent"
+    FULL = "full"
+
+
+class Quiesce(StrEnum):
+    """Whether a running guest's filesystems are frozen at the point in time that is copied."""
+
+    AUTO = "auto"
+    REQUIRE = "require"
+    OFF = "off"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What clone and sync share.
+
+    `pool`: a storage pool of the destination. `parallel`: disks at once. `bandwidth_limit`: bytes a second over all
+    disks together, None for no limit. `timeout`: seconds for the whole operation, None for no limit. `retries`: how
+    often a dropped connection is taken up again. `keep_partial`: what is staged outlives an interruption. `wait`: wait
+    for another operation on the same VM instead of failing. `track`: leave a checkpoint on a running source, by which
+    the next sync knows what has changed.
     """
 
-    new_name: str | None = None
-    preserve_uuid: bool = False
-    preserve_mac: bool = False
     pool: str | None = None
     route: Route = Route.AUTO
-    verify: bool = True
+    verify: Verify = Verify.FULL
     parallel: int = 2
     bandwidth_limit: int | None = None
     timeout: float | None = None
@@ -48,4 +61,49 @@ class CloneOptions:
     retries: int = 3
     keep_partial: bool = True
     wait: bool = False
+    quiesce: Quiesce = Quiesce.AUTO
+    track: bool = False
+
+    def name_for(self, name: str) -> str:
+        """The name at the destination for a VM of that name."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CloneOptions(Options):
+    """Options of a clone.
+
+    `new_name`: None keeps the name. `verify_existing`: digest a finished clone instead of trusting its fingerprint.
+    """
+
+    new_name: str | None = None
+    preserve_uuid: bool = False
+    preserve_mac: bool = False
     verify_existing: bool = False
+
+    def name_for(self, name: str) -> str:
+        """See Options."""
+        return self.new_name or name
+
+
+@dataclass(frozen=True)
+class SyncOptions(Options):
+    """Options of a sync.
+
+    `target_name`: the replica's name, None for the VM's own. `create`: clone where there is no replica.
+    """
+
+    verify: Verify = Verify.SENT
+    target_name: str | None = None
+    create: bool = False
+
+    def name_for(self, name: str) -> str:
+        """See Options."""
+        return self.target_name or name
+
+    @property
+    def as_clone(self) -> CloneOptions:
+        """The clone that makes the replica: everything that both have, and the name."""
+        shared = {field.name: getattr(self, field.name) for field in fields(Options)}
+        shared["verify"] = Verify.OFF if self.verify is Verify.OFF else Verify.FULL
+        return CloneOptions(**shared, new_name=self.target_name)

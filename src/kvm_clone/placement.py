@@ -6,9 +6,10 @@ import posixpath
 from dataclasses import dataclass
 
 from kvm_clone import domains
+from kvm_clone.agent.image import QCOW2
 from kvm_clone.facts import DestinationFacts, Directory, Facts, ImageFacts, Staged, StagedDisk
 from kvm_clone.findings import Finding, block
-from kvm_clone.options import CloneOptions
+from kvm_clone.options import Options
 
 _NAME_MAX = 255
 """Bytes in a file's name, on every filesystem that images live on."""
@@ -16,11 +17,29 @@ _NAME_MAX = 255
 
 @dataclass(frozen=True)
 class PlannedDisk:
-    """One disk to copy and the file it becomes; `staged` is what an interrupted attempt has of it."""
+    """One disk to copy and the file it becomes; `staged` is what an interrupted attempt has of it.
+
+    `base`: the replica's image that is brought up to date; the file is then an overlay on it, until it is merged, or
+    with `shares` a copy that shares its blocks and takes its place.
+    """
 
     image: ImageFacts
     final: str
     staged: StagedDisk | None = None
+    base: ImageFacts | None = None
+    shares: bool = False
+
+    @property
+    def format(self) -> str:
+        """The file's own format."""
+        if self.base is None:
+            return self.image.format
+        return self.base.format if self.shares else QCOW2
+
+    @property
+    def below(self) -> ImageFacts | None:
+        """The image that the file is an overlay on."""
+        return None if self.shares else self.base
 
     @property
     def target(self) -> str:
@@ -29,16 +48,19 @@ class PlannedDisk:
 
 
 def place(
-    facts: Facts, options: CloneOptions, name: str, staged: Staged | None
+    facts: Facts, options: Options, name: str, staged: Staged | None, images: tuple[ImageFacts, ...] | None = None
 ) -> tuple[tuple[PlannedDisk, ...], tuple[Finding, ...]]:
-    """Where each disk goes: a directory, and in it a name that nothing has; or where an interrupted attempt put it."""
+    """Where each disk goes: a directory, and in it a name that nothing has; or where an interrupted attempt put it.
+
+    `images`: those of the source that become files of their own, None for all.
+    """
     placed: list[PlannedDisk] = []
     findings: list[Finding] = []
     taken: set[str] = set()
-    for image in facts.source.images:
+    for image in facts.source.images if images is None else images:
         kept = staged.disks.get(image.target) if staged is not None else None
         # Nothing durable: nothing to reuse, and the file may be missing or half made.
-        if kept is not None and kept.durable and (kept.size, kept.format) == (image.virtual_size, image.format):
+        if kept is not None and kept.durable and _is_same(kept, image):
             placed.append(PlannedDisk(image, kept.final, kept))
             continue
         directory, finding = _directory_for(facts.destination, posixpath.dirname(image.path), options.pool)
@@ -50,6 +72,11 @@ def place(
             taken.add(path)
             placed.append(PlannedDisk(image, path))
     return tuple(placed), tuple(findings)
+
+
+def _is_same(kept: StagedDisk, image: ImageFacts) -> bool:
+    """Whether a staged file can become this disk as it is now."""
+    return not kept.backing and (kept.size, kept.format) == (image.virtual_size, image.format)
 
 
 def _directory_for(
@@ -117,7 +144,7 @@ def _file_name(stem: str, ending: str) -> str:
     return (stem if len(raw) <= room else raw[: max(room, 0)].decode(errors="ignore")) + ending
 
 
-def stage_directory(facts: Facts, options: CloneOptions, disks: tuple[PlannedDisk, ...], staged: Staged | None) -> str:
+def stage_directory(facts: Facts, options: Options, disks: tuple[PlannedDisk, ...], staged: Staged | None) -> str:
     """Where the journal lies: beside the first disk; for a VM without disks, where its disks would be."""
     if staged is not None:
         return staged.directory

@@ -15,6 +15,7 @@ class Phase(StrEnum):
     CONNECT = "connect"
     INSPECT = "inspect"
     PREPARE = "prepare"
+    COMPARE = "compare"
     COPY = "copy"
     PROVE = "prove"
     COMMIT = "commit"

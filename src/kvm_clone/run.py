@@ -18,38 +18,46 @@ from typing import Any
 
 import libvirt
 
-from kvm_clone import definition, domains, vms
+from kvm_clone import decide, domains, replica, rewrite, vms
 from kvm_clone.agent import journal
-from kvm_clone.content import Content, Totals
-from kvm_clone.errors import InterruptedTransferError, KvmCloneError, LockedError
-from kvm_clone.host import Host
+from kvm_clone.backup import Backup, Guarding, Taken
+from kvm_clone.content import Content, Totals, Transfer
+from kvm_clone.errors import InterruptedTransferError, KvmCloneError
+from kvm_clone.host import LOCK_PATIENCE_SECONDS, Host, once_free
+from kvm_clone.options import Verify
+from kvm_clone.ownership import Provenance
 from kvm_clone.placement import PlannedDisk
-from kvm_clone.plan import (
+from kvm_clone.plan import Plan
+from kvm_clone.progress import Note, OnEvent, Phase, PhaseStarted
+from kvm_clone.steps import (
+    BeginBackup,
     BeginStage,
     CheckSource,
     CopyDisks,
     CreateDisk,
     DefineDomain,
     DiscardStage,
+    DropCheckpoints,
+    EndBackup,
     EndStage,
-    FinishEarlier,
-    Plan,
+    MergeDisks,
     ProveDisks,
     PublishDisk,
     RemoveExisting,
     RemoveReplaced,
+    SealReplica,
     SettleStage,
     Step,
     StopDomain,
+    TakeUpCommitted,
     VerifyExisting,
 )
-from kvm_clone.progress import Note, OnEvent, Phase, PhaseStarted
 from kvm_clone.version import __version__
 
 log = logging.getLogger(__name__)
 
-_LOCK_PATIENCE_SECONDS = 75.0
-"""How long we wait for agents of ours that were cut off to let go of their locks: longer than a receiver's patience."""
+Connected = tuple[Host, libvirt.virConnect]
+"""A host, and its libvirt."""
 
 Reconnect = Callable[[], Awaitable[Host]]
 
@@ -59,18 +67,21 @@ OnStep = Callable[[str, str, float], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run found out on its way."""
+    """What a run found out on its way. `hinted`: the disks, by target, whose changes a dirty bitmap named."""
 
     totals: Totals
+    taken: Taken
+    hinted: frozenset[str]
     warnings: tuple[str, ...]
     removed: tuple[str, ...]
 
 
 @dataclass
 class _State:
-    """How far a run is: what a failure means depends on it."""
+    """How far a run is: what a failure means depends on it. `pending`: what is left is for the next run."""
 
     begun: bool = False
+    pending: bool = False
     defining: bool = False
     committed: bool = False
     stopped: bool = False
@@ -86,21 +97,21 @@ class Run:
     def __init__(
         self,
         plan: Plan,
-        source: Host,
-        destination: Host,
-        connection: libvirt.virConnect,
+        source: Connected,
+        destination: Connected,
         reconnect: Reconnect,
         on_event: OnEvent,
         on_step: OnStep,
     ) -> None:
         self._plan = plan
-        self._source = source
-        self._destination = destination
-        self._libvirt = connection
+        self._source, source_libvirt = source
+        self._destination, self._libvirt = destination
         self._reconnect = reconnect
         self._on_event = on_event
         self._on_step = on_step
-        self._content = Content(source, destination, plan.route, plan.options, on_event)
+        moving = Transfer(plan.route, plan.options.parallel, plan.options.bandwidth_limit)
+        self._content = Content(self._source, self._destination, moving, on_event)
+        self._backup = Backup(self._source, source_libvirt, plan.facts.source, on_event)
         self._state = _State()
 
     @property
@@ -111,6 +122,7 @@ class Run:
     async def run(self) -> Outcome:
         """Take every step. A failure is raised when what was written is undone, or kept if another try may mend it."""
         watch = [asyncio.create_task(host.wait_lost()) for host in (self._source, self._destination)]
+        watch.append(asyncio.create_task(self._backup.watch()))
         work = asyncio.create_task(self._steps())
         try:
             try:
@@ -131,11 +143,13 @@ class Run:
         finally:
             for task in watch:
                 task.cancel()
-            await asyncio.gather(*watch, return_exceptions=True)
+            await asyncio.gather(*watch, self._content.close(), return_exceptions=True)
         return self._outcome()
 
     def _outcome(self) -> Outcome:
-        return Outcome(self._content.totals, tuple(self._state.warnings), tuple(self._state.removed))
+        state, content = self._state, self._content
+        hinted = frozenset(target for target, origin in content.origins.items() if origin.hint is not None)
+        return Outcome(content.totals, self._backup.taken, hinted, tuple(state.warnings), tuple(state.removed))
 
     async def _stop(self, work: asyncio.Task[None]) -> None:
         """Stop the steps, but let the commit end: it is short, and half of it is nobody's wish."""
@@ -144,7 +158,11 @@ class Run:
         await asyncio.wait([work])
 
     async def _steps(self) -> None:
+        if any(isinstance(step, CopyDisks) for step in self._plan.steps):
+            self._content.prepare()  # logging in and loading agents takes longer than most steps before the copy
         for step in self._plan.steps:
+            if self._state.pending:
+                break
             started = time.monotonic()
             try:
                 await self._take(step)
@@ -153,41 +171,68 @@ class Run:
                 raise
             self._on_step(type(step).__name__, "done", time.monotonic() - started)
 
-    async def _take(self, step: Step) -> None:  # noqa: C901 - one line for each kind of step
+    async def _take(self, step: Step) -> None:
         match step:
+            case BeginStage() | TakeUpCommitted() | SettleStage() | DiscardStage() | EndStage():
+                await self._take_staging(step)
+            case BeginBackup() | CopyDisks() | ProveDisks() | EndBackup() | CheckSource() | VerifyExisting():
+                await self._take_content(step)
+            case CreateDisk(disk):
+                await self._create(disk)
+            case PublishDisk(disk):
+                await self._call("publish", disk=disk.target, final=disk.final)
             case RemoveExisting():
                 await self._remove_existing()
+            case StopDomain():
+                await self._stop_domain()
+            case DefineDomain(remove, forget):
+                await self._define(remove, forget)
+            case _:
+                await self._take_after_commit(step)
+
+    async def _take_staging(self, step: Step) -> None:
+        match step:
             case SettleStage(directory, committed):
                 await self._call("settle", directory=directory, name=self._plan.name, committed=committed)
             case DiscardStage(directory):
                 await self._call("recover", directory=directory, name=self._plan.name)
             case BeginStage(directory, resume):
                 await self._begin(directory, resume)
-            case CreateDisk(disk):
-                await self._create(disk)
+            case TakeUpCommitted(directory):
+                await self._take_up(directory)
+            case EndStage(directories):
+                await self._end(directories)
+
+    async def _take_content(self, step: Step) -> None:
+        match step:
+            case BeginBackup(job, quiesce, stale):
+                patience = LOCK_PATIENCE_SECONDS if self._plan.continues else 0.0
+                guard = Guarding(self._plan.identity.operation, patience)
+                self._content.origins = await self._backup.begin(job, quiesce, stale, guard)
             case CopyDisks(disks):
                 self._say(Phase.COPY, f"{self._plan.route} route: {self._plan.route_reason}")
                 await self._content.copy(self._staged(disks))
-            case ProveDisks(disks):
+            case ProveDisks(disks, proof):
                 self._say(Phase.PROVE, "digesting the disks on both hosts")
-                await self._content.prove(self._staged(disks))
+                await self._content.prove(self._staged(disks), proof)
+            case EndBackup():
+                await self._backup.end()
             case CheckSource(disks):
                 await self._check_source(disks)
-            case PublishDisk(disk):
-                await self._call("publish", disk=disk.target, final=disk.final)
-            case StopDomain():
-                await self._stop_domain()
-            case DefineDomain(remove, forget):
-                await self._define(remove, forget)
-            case RemoveReplaced(paths, forget):
-                await self._after_commit(self._remove_replaced(paths, forget))
-            case EndStage(directories):
-                await self._end(directories)
-            case FinishEarlier(directory):
-                await self._call("finish_earlier", directory=directory, name=self._plan.name)
             case VerifyExisting(disks):
                 self._say(Phase.PROVE, "digesting the finished clone and its source")
                 await self._content.verify(disks)
+
+    async def _take_after_commit(self, step: Step) -> None:
+        match step:
+            case MergeDisks():
+                await self._merge()
+            case RemoveReplaced(paths, forget):
+                await self._after_commit(self._remove_replaced(paths, forget))
+            case SealReplica():
+                await self._after_commit(replica.seal(self._destination, self._libvirt, self._plan.name))
+            case DropCheckpoints(names):
+                await self._after_commit(self._backup.drop(names))
 
     def _say(self, phase: Phase, text: str) -> None:
         self._on_event(PhaseStarted(phase, text))
@@ -212,9 +257,10 @@ class Run:
             "process": os.getpid(),
             "version": __version__,
             "source": {"host": source.host.hostname, "uuid": source.domain.uuid, "name": source.domain.name},
+            "kind": decide.SYNC if plan.decision.update else decide.CLONE,
         }
-        await _once_free(
-            self._call,
+        await once_free(
+            self._destination,
             "stage",
             directory=directory,
             name=plan.name,
@@ -222,9 +268,16 @@ class Run:
             about=about,
             resume=resume,
             keep=plan.options.keep_partial,
-            patience=_LOCK_PATIENCE_SECONDS if plan.continues else 0.0,
+            patience=LOCK_PATIENCE_SECONDS if plan.continues else 0.0,
         )
         self._state.begun = True
+
+    async def _take_up(self, directory: str) -> None:
+        staged = self._plan.facts.destination.staged
+        assert staged is not None
+        how = {"directory": directory, "name": self._plan.name, "operation": staged.operation, "about": {}}
+        await once_free(self._destination, "stage", **how, finishing=True, patience=LOCK_PATIENCE_SECONDS)
+        self._state.begun = self._state.committed = True
 
     async def _create(self, disk: PlannedDisk) -> None:
         if disk.staged is not None:
@@ -232,12 +285,14 @@ class Run:
             return
         image = disk.image
         spec = {
-            "format": image.format,
+            "format": disk.format,
             "size": image.virtual_size,
-            "options": dict(image.options),
-            "mode": image.mode,
-            "user": image.user,
-            "group": image.group,
+            "options": dict(image.options) if disk.base is None else {},
+            "mode": image.mode if disk.base is None else disk.base.mode,
+            "user": image.user if disk.base is None else disk.base.user,
+            "group": image.group if disk.base is None else disk.base.group,
+            "backing": [disk.below.path, disk.below.format] if disk.below is not None else None,
+            "copy_of": disk.base.path if disk.base is not None and disk.shares else None,
         }
         self._state.parts[disk.target] = await self._call("create", disk=disk.target, final=disk.final, spec=spec)
 
@@ -260,10 +315,42 @@ class Run:
         if self._plan.decision.replace:
             await self._check_replaced()
         self._state.defining = True
-        await self._note(journal.DEFINE, uuid=self._plan.uuid, remove=list(remove), forget=list(forget))
+        images = {disk.target: [disk.final, await self._fingerprint(disk.final)] for disk in self._plan.disks}
+        about = {"uuid": self._plan.uuid, "remove": list(remove), "forget": list(forget), "images": images}
+        await self._note(journal.DEFINE, **about, merge=self._overlays())
         await self._on_libvirt(f"{self._destination.name} refuses the definition", domains.define, xml)
         self._state.committed = True
+        await self._after_commit(self._forget_old_memory())
         await self._after_commit(self._note(journal.COMMITTED))
+
+    async def _forget_old_memory(self) -> None:
+        """Remove what libvirt saved of the memory of a replica whose disks are not those of that moment any more."""
+        bases = tuple(disk.base.path for disk in self._plan.disks if disk.base is not None)
+        if bases:
+            what = "removing the saved state of the replica"
+            self._state.removed += await self._on_libvirt(what, domains.forget_state, self._plan.name, (), bases)
+
+    async def _fingerprint(self, path: str) -> str:
+        return str(await self._call("fingerprint", path=path))
+
+    def _overlays(self) -> list[dict[str, str]]:
+        """The overlays to be merged after the commit, as agent.merge.Overlay has them."""
+        return [
+            {"disk": disk.target, "path": disk.final, "base": disk.below.path, "base_format": disk.below.format}
+            for disk in self._plan.disks
+            if disk.below is not None
+        ]
+
+    async def _merge(self) -> None:
+        """A replica that cannot be merged now boots from its overlays; the journal stays for the next run."""
+        try:
+            await replica.merge(self._destination, self._libvirt, self._plan.name)
+        except KvmCloneError as error:
+            if self._plan.decision.action is decide.Action.FINISH:
+                raise  # there is nothing else that this run would have done
+            self._state.pending = True
+            self._warn(f"{self._plan.name} is complete, but its disks are not merged yet: {error}; {error.remedy}")
+            await self._after_commit(self._call("release"))
 
     async def _check_replaced(self) -> None:
         """The VM that is replaced must still be the one that the plan was made for, and at rest."""
@@ -298,42 +385,64 @@ class Run:
         try:
             await work
         except (KvmCloneError, libvirt.libvirtError) as error:
-            text = f"the clone is complete, but tidying up failed: {error}"
-            self._state.warnings.append(text)
-            self._on_event(Note(text, warning=True))
+            self._warn(f"{self._plan.name} is complete, but tidying up failed: {error}")
+
+    def _warn(self, text: str) -> None:
+        self._state.warnings.append(text)
+        self._on_event(Note(text, warning=True))
 
     async def _note(self, record: str, /, **fields: Any) -> None:
         await self._call("note", record=record, fields=fields)
 
     def _definition(self) -> str:
         plan = self._plan
-        uuid = plan.uuid
-        source, identity, options = plan.facts.source, plan.identity, plan.options
-        provenance = definition.Provenance(
-            operation=identity.operation,
-            uuid=uuid,
+        source = plan.facts.source
+        change = rewrite.Change(
+            new_name=plan.name,
+            provenance=self._provenance(),
+            new_uuid=None if plan.uuid == source.domain.uuid else plan.uuid,
+            new_macs=plan.macs,
+            disk_paths={disk.target: disk.final for disk in plan.disks},
+            disk_formats={disk.target: disk.format for disk in plan.disks if disk.base is not None},
+            disk_bases={
+                disk.target: rewrite.Base(disk.below.path, disk.below.format)
+                for disk in plan.disks
+                if disk.below is not None
+            },
+        )
+        return rewrite.rewrite(source.domain.xml, change)
+
+    def _provenance(self) -> Provenance:
+        plan, taken = self._plan, self._backup.taken
+        source = plan.facts.source
+        return Provenance(
+            operation=plan.identity.operation,
+            uuid=plan.uuid,
             source_host=source.host.hostname,
             source_uuid=source.domain.uuid,
             source_name=source.domain.name,
             fingerprint=source.fingerprint,
             version=__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            verified=self._content.totals.verified,
+            verified=self._content.totals.proof is not Verify.OFF,
+            macs=" ".join(f"{own}={new}" for own, new in zip(source.xml.macs, plan.macs, strict=True)),
+            consistency=taken.consistency,
+            frozen=f"{taken.frozen:.3f}" if taken.frozen else "",
+            scratch=str(taken.scratch) if taken.scratch else "",
+            checkpoint=taken.checkpoint,
         )
-        change = definition.Change(
-            new_name=plan.name,
-            provenance=provenance,
-            new_uuid=None if uuid == source.domain.uuid else uuid,
-            new_macs=None if options.preserve_mac else identity.macs,
-            disk_paths={disk.target: disk.final for disk in plan.disks},
-        )
-        return definition.rewrite(source.domain.xml, change)
 
     async def _fail(self, cause: BaseException) -> None:
         """Keep what is staged if another try may mend the failure, else undo everything; never hide what is left."""
-        if not self._state.begun or self._state.committed:
-            return
         interrupted = isinstance(cause, asyncio.CancelledError) or getattr(cause, "interrupted", False)
+        if self._state.committed:
+            self._state.kept = interrupted  # what comes after the commit is taken up by the next try
+            return
+        await self._backup.give_up()
+        if not self._state.defining:
+            await self._backup.forget()
+        if not self._state.begun:
+            return
         if interrupted and self._plan.options.keep_partial:  # at the commit too: the next try asks libvirt about it
             await self._keep()
             return
@@ -341,11 +450,14 @@ class Run:
         try:
             left = await self._undo()
         except (KvmCloneError, libvirt.libvirtError) as error:
-            left = [f"{error}; the next run of this command sees to it"]
+            left = [str(error)]
+        if not self._state.committed and not left:
+            await self._backup.forget()
         for text in left:
             self._on_event(Note(f"could not be undone: {text}", warning=True))
         if left and isinstance(cause, KvmCloneError):
-            cause.remedy = "; ".join(filter(None, [cause.remedy, f"not undone: {', '.join(left)}"]))
+            not_undone = f"not undone: {', '.join(left)}; the next run of this command sees to it"
+            cause.remedy = "; ".join(filter(None, [cause.remedy, not_undone]))
 
     async def _keep(self) -> None:
         """Let go of the lock; an agent that cannot be told does so by itself."""
@@ -360,12 +472,12 @@ class Run:
         if self._destination.lost:
             directory = next(step.directory for step in self._plan.steps if isinstance(step, BeginStage))
             self._destination = await self._reconnect()
-            return await _once_free(  # type: ignore[no-any-return]
-                self._call,
+            return await once_free(  # type: ignore[no-any-return]
+                self._destination,
                 "recover",
                 directory=directory,
                 name=self._plan.name,
-                patience=_LOCK_PATIENCE_SECONDS,
+                patience=LOCK_PATIENCE_SECONDS,
             )
         if self._state.defining and await self._was_defined():
             self._state.committed = True
@@ -378,18 +490,6 @@ class Run:
     async def _was_defined(self) -> bool:
         name, operation = self._plan.name, self._plan.identity.operation
         return bool(await asyncio.to_thread(domains.defined_by, self._libvirt, name, operation))
-
-
-async def _once_free(call: Callable[..., Awaitable[Any]], name: str, /, *, patience: float, **arguments: Any) -> Any:
-    """Make a call, again and again for `patience` seconds while another process holds the operation's lock."""
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            return await call(name, **arguments)
-        except LockedError:
-            if time.monotonic() >= deadline:
-                raise
-            await asyncio.sleep(1.0)
 
 
 def same_content(one: str, other: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,14 +11,18 @@ from typing import Any
 
 import libvirt
 
-from kvm_clone import domains
+from kvm_clone import domains, replica, vms
 from kvm_clone.errors import KvmCloneError
 from kvm_clone.host import Host
 
 
 @dataclass(frozen=True)
 class StagedData:
-    """One operation's journal and staged files. `size` in bytes on disk, `age` in seconds since it last changed."""
+    """One operation's journal and staged files. `size` in bytes on disk, `age` in seconds since it last changed.
+
+    `kind`: clone or sync. `committed`: libvirt is known to have had the definition. `published`: the files that have
+    their final names already.
+    """
 
     host: str
     directory: str
@@ -30,6 +35,9 @@ class StagedData:
     size: int = 0
     age: float = 0.0
     error: str = ""
+    kind: str = "clone"
+    committed: bool = False
+    published: tuple[str, ...] = ()
 
 
 async def find(host: Host, connection: libvirt.virConnect, more: frozenset[str] = frozenset()) -> list[StagedData]:
@@ -55,6 +63,9 @@ def _data(host: str, answer: Mapping[str, Any]) -> StagedData:
         answer["defining"],
         sum(disk["allocated"] for disk in answer["disks"].values()),
         max(0.0, time.time() - answer["changed"]),
+        committed=answer["committed"],
+        kind=answer.get("kind", "clone"),
+        published=tuple(answer["published"]),
     )
 
 
@@ -69,11 +80,40 @@ async def remove(host: Host, connection: libvirt.virConnect, data: StagedData) -
     if data.defining:
         with domains.failing_as(f"asking {host.name} for {data.name!r}", data.name):
             committed = await asyncio.to_thread(domains.defined_by, connection, data.name, data.operation)
+        if not committed:
+            await _check_unused(host, connection, data)
         await host.call("settle", **where, committed=committed)
         if committed:
-            await host.call("finish_earlier", **where)
-            return "it had committed: its journal was removed, the clone stays"
+            return await _finish(host, connection, data)
     left = await host.call("recover", **where)
     if left:
         raise KvmCloneError(f"{data.name} on {host.name}: {'; '.join(left)}", subject=data.path)
     return "removed"
+
+
+async def _finish(host: Host, connection: libvirt.virConnect, data: StagedData) -> str:
+    """Do what an operation that has committed left to do: its disks are merged, and its journal removed."""
+    where = {"directory": data.directory, "name": data.name, "operation": data.operation, "about": {}}
+    await host.call("stage", **where, finishing=True)
+    try:
+        await replica.merge(host, connection, data.name)
+        await replica.seal(host, connection, data.name)
+        await host.call("finish")
+    finally:
+        with contextlib.suppress(KvmCloneError):  # an agent that cannot be told lets go by itself
+            await host.call("release")
+    return "it had committed: its journal was removed, the VM stays"
+
+
+async def _check_unused(host: Host, connection: libvirt.virConnect, data: StagedData) -> None:
+    """A VM that has got another name, or was undefined to be defined again, has its disks still."""
+    unused = await vms.unused(host, connection, data.published)
+    used = sorted(set(data.published) - set(unused))
+    if used:
+        why, remedy = f"a VM uses {', '.join(used)}", f"give that VM the name {data.name} again, or remove it"
+    elif data.committed and data.published:
+        why = f"VM {data.name} was complete, and is gone; {', '.join(data.published)} may be all that is left of it"
+        remedy = "define it again, or remove the journal and those files by hand"
+    else:
+        return
+    raise KvmCloneError(f"{data.path} on {host.name} was left as it is: {why}", subject=data.path, remedy=remedy)

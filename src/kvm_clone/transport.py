@@ -2,7 +2,8 @@
 
 Direct: the source's agent runs ssh to the destination, whose answers come back through the source's output.
 Relay: both agents are reached from here, and the kernel's pipe joins the one's output to the other's input.
-In both the controller hears the receiver's frames, and tells the sender to go once the receiver is ready.
+In both the controller hears the receiver's frames, and tells both what to do once they are ready: they can be set up
+while it is still being found out what there is to send.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,75 +25,85 @@ from kvm_clone.host import Host, call_error, end_process, kill_process, read_fra
 from kvm_clone.inspect import direct_ssh
 from kvm_clone.options import Route
 
+READY_SECONDS = 45.0
+"""How long a stream may be kept ready before it is used: less than its agents' patience, agent.__main__."""
+
 _READY_SECONDS = 60.0
 _END_SECONDS = 20.0
 _STDERR_LIMIT = 64 * 1024
 
 
 @dataclass(frozen=True)
-class Job:
-    """One disk: its image at the source, and the staged one at the destination."""
+class End:
+    """A disk at one end: its path, or an NBD URI, and its format there."""
 
-    source: str
-    staged: str
+    path: str
     format: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One disk's way: see agent.transfer.Job. `fresh`: the other end is known to read as zeros."""
+
+    source: End
+    staged: End
     fresh: bool = True
     ranges: tuple[tuple[int, int], ...] | None = None
     durable: int = 0
 
     def sending(self) -> dict[str, Any]:
-        """As the sender takes it. `fresh`: the staged image is known to be all zeros."""
+        """As the sender takes it."""
         ranges = None if self.ranges is None else [list(pair) for pair in self.ranges]
-        return {"path": self.source, "format": self.format, "fresh": self.fresh, "ranges": ranges}
+        return {"path": self.source.path, "format": self.source.format, "fresh": self.fresh, "ranges": ranges}
 
     def receiving(self) -> dict[str, Any]:
         """As the receiver takes it. `durable`: the byte before which everything was durable already."""
-        return {"path": self.staged, "format": self.format, "durable": self.durable}
+        return {"path": self.staged.path, "format": self.staged.format, "durable": self.durable}
 
 
 OnBytes = Callable[[list[int]], None]
 """Hears a number of bytes for each job, in their order."""
 
 
-async def copy(
-    source: Host,
-    destination: Host,
-    route: Route,
-    jobs: Sequence[Job],
-    *,
-    parallel: int,
-    rate: int | None,
-    on_written: OnBytes,
-    on_durable: OnBytes,
-) -> None:
-    """Copy every disk; returns when all content is durable at the destination.
+@dataclass(frozen=True)
+class Orders:
+    """What a stream is to move: `parallel` disks at once, `rate` bytes a second over all of them, 0 for no limit."""
 
-    `on_written` hears how much each disk got, `on_durable` the byte before which each is durable.
-
-    `rate` is in bytes a second over all disks. Raises TransferError and its kinds, naming the end that failed.
-    """
-    send = {
-        "mode": "send",
-        "jobs": [job.sending() for job in jobs],
-        "parallel": parallel,
-        "rate": rate or 0,
-    }
-    receive = {"mode": "receive", "jobs": [job.receiving() for job in jobs]}
-    opened = _direct if route is Route.DIRECT else _relay
-    async with opened(source, destination, send, receive) as pipeline:
-        await pipeline.run(on_written, on_durable)
+    jobs: Sequence[Job]
+    parallel: int
+    rate: int
 
 
-class _Pipeline:
-    """The running processes, and the receiver's frames."""
+class Stream:
+    """A sender and a receiver that are ready, and the pipe between them. It serves one order."""
 
-    def __init__(self, sender: _Child, receiver: _Child | None, answers: asyncio.StreamReader) -> None:
+    def __init__(
+        self, sender: _Child, receiver: _Child | None, answers: asyncio.StreamReader, into: int | None = None
+    ) -> None:
+        """`into`: the end of the pipe to the receiver that we hold, for its request; None where the sender tells it."""
         self._sender = sender
         self._receiver = receiver
         self._answers = answers
+        self._into = into
+        self._since = time.monotonic()
 
-    async def run(self, on_written: OnBytes, on_durable: OnBytes) -> None:
-        self._sender.write(wire.pack_frame({"go": True}))
+    @property
+    def fresh(self) -> bool:
+        """Whether the agents still wait to be told what to do."""
+        return time.monotonic() - self._since < READY_SECONDS and self._sender.process.returncode is None
+
+    async def run(self, orders: Orders, on_written: OnBytes, on_durable: OnBytes) -> None:
+        """Copy every disk; returns when all content is durable at the destination.
+
+        `on_written` hears how much each disk got, `on_durable` the byte before which each is durable. Raises
+        TransferError and its kinds, naming the end that failed.
+        """
+        receive = {"mode": "receive", "jobs": [job.receiving() for job in orders.jobs]}
+        send = {"jobs": [job.sending() for job in orders.jobs], "parallel": orders.parallel, "rate": orders.rate}
+        if self._into is not None:
+            await asyncio.to_thread(wire.write_all, self._into, wire.pack_frame(receive))
+            self.let_go()
+        self._sender.write(wire.pack_frame({"go": True, "receive": receive, **send}))
         error: dict[str, Any] | None = None
         done = False
         while not done and error is None:
@@ -105,6 +117,12 @@ class _Pipeline:
             error = frame.get("error")
             done = frame.get("done", False)
         await self._settle(done, error)
+
+    def let_go(self) -> None:
+        """Close our end of the pipe to the receiver: its end is the sender's alone to tell."""
+        if self._into is not None:
+            os.close(self._into)
+            self._into = None
 
     async def _settle(self, done: bool, error: dict[str, Any] | None) -> None:
         """Raise for whatever failed first. An end that only lost the other one is not the cause."""
@@ -179,18 +197,20 @@ def _start(request: dict[str, Any]) -> bytes:
     return payload.preamble().encode() + payload.package() + wire.pack_frame(request)
 
 
+def opened(source: Host, destination: Host, route: Route) -> contextlib.AbstractAsyncContextManager[Stream]:
+    """A stream from one host to the other, ready. Raises TransferError and its kinds."""
+    return _direct(source, destination) if route is Route.DIRECT else _relay(source, destination)
+
+
 @contextlib.asynccontextmanager
-async def _direct(
-    source: Host, destination: Host, send: dict[str, Any], receive: dict[str, Any]
-) -> AsyncIterator[_Pipeline]:
+async def _direct(source: Host, destination: Host) -> AsyncIterator[Stream]:
     argv, known_hosts = await direct_ssh(destination)
     send = {
-        **send,
+        "mode": "send",
         "ssh": argv,
         "known_hosts": known_hosts,
         "command": payload.remote_command(),
         "preamble": payload.preamble(),
-        "receive": receive,
     }
     sender = await _spawn(
         source.session_argv(source.agent_command()), source.name, destination.name, asyncio.subprocess.PIPE,
@@ -201,7 +221,7 @@ async def _direct(
         assert sender.process.stdout is not None
         for _ in ("the sender", "the receiver behind it"):
             await _ready(sender, sender.process.stdout)
-        yield _Pipeline(sender, None, sender.process.stdout)
+        yield Stream(sender, None, sender.process.stdout)
     finally:
         await sender.kill()
 
@@ -220,10 +240,9 @@ def _not_ready(child: _Child, error: Exception) -> TransferError:
 
 
 @contextlib.asynccontextmanager
-async def _relay(
-    source: Host, destination: Host, send: dict[str, Any], receive: dict[str, Any]
-) -> AsyncIterator[_Pipeline]:
+async def _relay(source: Host, destination: Host) -> AsyncIterator[Stream]:
     children: list[_Child] = []
+    stream: Stream | None = None
     out, into = os.pipe()
     try:
         enlarge_pipe(into)
@@ -237,7 +256,7 @@ async def _relay(
         children.append(sender)
         os.close(into)
         into = -1
-        sender.write(_start(send))
+        sender.write(_start({"mode": "send"}))
         await _pipe_ready(sender, out)
         # The receiver reads itself and its request out of the same pipe, ahead of the sender's records.
         into = os.open(f"/proc/self/fd/{out}", os.O_WRONLY | os.O_CLOEXEC)
@@ -248,16 +267,18 @@ async def _relay(
         children.append(receiver)
         os.close(out)
         out = -1
-        await asyncio.to_thread(wire.write_all, into, _start(receive))
-        os.close(into)
-        into = -1
+        await asyncio.to_thread(wire.write_all, into, payload.preamble().encode() + payload.package())
         assert receiver.process.stdout is not None
         await _ready(receiver, receiver.process.stdout)
-        yield _Pipeline(sender, receiver, receiver.process.stdout)
+        stream = Stream(sender, receiver, receiver.process.stdout, into)
+        into = -1
+        yield stream
     finally:
         for descriptor in (out, into):
             if descriptor >= 0:
                 os.close(descriptor)
+        if stream is not None:
+            stream.let_go()
         for child in children:
             await child.kill()
 

@@ -7,7 +7,7 @@ import logging
 
 import libvirt
 
-from kvm_clone import definition, domains
+from kvm_clone import definition, domains, ownership
 from kvm_clone.errors import RefusedError, TransferError
 from kvm_clone.facts import Existing
 from kvm_clone.host import Host
@@ -23,7 +23,7 @@ async def existing(host: Host, connection: libvirt.virConnect, name: str) -> Exi
         if domain is None:
             return None
     xml = definition.read_domain(domain.xml)
-    mark = definition.read_provenance(domain.xml)
+    mark = ownership.read_provenance(domain.xml)
     own = [disk.path for disk in xml.own_disks if disk.type == "file" and disk.path]
     there = await together(*(host.call("exists", path=path) for path in own))
     return Existing(
@@ -32,6 +32,7 @@ async def existing(host: Host, connection: libvirt.virConnect, name: str) -> Exi
         mark if mark is not None and mark.uuid == domain.uuid else None,
         whole=all(there),
         removable=await unused(host, connection, tuple(own), domain.uuid),
+        seal=ownership.read_seal(domain.xml),
     )
 
 

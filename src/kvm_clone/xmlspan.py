@@ -90,7 +90,7 @@ class Document:
         # The sort is stable: insertions at one place stay in the order they were asked for.
         for start, end, replacement in sorted(self._edits, key=lambda edit: edit[0]):
             parts += self._raw[position:start], replacement.encode()
-            position = end
+            position = max(position, end)  # an insertion may follow a replacement at the same place
         return b"".join([*parts, self._raw[position:]]).decode()
 
     def replace(self, node: Node, markup: str) -> None:

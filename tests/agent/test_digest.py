@@ -19,19 +19,23 @@ from kvm_clone.agent.wire import CHUNK
 from .tools import KIB, MIB, Write, filled, make_qcow2, make_raw, noise
 
 
-def naive(content: bytes, chunk: int = CHUNK) -> list[bytes]:
+def naive(content: bytes, block: int = digest.BLOCK) -> list[bytes]:
     """The definition, word for word."""
     answer = []
     for start in range(0, len(content), digest.SEGMENT):
         segment = content[start : start + digest.SEGMENT]
-        chunks = [segment[at : at + chunk] for at in range(0, len(segment), chunk)]
-        answer.append(hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in chunks)).digest())
+        blocks = [segment[at : at + block] for at in range(0, len(segment), block)]
+        answer.append(hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in blocks)).digest())
     return answer
 
 
 def of(disk: Disk) -> list[bytes]:
     with closing(disk):
-        return list(digest.segments(disk))
+        return digests(disk)
+
+
+def digests(disk: Disk) -> list[bytes]:
+    return [segment.digest for segment in digest.segments(disk)]
 
 
 def memory(size: int, writes: Sequence[Write]) -> MemoryDisk:
@@ -43,8 +47,9 @@ def memory(size: int, writes: Sequence[Write]) -> MemoryDisk:
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Chunks of 64 bytes and segments of 256, so that little content has many."""
+    """Blocks of 16 bytes, chunks of 64 and segments of 256, so that little content has many."""
     forget()
+    monkeypatch.setattr(digest, "BLOCK", 16)
     monkeypatch.setattr(digest, "CHUNK", 64)
     monkeypatch.setattr(digest, "SEGMENT", 256)
     monkeypatch.setattr(MemoryDisk, "BLOCK", 16)
@@ -53,8 +58,8 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def forget() -> None:
-    digest._zero_chunk.cache_clear()
-    digest._zero_segment.cache_clear()
+    digest._zero_blocks.cache_clear()
+    digest._zeros.cache_clear()
 
 
 SIZE = 3 * MIB + 512
@@ -87,16 +92,16 @@ def test_sizes_around_the_units(size: int) -> None:
 def test_a_flipped_byte_changes_its_segment_and_no_other() -> None:
     size = 2 * digest.SEGMENT + CHUNK + 777
     disk = memory(size, [(5 * CHUNK, noise(4 * KIB))])
-    before = list(digest.segments(disk))
+    before = digests(disk)
     borders = [0, CHUNK, digest.SEGMENT, 2 * digest.SEGMENT, 2 * digest.SEGMENT + CHUNK, size]
     for border in borders:
         for offset in (offset for offset in (border - 1, border) if 0 <= offset < size):
             disk.write(offset, memoryview(b"\x10"))
-            after = list(digest.segments(disk))
+            after = digests(disk)
             changed = [index for index, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]]
             assert changed == [offset // digest.SEGMENT]
             disk.write(offset, memoryview(b"\x00"))
-            assert list(digest.segments(disk)) == before
+            assert digests(disk) == before
 
 
 @pytest.mark.parametrize("offset", [0, 1, CHUNK, 3 * CHUNK - 1, digest.SEGMENT - CHUNK])
@@ -111,10 +116,10 @@ def test_zeros_that_are_stored_equal_a_hole(offset: int) -> None:
 @pytest.mark.parametrize("size", range(1, 600, 37))
 def test_every_single_byte_counts(size: int) -> None:
     disk = memory(size, [])
-    before = list(digest.segments(disk))
+    before = digests(disk)
     for offset in range(size):
         disk.write(offset, memoryview(b"\x01"))
-        after = list(digest.segments(disk))
+        after = digests(disk)
         changed = [index for index, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]]
         assert changed == [offset // digest.SEGMENT]
         disk.zero(offset, 1)
@@ -132,4 +137,4 @@ def test_against_the_definition(tail: int, runs: list[tuple[int, int, bool]]) ->
         writes.append((position, noise(8 * length, position) if data else bytes(8 * length)))
         position += 8 * length
     size = position + tail
-    assert of(memory(size, writes)) == naive(filled(size, writes), 64)
+    assert of(memory(size, writes)) == naive(filled(size, writes), 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent import image, qemu
-from kvm_clone.agent.disk import DATA, HOLE, ZERO, Disk, Extent, MemoryDisk
+from kvm_clone.agent import image, nbd, qemu
+from kvm_clone.agent.disk import DATA, HOLE, ZERO, Disk, Extent, MemoryDisk, intersect
 from kvm_clone.agent.errors import AgentError
 from kvm_clone.agent.file import FileDisk
 from kvm_clone.agent.stream import Incoming
@@ -26,7 +27,9 @@ from .tools import (
     MIB,
     Write,
     arriving,
+    exported,
     filled,
+    make_overlay,
     make_qcow2,
     make_raw,
     nbdkit,
@@ -103,6 +106,57 @@ def mapped_compressed(directory: Path, size: int, writes: Sequence[Write]) -> It
         yield disk
 
 
+def halves(size: int, writes: Sequence[Write]) -> tuple[int, list[Write], list[Write]]:
+    """A base's size, the writes that it holds, and those that an overlay has over it."""
+    base = min(size, max(512, size * 2 // 3 // 512 * 512))
+    below = [(offset, data[: base - offset]) for offset, data in writes[::2] if offset < base]
+    over = [(max(base, offset), data[max(0, base - offset) :]) for offset, data in writes[::2]]
+    return base, below, [*((offset, data) for offset, data in over if data), *writes[1::2]]
+
+
+def overlaid(directory: Path, size: int, writes: Sequence[Write], how: str) -> Path:
+    """An overlay on a shorter base, with the content parted between them; where both have some, the base's is old."""
+    base, below, over = halves(size, writes)
+    old = [(offset, noise(min(len(data), base - offset), 77)) for offset, data in over if offset < base]
+    if how == "raw":
+        path = make_raw(directory / "base", base, [*old, *below])
+    else:
+        clusters = {"cluster_size": "4096"} if how == "compressed" else None
+        path = make_qcow2(directory / "base", base, [*old, *below], clusters, compress=how == "compressed")
+    again = [*below, *over] if any(touch(one, other) for one in below for other in old) else over
+    return make_overlay(directory / "disk", path, "raw" if how == "raw" else "qcow2", size, again)
+
+
+def touch(one: Write, other: Write) -> bool:
+    return one[0] < other[0] + len(other[1]) and other[0] < one[0] + len(one[1])
+
+
+@contextmanager
+def mapped_overlay(how: str, directory: Path, size: int, writes: Sequence[Write]) -> Iterator[Disk]:
+    with closing(image.MappedDisk(str(overlaid(directory, size, writes, how)), "qcow2")) as disk:
+        yield disk
+
+
+@contextmanager
+def overlay(directory: Path, size: int, writes: Sequence[Write]) -> Iterator[Disk]:
+    """An overlay that is being filled, on a shorter base full of something else."""
+    base = make_raw(directory / "base", max(512, size // 2), [(0, noise(max(512, size // 2), 99))])
+    disk = image.StagedImage(str(make_overlay(directory / "disk", base, "raw", size)))
+    with closing(disk):
+        disk.zero(0, size)
+        yield put(disk, writes)
+
+
+@contextmanager
+def nbd_uri(directory: Path, size: int, writes: Sequence[Write]) -> Iterator[Disk]:
+    make_raw(directory / "disk", size)
+    with (
+        exported(directory / "disk", "raw", "v d/a&?", "--discard=unmap") as listening,
+        closing(nbd.connect(nbd.uri(listening, "v d/a&?"))) as disk,
+    ):
+        yield put(disk, writes)
+
+
 def file_content(directory: Path, _disk: Disk) -> bytes:
     return (directory / "disk").read_bytes()
 
@@ -119,11 +173,16 @@ KINDS = {
     "qcow2": Kind(qcow2, image_content, unit=512),
     "mapped": Kind(mapped, unit=512),
     "mapped-compressed": Kind(mapped_compressed, unit=512),
+    "mapped-overlay-raw": Kind(partial(mapped_overlay, "raw"), unit=512),
+    "mapped-overlay-qcow2": Kind(partial(mapped_overlay, "qcow2"), unit=512),
+    "mapped-overlay-compressed": Kind(partial(mapped_overlay, "compressed"), unit=512),
+    "overlay": Kind(overlay, image_content, unit=512),
+    "nbd-uri": Kind(nbd_uri, file_content, unit=512),
 }
 WRITABLE = [name for name, kind in KINDS.items() if kind.stored]
 
 ORDINARY = 2 * MIB
-SIZES = [1, 511, 512, 4097, 256 * KIB, MIB - 1, MIB + 512, 2 * MIB + 64 * KIB + 513]
+SIZES = [1, 511, 512, 4097, MIB - 1, MIB + 512, 2 * MIB + 64 * KIB + 513]
 
 CASES: dict[str, Callable[[int], list[Write]]] = {
     "all zero": lambda _size: [],
@@ -132,7 +191,6 @@ CASES: dict[str, Callable[[int], list[Write]]] = {
     ],
     "holes at both ends": lambda size: [(size // 3, noise(size // 3))],
     "holes in the middle": lambda size: [(0, noise(size // 4)), (size - size // 4, noise(size // 4, 1))],
-    "data up to the end": lambda size: [(size - size // 5, noise(size // 5))],
     "data everywhere": lambda size: [(0, noise(size))],
     "written zeros": lambda size: [(0, noise(size // 2)), (size // 4, bytes(size // 4))],
     "unaligned, over the borders of blocks, clusters and chunks": lambda size: [
@@ -203,6 +261,32 @@ def test_extents_of_a_range(name: str, tmp_path: Path) -> None:
         for start, end in RANGES:
             extents = list(disk.extents(start, end))
             assert_covers(extents, start, ORDINARY if end is None else end)
+            for extent in extents:
+                content = bytearray(extent.length)
+                disk.read_extent(extent, memoryview(content))
+                assert content == expected[extent.offset : extent.end]
+                assert extent.kind == DATA or not any(content)
+
+
+WITHIN: list[list[list[int]]] = [
+    [],
+    [[0, ORDINARY]],
+    [[ORDINARY - 512, ORDINARY]],
+    [[0, 512], [64 * KIB - 512, 64 * KIB + 512], [MIB - 1, MIB + 1], [MIB + 1, MIB + 2], [ORDINARY - 1, ORDINARY]],
+    [[start, start + 4096] for start in range(0, ORDINARY, 96 * KIB)],
+]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_extents_within_ranges(name: str, tmp_path: Path) -> None:
+    writes = [(64 * KIB, noise(64 * KIB)), (MIB - 5, noise(300 * KIB))]
+    expected = filled(ORDINARY, writes)
+    with KINDS[name].open(tmp_path, ORDINARY, writes) as disk:
+        for ranges in WITHIN:
+            extents = list(disk.within(ranges))
+            for start, end in ranges:
+                assert_covers([extent for extent in extents if start <= extent.offset < end], start, end)
+            assert sum(extent.length for extent in extents) == sum(end - start for start, end in ranges)
             for extent in extents:
                 content = bytearray(extent.length)
                 disk.read_extent(extent, memoryview(content))
@@ -281,7 +365,7 @@ def test_zeroed_space_is_no_data_and_can_be_written_again(name: str, tmp_path: P
         assert read(disk, 512 * KIB - 1, 7) == b"\0again\0"
 
 
-@pytest.mark.parametrize("name", ["file", "raw-nbd", "raw-nbdkit", "qcow2"])
+@pytest.mark.parametrize("name", ["file", "raw-nbd", "raw-nbdkit", "qcow2", "nbd-uri"])
 def test_zeroed_space_is_freed(name: str, tmp_path: Path) -> None:
     with KINDS[name].open(tmp_path, 8 * MIB, [(0, noise(8 * MIB))]) as disk:
         disk.zero(0, 8 * MIB)
@@ -337,7 +421,7 @@ def test_receive_of_a_stream_that_ends_early(name: str, how: str, way: str, tmp_
         incoming.close()
 
 
-@pytest.mark.parametrize("name", ["mapped", "mapped-compressed"])
+@pytest.mark.parametrize("name", ["mapped", "mapped-overlay-raw"])
 def test_what_is_for_reading_refuses_to_write(name: str, tmp_path: Path) -> None:
     with KINDS[name].open(tmp_path, 4096, []) as disk:
         with pytest.raises(AgentError, match="open for reading"):
@@ -346,7 +430,7 @@ def test_what_is_for_reading_refuses_to_write(name: str, tmp_path: Path) -> None
             disk.zero(0, 1)
 
 
-@pytest.mark.parametrize("name", ["file", "raw-nbdkit", "qcow2", "mapped"])
+@pytest.mark.parametrize("name", ["file", "raw-nbdkit", "qcow2", "mapped", "mapped-overlay-raw", "nbd-uri"])
 def test_a_range_outside_is_refused(name: str, tmp_path: Path) -> None:
     with KINDS[name].open(tmp_path, ORDINARY, []) as disk:
         for start, end in ((-1, 0), (0, ORDINARY + 1), (ORDINARY + 1, None), (2, 1)):
@@ -396,3 +480,60 @@ def test_holes_are_told_from_explicit_zeros(tmp_path: Path) -> None:
     kinds = [(extent.offset, extent.kind) for extent in disk.extents()]
     disk.close()
     assert kinds == [(0, HOLE), (64 * KIB, ZERO), (128 * KIB, HOLE), (256 * KIB, DATA), (320 * KIB, HOLE)]
+
+
+MOST = 60
+PARTS = st.lists(st.tuples(st.integers(0, 9), st.sampled_from([DATA, ZERO, HOLE]), st.booleans()), max_size=10)
+CUTS = st.lists(st.integers(0, MOST), max_size=12).map(sorted)
+
+
+@settings(max_examples=200, deadline=None)
+@given(PARTS, CUTS, st.booleans())
+def test_intersect_against_the_definition(parts: list[tuple[int, str, bool]], cuts: list[int], touching: bool) -> None:
+    """Every byte of the ranges is in one extent, of the kind and at the place that it had before."""
+    extents, position = [], 0
+    for length, kind, stored in parts:
+        if length:
+            extents.append(Extent(position, length, kind, host=1000 + position if stored else None))
+        position += length
+    ranges = [list(pair) for pair in itertools.pairwise(cuts)][:: 1 if touching else 2]
+    found = list(intersect(iter(extents), ranges))
+
+    def each(extent: Extent) -> Iterator[tuple[int, str, int | None]]:
+        for at in range(extent.offset, extent.end):
+            yield at, extent.kind, None if extent.host is None else extent.host + at - extent.offset
+
+    wanted = {at for start, end in ranges for at in range(start, end)}
+    assert [one for extent in found for one in each(extent)] == [
+        one for extent in extents for one in each(extent) if one[0] in wanted
+    ]
+    assert all(extent.length for extent in found)
+
+
+@pytest.mark.parametrize("how", ["raw", "qcow2", "compressed"])
+def test_an_overlay_says_in_which_file_its_content_lies(how: str, tmp_path: Path) -> None:
+    base = make_raw(tmp_path / "base", MIB, [(0, b"y" * 128 * KIB)])
+    if how != "raw":
+        base = make_qcow2(tmp_path / "base.qcow2", MIB, [(0, b"y" * 128 * KIB)], compress=how == "compressed")
+    path = make_overlay(tmp_path / "disk", base, "raw" if how == "raw" else "qcow2", 2 * MIB, [(0, b"x" * 64 * KIB)])
+    with closing(image.MappedDisk(str(path), "qcow2")) as disk:
+        data = [extent for extent in disk.extents() if extent.kind == DATA]
+        assert [(extent.offset, extent.length, extent.layer) for extent in data] == [
+            (0, 64 * KIB, 0),
+            (64 * KIB, 64 * KIB, 1),
+        ]
+        assert data[1].compressed == (how == "compressed")
+        assert disk.size == 2 * MIB
+        assert sent(disk) == b"x" * 64 * KIB + b"y" * 64 * KIB + bytes(2 * MIB - 128 * KIB)
+        assert read(disk, MIB - 4, 8) == bytes(8), "beyond the base's end there are zeros"
+
+
+def test_an_overlay_hides_data_below_by_zeros(tmp_path: Path) -> None:
+    base = make_raw(tmp_path / "base", MIB, [(0, noise(MIB))])
+    path = make_overlay(tmp_path / "disk", base, "raw", MIB)
+    with closing(image.StagedImage(str(path))) as disk:
+        disk.zero(128 * KIB, 256 * KIB)
+        disk.flush()
+    with closing(image.MappedDisk(str(path), "qcow2")) as disk:
+        check(disk, noise(MIB)[: 128 * KIB] + bytes(256 * KIB) + noise(MIB)[384 * KIB :])
+    assert base.read_bytes() == noise(MIB), "what is below is only read"

@@ -212,3 +212,24 @@ def test_a_full_disk_at_begin() -> None:
         opened.append(journal.BEGIN)
     assert opened.records == []
     opened.close()
+
+
+NAMES = (
+    "begin",
+    "create",
+    "durable",
+    "copied",
+    "proven",
+    "publish",
+    "retract",
+    "define",
+    "withdrawn",
+    "committed",
+    "merged",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_names_of_records(name: str) -> None:
+    """Later versions read the journals of this one."""
+    assert getattr(journal, name.upper()) == name

@@ -263,8 +263,7 @@ def control_input(directory: Path) -> Input:
 def send_input(directory: Path) -> Input:
     disk = make_qcow2(directory / "disk", MIB, [(0, noise(MIB))])
     jobs = [{"path": str(disk), "format": "qcow2", "fresh": True}]
-    request = {"mode": "send", "jobs": jobs, "parallel": 1, "rate": 0}
-    return [pack_frame(request), pack_frame({"go": True})], []
+    return [pack_frame({"mode": "send"}), pack_frame({"go": True, "jobs": jobs, "parallel": 1, "rate": 0})], []
 
 
 def receive_input(directory: Path) -> Input:
@@ -320,8 +319,8 @@ def test_a_relayed_copy(tmp_path: Path) -> None:
     source = make_qcow2(tmp_path / "from", 8 * MIB, [(0, noise(3 * MIB)), (7 * MIB, b"x")])
     staged = make_qcow2(tmp_path / "to", 8 * MIB)
     receive = {"mode": "receive", "jobs": [{"path": str(staged), "format": "qcow2"}]}
-    send = {"mode": "send", "jobs": [{"path": str(source), "format": "qcow2"}], "parallel": 1, "rate": 0}
-    with agent("argv", WHOLE, send, {"go": True}) as sender, agent("shell", WHOLE, receive) as receiver:
+    go = {"go": True, "jobs": [{"path": str(source), "format": "qcow2"}], "parallel": 1, "rate": 0}
+    with agent("argv", WHOLE, {"mode": "send"}, go) as sender, agent("shell", WHOLE, receive) as receiver:
         sender.ready()
         receiver.ready()
         stream = sender.stdout.read()
@@ -338,28 +337,31 @@ def test_a_relayed_copy(tmp_path: Path) -> None:
 
 @contextmanager
 def direct(sshd: SshServer, tmp_path: Path, rate: int) -> Iterator[tuple[Agent, Path, Path]]:
-    """A sender that starts its receiver itself, by ssh."""
+    """A sender that starts its receiver itself, by ssh; told to go."""
     source = make_raw(tmp_path / "from", 4 * MIB, [(0, noise(4 * MIB))])
     staged = make_qcow2(tmp_path / "to", 4 * MIB)
     request = {
         "mode": "send",
-        "jobs": [{"path": str(source), "format": "raw"}],
-        "parallel": 1,
-        "rate": rate,
         **sshd._asdict(),
         "command": payload.remote_command(sys.executable),
         "preamble": payload.preamble(),
+    }
+    go = {
+        "go": True,
+        "jobs": [{"path": str(source), "format": "raw"}],
+        "parallel": 1,
+        "rate": rate,
         "receive": {"mode": "receive", "jobs": [{"path": str(staged), "format": "qcow2"}]},
     }
     with agent("argv", WHOLE, request) as running:
         assert running.ready() == payload.identity()
         assert running.ready() == payload.identity(), "the receiver's own, through the sender's output"
+        running.write(pack_frame(go))
         yield running, source, staged
 
 
 def test_a_direct_copy(sshd: SshServer, tmp_path: Path) -> None:
     with direct(sshd, tmp_path, 0) as (running, source, staged):
-        running.write(pack_frame({"go": True}))
         frames = []
         while frame := running.frame():
             frames.append(frame)
@@ -395,7 +397,6 @@ ENDS: dict[str, Callable[[Agent], object]] = {
 @pytest.mark.parametrize("how", ENDS)
 def test_a_direct_copy_that_is_cut_off(how: str, sshd: SshServer, tmp_path: Path) -> None:
     with direct(sshd, tmp_path, MIB) as (running, _, staged):
-        running.write(pack_frame({"go": True}))
         frame = running.frame()
         assert frame
         assert "written" in frame
@@ -484,6 +485,24 @@ def test_a_controller_that_does_not_listen_any_more(tmp_path: Path) -> None:
     assert b"Traceback" not in said
 
 
+IMPATIENT = """
+from kvm_clone.agent import __main__ as entry
+entry.PATIENCE_SECONDS = 0.2
+entry.main("", "version")
+"""
+
+
+@pytest.mark.parametrize("told", [b"", pack_frame({"mode": "send"})], ids=["nothing", "to send, but not to go"])
+def test_an_agent_that_is_not_told_what_to_do_ends(told: bytes) -> None:
+    with ending(python(IMPATIENT, stderr=subprocess.PIPE)) as running:
+        assert running.stdin
+        assert running.stderr
+        running.stdin.write(told)
+        running.stdin.flush()
+        assert running.wait(20) == 3
+        assert b"said nothing" in running.stderr.read()
+
+
 def test_silence_counts_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "SILENCE_SECONDS", 0.2)
     ours, theirs = os.pipe()
@@ -497,7 +516,7 @@ def test_silence_counts_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_digests_with_progress(tmp_path: Path) -> None:
     disk = make_qcow2(tmp_path / "disk", 2 * digest.SEGMENT + MIB, [(digest.SEGMENT, b"x")])
     with control() as running:
-        args = {"path": str(disk), "image_format": "qcow2"}
+        args = {"path": str(disk), "image_format": "qcow2", "ranges": [[0, 2 * digest.SEGMENT + MIB]]}
         running.write(pack_frame({"id": 9, "call": "digest", "args": args}))
         answers = [running.frame() for _ in range(4)]
         running.end()
@@ -508,7 +527,7 @@ def test_digests_with_progress(tmp_path: Path) -> None:
     ]
     assert answers[3]
     values = answers[3]["ok"]
-    empty = hashlib.sha256(hashlib.sha256(bytes(MIB)).digest() * 64).hexdigest()
+    empty = hashlib.sha256(hashlib.sha256(bytes(digest.BLOCK)).digest() * 1024).hexdigest()
     assert [(at, value == empty) for at, value in values] == [
         (0, True),
         (digest.SEGMENT, False),

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import errors, image, nbd, qemu
+from kvm_clone.agent import errors, facts, image, nbd, qemu
 from kvm_clone.agent.disk import DATA
 from kvm_clone.agent.errors import AgentError, from_exception
 from kvm_clone.agent.nbd import NbdDisk
+from kvm_clone.agent.process import run
 from kvm_clone.agent.stream import Incoming
 from kvm_clone.agent.wire import CHUNK, ProtocolError
 
@@ -29,6 +30,7 @@ from .tools import (
     arriving,
     ending,
     eventually,
+    exported,
     make_qcow2,
     make_raw,
     nbdkit,
@@ -298,3 +300,71 @@ def test_descriptors_do_not_leak(tmp_path: Path) -> None:
         with pytest.raises(AgentError):
             qemu.open_nbd(sys.executable, "qcow2", writable=False)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def tracked(directory: Path, *bitmaps: str) -> Path:
+    """An image with dirty bitmaps, which know what was written since."""
+    path = make_qcow2(directory / "disk", 8 * MIB, [(0, noise(MIB))])
+    for name in bitmaps:
+        run(["qemu-img", "bitmap", "--add", "-f", "qcow2", "--", str(path), name])
+    return path
+
+
+DIRTY = ["write -P 1 64k 64k", "write -P 2 1M 1", "write -z 2M 128k", "discard 4M 64k", "write -P 3 8388607 1"]
+
+
+def test_what_a_dirty_bitmap_names(tmp_path: Path) -> None:
+    path = tracked(tmp_path, "backup-vda")
+    run(["qemu-io", "-f", "qcow2", *(word for command in DIRTY for word in ("-c", command)), str(path)])
+    expected = [[64 * KIB, 128 * KIB], [MIB, MIB + 64 * KIB], [2 * MIB, 2 * MIB + 128 * KIB],
+                [4 * MIB, 4 * MIB + 64 * KIB], [8 * MIB - 64 * KIB, 8 * MIB]]  # fmt: skip
+    with exported(path, "qcow2", "vda", "--read-only", "-B", "backup-vda") as listening:
+        found = facts.dirty(nbd.uri(listening, "vda"), "backup-vda")
+        assert found == expected
+        with closing(nbd.connect(nbd.uri(listening, "vda"))) as disk:
+            assert disk.size == 8 * MIB
+            assert read(disk, 64 * KIB, 4) == b"\1\1\1\1"
+
+
+def test_a_dirty_bitmap_that_names_nothing(tmp_path: Path) -> None:
+    path = tracked(tmp_path, "backup-vda")
+    with exported(path, "qcow2", "vda", "--read-only", "-B", "backup-vda") as listening:
+        assert facts.dirty(nbd.uri(listening, "vda"), "backup-vda") == []
+
+
+@pytest.mark.parametrize("bitmap", ["other", "backup", "backup-vda2", ""])
+def test_a_dirty_bitmap_that_is_not_there(bitmap: str, tmp_path: Path) -> None:
+    path = tracked(tmp_path, "backup-vda", "not-exported")
+    with exported(path, "qcow2", "vda", "--read-only", "-B", "backup-vda") as listening:
+        for asked in (bitmap, "not-exported"):
+            with pytest.raises(AgentError, match="bitmap") as caught:
+                facts.dirty(nbd.uri(listening, "vda"), asked)
+            assert caught.value.kind == errors.MISSING
+
+
+def test_a_disk_that_is_all_dirty_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several requests, whose answers end where the requests do."""
+    monkeypatch.setattr(nbd, "_ZERO_LIMIT", 3 * MIB)
+    path = tracked(tmp_path, "b")
+    run(["qemu-io", "-f", "qcow2", "-c", "write 0 8M", str(path)])
+    with exported(path, "qcow2", "vda", "--read-only", "-B", "b") as listening:
+        found = facts.dirty(nbd.uri(listening, "vda"), "b")
+    assert [pair[0] for pair in found] == [0, *(pair[1] for pair in found[:-1])]
+    assert found[-1][1] == 8 * MIB
+
+
+def test_an_export_that_is_not_there(tmp_path: Path) -> None:
+    path = make_raw(tmp_path / "disk", MIB)
+    with exported(path, "raw", "vda") as listening, pytest.raises(ProtocolError, match="does not offer"):
+        nbd.connect(nbd.uri(listening, "vdb"))
+    with pytest.raises(OSError):
+        nbd.connect(nbd.uri(listening, "vda"))
+
+
+@pytest.mark.parametrize("name", ["vda", "a b", "a/b", "ä?&#%+=;", "%2F"])
+def test_a_uri_names_any_export_behind_any_path(name: str, tmp_path: Path) -> None:
+    with exported(make_raw(tmp_path / "disk", 512, [(0, b"it")]), "raw", name) as listening:
+        os.symlink(listening, tmp_path / "s + ?&#%;=.sock")
+        for path in (listening, str(tmp_path / "s + ?&#%;=.sock")):
+            with closing(nbd.connect(nbd.uri(path, name))) as disk:
+                assert read(disk, 0, 2) == b"it"

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent import journal, stage, transfer
+from kvm_clone.agent import facts, image, journal, merge, qemu, stage, transfer
+from kvm_clone.agent.differ import Differ
 from kvm_clone.agent.errors import AgentError
-from kvm_clone.agent.server import digest_disk
+from kvm_clone.agent.process import run
 from kvm_clone.agent.stage import Stage
 from kvm_clone.agent.transfer import Job, Receiver, Sender
 
-from .tools import arriving, make_raw, noise, through_pipe
+from .tools import KIB, arriving, make_raw, noise, read, through_pipe
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -158,7 +161,7 @@ class World:
 
 
 def digests(path: Path, end: int) -> list[list[Any]]:
-    return digest_disk(str(path), "raw", lambda _: None, [[0, end]])
+    return Differ().segments(str(path), "raw", [[0, end]], lambda _: None)
 
 
 RUNS = st.lists(
@@ -172,7 +175,7 @@ RUNS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 99), RUNS)
 def test_any_sequence_of_runs_and_crashes(seed: int, runs: list[tuple[int, float, bool, bool]]) -> None:
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patched:
@@ -193,3 +196,255 @@ def test_any_sequence_of_runs_and_crashes(seed: int, runs: list[tuple[int, float
         assert world.defined
         assert {entry.name for entry in world.pool.iterdir()} == {*FOREIGN, *(world.final(disk).name for disk in DISKS)}
         assert not list(locks.iterdir())
+
+
+CLUSTER, CLUSTERS = 64 * KIB, 4
+STEPS_OF_A_SYNC = 11
+
+
+class Replica:
+    """A VM at the destination that is brought to its source's state through an overlay on its one disk.
+
+    `defined` is the file that libvirt has for it, `by` the operation that defined it, `seal` what it was sealed with.
+    `state` is what its guest has to find at every instant. A merge stops after `merged` of its clusters.
+    """
+
+    def __init__(self, root: Path, seed: int) -> None:
+        self.pool, self.source = root / "pool", root / "source"
+        self.pool.mkdir()
+        (self.pool / "other.raw").write_bytes(b"not ours")
+        self.base = self.pool / "base.raw"
+        self.write_source(seed)
+        self.base.write_bytes(self.source.read_bytes())
+        self.state = self.source.read_bytes()
+        self.defined, self.by = self.base, "clone"
+        self.seal: dict[str, str] | None = {"vda": facts.fingerprint(str(self.base))}
+        self.operations = 0
+        self.steps_left = 1 << 30
+        self.merged = CLUSTERS
+        self.held: Stage | None = None
+
+    def write_source(self, seed: int) -> None:
+        """Clusters of data and of zeros, by chance; the disk may have grown."""
+        chance = random.Random(seed)
+        size = max(CLUSTERS + seed % 2, self.source.stat().st_size // CLUSTER if self.source.exists() else 0) * CLUSTER
+        held = [at for at in range(0, size, CLUSTER) if chance.random() < 0.6]
+        make_raw(self.source, size, [(at, noise(CLUSTER, chance.randrange(5))) for at in held])
+
+    @property
+    def format(self) -> str:
+        return "raw" if self.defined == self.base else "qcow2"
+
+    def guest_finds(self) -> bytes:
+        with closing(image.open_for_reading(str(self.defined), self.format)) as disk:
+            return read(disk)
+
+    def guest_writes(self) -> None:
+        """The VM is started, writes, and is shut off."""
+        with closing(qemu.open_nbd(str(self.defined), self.format, writable=True)) as disk:
+            disk.write(CLUSTER // 2, memoryview(b"a guest's"))
+            disk.flush()
+        self.state = self.state[: CLUSTER // 2] + b"a guest's" + self.state[CLUSTER // 2 + 9 :]
+
+    @property
+    def is_unused(self) -> bool:
+        if self.seal is None or self.defined != self.base:
+            return False
+        return merge.unchanged(self.seal["vda"], facts.fingerprint(str(self.base)))
+
+    def step(self) -> None:
+        self.check()
+        if not self.steps_left:
+            raise PowerCutError
+        self.steps_left -= 1
+
+    def check(self) -> None:
+        """What holds at every instant."""
+        assert self.guest_finds() == self.state
+        assert (self.pool / "other.raw").read_bytes() == b"not ours"
+
+    def run(self, crash_at: int, cut: float = 1.0, merged: int = CLUSTERS, *, force: bool = False) -> str:
+        """How it ended."""
+        self.steps_left, self.merged = crash_at, merged
+        try:
+            return self._run(cut, force)
+        except PowerCutError:
+            if self.held is not None:
+                self.held.release()
+            return "power cut"
+        finally:
+            self.held = None
+
+    def _run(self, cut: float, force: bool) -> str:
+        found = next(iter(stage.staged([str(self.pool)], "web")), None)
+        if found and found["defining"]:
+            committed = self.by == found["operation"]
+            self.step()
+            stage.settle(str(self.pool), "web", committed=committed)
+            self.step()
+            if committed:
+                self.held = Stage(str(self.pool), "web", found["operation"], {}, finishing=True)
+                return self._after_commit(self.held)
+        if not self.is_unused and not force:
+            return "refused"
+        if self.is_unused and not found and self.state == self.source.read_bytes():
+            return "nothing to do"
+        found = None if force else found
+        self.operations += 1
+        operation = found["operation"] if found else f"{self.operations:02x}"
+        self.held = Stage(str(self.pool), "web", operation, {"kind": "sync"}, resume=found is not None, keep=True)
+        kept = found["disks"].get("vda") if found else None
+        size = self.source.stat().st_size
+        usable = kept is not None and kept["durable"] and kept["backing"] == str(self.base) and kept["size"] == size
+        self._fill(self.held, usable, cut)
+        return self._commit(self.held, operation)
+
+    def overlay(self, staged: Stage) -> Path:
+        return self.pool / f"kvm-clone-{staged.operation}-vda.qcow2"
+
+    def _fill(self, staged: Stage, usable: bool, cut: float) -> None:
+        size, final = self.source.stat().st_size, str(self.overlay(staged))
+        owner = {"mode": 0o600, "user": "root", "group": "root"}
+        spec = {"format": "qcow2", "size": size, "options": {}, "backing": [str(self.base), "raw"], **owner}
+        self.step()
+        part = staged.part_path("vda", final) if usable else staged.create("vda", final, spec)
+        self.step()
+        ranges = self._differing(part)
+        if ranges:
+            content = through_pipe(functools.partial(_send, Job(str(self.source), "raw", False, ranges)))
+            content = content if cut >= 1 else content[: int(len(content) * cut)]
+            with arriving(content) as incoming, suppress(*([] if cut >= 1 else [AgentError])):
+                note = functools.partial(self._durable, staged)
+                Receiver(incoming, [Job(part, "qcow2", False)], lambda _: None, note).run()
+            if cut < 1:
+                raise PowerCutError
+        assert self._differing(part) == []
+
+    def _durable(self, staged: Stage, ends: list[int]) -> None:
+        staged.note(journal.DURABLE, {"disk": "vda", "end": ends[0]})
+
+    def _differing(self, part: str) -> list[list[int]]:
+        wanted = self.source.read_bytes()
+        with closing(image.open_for_reading(part, "qcow2")) as disk:
+            there = read(disk)
+        assert len(there) == len(wanted)
+        starts = range(0, len(wanted), CLUSTER)
+        return [[at, at + CLUSTER] for at in starts if there[at : at + CLUSTER] != wanted[at : at + CLUSTER]]
+
+    def _commit(self, staged: Stage, operation: str) -> str:
+        final = self.overlay(staged)
+        self.step()
+        staged.publish("vda", str(final))
+        self.step()
+        overlay = {"disk": "vda", "path": str(final), "base": str(self.base), "base_format": "raw"}
+        images = {"vda": [str(final), facts.fingerprint(str(final))]}
+        staged.note(journal.DEFINE, {"uuid": "u", "remove": [], "merge": [overlay], "images": images})
+        self.step()
+        self.defined, self.by, self.seal = final, operation, None
+        self.state = self.source.read_bytes()
+        self.step()
+        staged.note(journal.COMMITTED, {})
+        return self._after_commit(staged)
+
+    def _after_commit(self, staged: Stage) -> str:
+        self.step()
+        overlays = staged.overlays()
+        if overlays and self.defined != self.base:
+            staged.merge()
+            self.step()
+            self.defined = self.base
+            self.step()
+        if overlays:
+            staged.merged()
+        self.step()
+        self.seal = staged.seal()
+        self.step()
+        staged.finish()
+        return "done"
+
+    def merging(self, path: str, _base: str, _format: str) -> None:
+        """qemu-img commit, or as much of it as comes before the power is cut."""
+        if self.merged < CLUSTERS:
+            with closing(image.open_for_reading(path, "qcow2")) as disk, self.base.open("r+b") as base:
+                base.truncate(disk.size)
+                base.write(read(disk)[: self.merged * CLUSTER])
+            self.check()
+            raise PowerCutError
+        run(["qemu-img", "commit", "-q", "-d", "-f", "qcow2", "--", path])
+
+
+def _send(job: Job, out: int) -> None:
+    Sender(out, [job], 1, 0).run()
+
+
+@contextmanager
+def replica(seed: int) -> Iterator[Replica]:
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patched:
+        locks = Path(directory) / "locks"
+        locks.mkdir()
+        patched.setattr(stage, "_LOCK_DIRECTORIES", (str(locks),))
+        patched.setattr(transfer, "DURABLE_LEAST", 1)
+        found = Replica(Path(directory), seed)
+        patched.setattr(qemu, "merge", found.merging)
+        yield found
+        assert not list(locks.iterdir())
+
+
+def ends_well(found: Replica, *, force: bool) -> None:
+    """The next runs bring it to the source's state, and leave nothing."""
+    for _ in range(2):  # the first may only finish what was begun
+        found.run(1 << 30, force=force)
+        found.check()
+    assert found.state == found.source.read_bytes() == found.base.read_bytes()
+    assert {entry.name for entry in found.pool.iterdir()} == {"base.raw", "other.raw"}
+    assert found.is_unused
+    assert found.run(1 << 30) == "nothing to do"
+
+
+@pytest.mark.parametrize("crash_at", range(STEPS_OF_A_SYNC + 1))
+def test_a_sync_that_ends_at_any_step_is_gone_on_with(crash_at: int) -> None:
+    with replica(1) as found:
+        found.write_source(3)
+        assert (found.run(crash_at) == "power cut") == (crash_at < STEPS_OF_A_SYNC)
+        found.check()
+        ends_well(found, force=False)
+
+
+@pytest.mark.parametrize("merged", range(CLUSTERS))
+def test_a_merge_that_ends_anywhere_is_gone_on_with(merged: int) -> None:
+    with replica(2) as found:
+        found.write_source(5)
+        assert found.run(1 << 30, merged=merged) == "power cut"
+        found.check()
+        ends_well(found, force=False)
+
+
+SYNCS = st.lists(
+    st.tuples(
+        st.integers(0, STEPS_OF_A_SYNC + 2),  # the step that it dies before
+        st.sampled_from([0.0, 0.5, 0.9, 1.0, 1.0, 1.0]),  # of the copy that gets through
+        st.sampled_from([0, 2, CLUSTERS, CLUSTERS, CLUSTERS]),  # of the merge
+        st.sampled_from(["", "", "the source changes", "the guest writes"]),  # before it
+        st.integers(0, 4).map(lambda number: number == 4),  # whether it is forced
+    ),
+    min_size=2,
+    max_size=5,
+)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@given(st.integers(0, 99), SYNCS)
+def test_any_sequence_of_syncs_and_crashes(seed: int, runs: list[tuple[int, float, int, str, bool]]) -> None:
+    """What the guest of the replica has written is lost to none but --force."""
+    with replica(seed) as found:
+        for number, (crash_at, cut, merged, before, force) in enumerate(runs):
+            if before == "the source changes":
+                found.write_source(seed + number + 1)
+            elif before == "the guest writes":
+                found.guest_writes()
+                found.check()
+            used = b"a guest's" in found.state
+            found.run(crash_at, cut, merged, force=force)
+            found.check()
+            assert force or not used or b"a guest's" in found.state
+        ends_well(found, force=True)

@@ -411,9 +411,9 @@ def test_no_room_for_an_image(small: Path) -> None:
 
 def test_no_room_for_the_journal(small: Path, locks: Path) -> None:
     fill(small, but=0)
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(AgentError, match=stage.journal_path(str(small), NAME)) as caught:
         begin(small)
-    assert errors.from_exception(caught.value).kind == errors.NO_SPACE
+    assert caught.value.kind == errors.NO_SPACE
     assert seen_names(small) == {"filler"}
     assert not list(locks.iterdir())
 

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -170,6 +171,36 @@ def make_raw(path: Path, size: int, writes: Iterable[Write] = ()) -> Path:
             file.seek(offset)
             file.write(data)
     return path
+
+
+def make_overlay(path: Path, base: Path, format_: str, size: int, writes: Iterable[Write] = ()) -> Path:
+    """A qcow2 image that rests on another one, with these writes over it."""
+    need("qemu-img", "qemu-nbd")
+    qemu.create(str(path), "qcow2", size, {}, (str(base), format_))
+    disk = image.StagedImage(str(path))
+    for offset, data in writes:
+        disk.write(offset, memoryview(data))
+    disk.flush()
+    disk.close()
+    return path
+
+
+@contextmanager
+def exported(path: Path, format_: str, export: str, *options: str) -> Iterator[str]:
+    """The path of a socket behind which a qemu-nbd serves the image under that export's name."""
+    need("qemu-nbd")
+    with tempfile.TemporaryDirectory() as directory:
+        listening = f"{directory}/a & b.sock"
+        argv = ["qemu-nbd", "--persistent", "--shared=4", "-k", listening, "-x", export, "-f", format_, *options]
+        with ending(subprocess.Popen([*argv, "--", str(path)])) as server:
+            assert eventually(lambda: _accepts(listening) or server.poll() is not None)
+            assert server.poll() is None, "qemu-nbd has ended"
+            yield listening
+
+
+def _accepts(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(path) == 0
 
 
 @contextmanager

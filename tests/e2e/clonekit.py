@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,16 @@ from typing import Any
 
 from labclient import Lab, Vm
 
+PROGRAM = (sys.executable, "-m", "kvm_clone.cli")
 IMAGES = "/var/lib/libvirt/images"
 AGENT = "python3 -I -c exec("
 """How an agent's command line begins."""
 
 IMPATIENT = ("--ssh-option", "ServerAliveInterval=1", "--ssh-option", "ServerAliveCountMax=3")
 """Notices a dead connection in seconds."""
+
+HASTY = {"KVM_CLONE_CONNECT_TIMEOUT": "3", "KVM_CLONE_CONNECT_RETRIES": "0"}
+"""Gives a host that does not answer up in seconds."""
 
 SETTLED_SECONDS = 60.0
 """Longer than an agent that is cut off waits before it rolls back by itself."""
@@ -54,7 +58,7 @@ def environment() -> dict[str, str]:
 
 def kvm_clone(lab: Lab, command: str, *argv: str, seconds: float = 120) -> Done:
     """Run kvm-clone with the lab's ssh configuration."""
-    line = [sys.executable, "-m", "kvm_clone.cli", command, "-F", str(lab.ssh_config), *argv]
+    line = [*PROGRAM, command, "-F", str(lab.ssh_config), *argv]
     done = subprocess.run(
         line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds, env=environment(), check=False
     )
@@ -62,16 +66,21 @@ def kvm_clone(lab: Lab, command: str, *argv: str, seconds: float = 120) -> Done:
 
 
 @contextmanager
-def running(lab: Lab, *argv: str) -> Iterator[subprocess.Popen[str]]:
-    """A clone under way, which is killed in the end if it has not ended."""
-    line = [sys.executable, "-m", "kvm_clone.cli", "clone", "-F", str(lab.ssh_config), *argv]
+def running(
+    lab: Lab,
+    *argv: str,
+    command: str = "clone",
+    program: Sequence[str] = PROGRAM,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[subprocess.Popen[str]]:
+    """A clone, or a sync, under way, which is killed in the end if it has not ended."""
     child = subprocess.Popen(
-        line,
+        [*program, command, "-F", str(lab.ssh_config), *argv],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(),
+        env={**environment(), **(variables or {})},
     )
     try:
         yield child
@@ -81,15 +90,42 @@ def running(lab: Lab, *argv: str) -> Iterator[subprocess.Popen[str]]:
         child.communicate()
 
 
+@contextmanager
+def stopped(child: subprocess.Popen[str]) -> Iterator[None]:
+    """The process stands still, so that nothing it would do next comes in between."""
+    child.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        child.send_signal(signal.SIGCONT)
+
+
 def ended(child: subprocess.Popen[str], seconds: float = 90) -> Done:
     """Wait for a clone that is under way."""
     out, err = child.communicate(timeout=seconds)
     return Done(child.returncode, out, err)
 
 
-def interrupt(lab: Lab, *argv: str, disk: str, at: int) -> Done:
-    """Clone until the journal calls so much of the disk durable, then end it by a signal that keeps what is staged."""
-    with running(lab, *argv) as child:
+HELD = Path(__file__).with_name("held.py")
+
+
+@contextmanager
+def held(lab: Lab, record: str, *argv: str, command: str = "clone") -> Iterator[subprocess.Popen[str]]:
+    """A clone, or a sync, that has stopped at the record, and is killed in the end if it has not ended."""
+    program = (sys.executable, str(HELD), record)
+    with running(lab, *argv, command=command, program=program, variables=HASTY) as child:
+        wait_until(f"the {command} stops at {record}", lambda: _has_stopped(child), 30)
+        yield child
+
+
+def _has_stopped(child: subprocess.Popen[str]) -> bool:
+    assert child.poll() is None, child.communicate()
+    return Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def interrupt(lab: Lab, *argv: str, disk: str, at: int, command: str = "clone") -> Done:
+    """Copy until the journal calls so much of the disk durable, then end it by a signal that keeps what is staged."""
+    with running(lab, *argv, command=command) as child:
         wait_for_durable(lab, disk, at)
         child.terminate()
         done = ended(child)

@@ -1,4 +1,4 @@
-"""The lab as a fixture: two libvirt hosts that every end-to-end test shares."""
+"""The lab as a fixture: two libvirt hosts that all end-to-end tests of one process share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def lab() -> Iterator[Lab]:
     """Give the lab, up; it is taken down at the end if it was down before."""
     if os.geteuid() != 0:
         _unavailable("the lab needs root")
-    state = Path(os.environ.get("KVM_CLONE_LAB_STATE") or REPOSITORY / ".lab").resolve()
+    state = _state()
     here = Lab(state)
     was_up = (state / "ssh_config").exists()
     done = here.command("up", check=False)
@@ -26,6 +26,13 @@ def lab() -> Iterator[Lab]:
     finally:
         if not was_up:
             here.command("down")
+
+
+def _state() -> Path:
+    """The lab's directory: each process of pytest-xdist has a lab of its own, beside the one for people."""
+    state = Path(os.environ.get("KVM_CLONE_LAB_STATE") or REPOSITORY / ".lab").resolve()
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    return state.with_name(f"{state.name}-{worker}") if worker else state
 
 
 def _unavailable(reason: str) -> None:

@@ -1,6 +1,7 @@
 """kvm-clone that stops itself (SIGSTOP) once the destination has journalled a record: `held.py RECORD ARGV…`.
 
-Only the first such record stops it; it goes on when it gets SIGCONT.
+Only the first such record stops it; it goes on when it gets SIGCONT. `before CALL` stops it before that call of the
+agent.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from kvm_clone.cli import main
 from kvm_clone.host import Host
 
-WRITES = {"stage": "begin", "create": "create", "publish": "publish"}
+WRITES = {"stage": "begin", "create": "create", "publish": "publish", "merge": "merged"}
 """The record that a call of the agent writes; `note` writes the one that it is given."""
 
 
@@ -22,11 +23,17 @@ def hold_at(record: str) -> None:
     call = Host.call
     held: list[str] = []
 
-    async def holding(self: Host, name: str, progress: Any = None, /, **arguments: Any) -> Any:
-        answer = await call(self, name, progress, **arguments)
-        if record in (WRITES.get(name), arguments.get("record")) and not held:
+    def hold() -> None:
+        if not held:
             held.append(record)
             os.kill(os.getpid(), signal.SIGSTOP)
+
+    async def holding(self: Host, name: str, progress: Any = None, /, **arguments: Any) -> Any:
+        if record == f"before {name}":
+            hold()
+        answer = await call(self, name, progress, **arguments)
+        if record in (WRITES.get(name), arguments.get("record")):
+            hold()
         return answer
 
     Host.call = holding  # type: ignore[method-assign]

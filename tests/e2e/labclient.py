@@ -1,10 +1,11 @@
-"""The lab for tests: its command line as methods."""
+"""The lab for tests: its command line as methods, and commands on its hosts without the start of a lab/lab for each."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,11 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAB = REPOSITORY / "lab/lab"
+sys.path.insert(0, str(REPOSITORY / "lab"))
+
+from kclab import host as lab_host  # noqa: E402
+from kclab import state as lab_state  # noqa: E402
+from kclab.command import environment  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -50,18 +56,8 @@ class Lab:
         input: str | None = None,  # noqa: A002
     ) -> subprocess.CompletedProcess[str]:
         """Run `lab/lab ARGV`."""
-        done = subprocess.run(
-            [str(LAB), *argv],
-            input="" if input is None else input,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-            env={**self.environment, "KVM_CLONE_LAB_STATE": str(self.state)},
-        )
-        if check and done.returncode != 0:
-            raise AssertionError(f"lab/lab {argv}: exit code {done.returncode}: {done.stderr or done.stdout}")
-        return done
+        own = {**self.environment, "KVM_CLONE_LAB_STATE": str(self.state)}
+        return _finished([str(LAB), *argv], own, input, check=check)
 
     def run(
         self,
@@ -70,14 +66,26 @@ class Lab:
         check: bool = True,
         input: str | None = None,  # noqa: A002
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command on a host."""
-        return self.command("exec", host, "--", *argv, check=check, input=input)
+        """Run a command on a host, as `lab/lab exec` would."""
+        there = lab_state.Lab(self.state).host(host)
+        return _finished(lab_host.entered(there, *argv), environment(), input, check=check)
 
-    def vm(self, host: str, name: str, disks: Sequence[str] = (), boot: bool = True, start: bool = False) -> Vm:
-        """Make a VM, in place of one of this name; disks are FORMAT:SIZE[:DATA]."""
+    def vm(
+        self,
+        host: str,
+        name: str,
+        disks: Sequence[str] = (),
+        boot: bool = True,
+        start: bool = False,
+        guest: str = "tick",
+        guest_agent: bool = False,
+    ) -> Vm:
+        """Make a VM, in place of one of this name; disks are FORMAT:SIZE[:DATA], guest is `--guest`'s MODE."""
         options = [option for disk in disks for option in ("--disk", disk)]
         options += [] if boot else ["--no-boot-disk"]
         options += ["--start"] if start else []
+        options += ["--guest", guest] if guest != "tick" else []
+        options += ["--guest-agent"] if guest_agent else []
         made = self.command("vm", host, "--json", *options, "--", name)
         return Vm(**json.loads(made.stdout))
 
@@ -119,3 +127,33 @@ class Lab:
                     return line.removeprefix("GUEST-UP ").strip()
             time.sleep(0.1)
         raise AssertionError(f"no guest came up within {seconds} s; its serial port printed {printed!r}")
+
+    def wait_for_guest_agent(self, host: str, domain: str, seconds: float = 60) -> None:
+        """Wait until the QEMU guest agent of a VM answers."""
+        deadline = time.monotonic() + seconds
+        ping = ("virsh", "qemu-agent-command", domain, '{"execute": "guest-ping"}', "--timeout", "5")
+        while (done := self.run(host, *ping, check=False)).returncode != 0:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no guest agent answered within {seconds} s: {done.stderr.strip()}")
+            time.sleep(0.1)
+
+
+def _finished(
+    argv: list[str],
+    env: dict[str, str],
+    input: str | None,  # noqa: A002
+    *,
+    check: bool,
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        argv,
+        input=input or "",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=env,
+    )
+    if check and done.returncode != 0:
+        raise AssertionError(f"{argv}: exit code {done.returncode}: {done.stderr or done.stdout}")
+    return done

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from clonekit import (
     EMULATOR,
+    HASTY,
     IMAGES,
     IMPATIENT,
     agents,
@@ -31,6 +32,7 @@ from clonekit import (
     refused_in_the_end,
     remove,
     running,
+    stopped,
     wait_for_copy,
     wait_for_durable,
     wait_until,
@@ -49,7 +51,7 @@ ROLL_BACK = ("--retries", "0", "--no-keep-partial")
 @pytest.fixture(scope="module")
 def victim(lab: Lab) -> Iterator[Vm]:
     """A VM whose clone is interrupted: one qcow2 disk, so that qemu-nbd runs, and one raw."""
-    yield lab.vm("kc-a", "victim", ["qcow2:40M:8M", "raw:40M:8M"], boot=False)
+    yield lab.vm("kc-a", "victim", ["qcow2:40M:5M", "raw:40M:5M"], boot=False)
     remove(lab, "kc-a", "victim")
 
 
@@ -136,7 +138,7 @@ def test_a_killed_process_is_got_over_within_the_run(lab: Lab, victim: Vm, proce
 @pytest.mark.parametrize("route", ROUTES)
 def test_what_a_killed_controller_leaves_is_finished_by_the_next_one(lab: Lab, victim: Vm, route: str) -> None:
     with running(lab, "kc-a", "kc-b", "victim", "--route", route, *SLOW) as child:
-        wait_for_copy(lab, count=2, written=6 << 20)
+        wait_for_copy(lab, count=2, written=2 << 20)
         wait_for_durable(lab, "vdb", 1)
         child.kill()
         ended(child)
@@ -217,29 +219,6 @@ def test_a_timeout_is_an_interruption(lab: Lab, victim: Vm, keep: bool) -> None:
     assert_equal(lab, victim)
 
 
-@pytest.mark.parametrize("disk", ["raw:64M:30M", "qcow2:64M:30M"])
-def test_a_full_filesystem_at_the_destination(lab: Lab, disk: str) -> None:
-    lab.vm("kc-a", "too-big", [disk], boot=False)
-    small = f"{IMAGES}/small"
-    lab.run("kc-b", "sh", "-c", f"mkdir {small} && mount -t tmpfs -o size=48m none {small}")
-    lab.run("kc-b", "virsh", "pool-create-as", "small", "dir", "--target", small)
-    try:
-        before = picture(lab, "kc-b")
-        with running(lab, "kc-a", "kc-b", "too-big", "--pool", "small", "--bandwidth-limit", "8M") as child:
-            wait_until("staged", lambda: ".part" in lab.run("kc-b", "ls", "-A", small).stdout)
-            lab.run("kc-b", "sh", "-c", f"head -c 40M /dev/zero > {small}/filler")
-            done = ended(child)
-        lab.run("kc-b", "rm", f"{small}/filler")
-        assert done.code == 6, done.err
-        assert "No space left on device" in done.err
-        assert "--pool" in done.err
-        assert_becomes(lab, "kc-b", before)
-        assert lab.run("kc-b", "ls", "-A", small).stdout == ""
-    finally:
-        lab.run("kc-b", "sh", "-c", f"virsh pool-destroy small; umount {small}; rmdir {small}")
-        remove(lab, "kc-a", "too-big")
-
-
 @pytest.mark.faults
 def test_a_cut_network_rolls_back_on_both_sides(lab: Lab, victim: Vm) -> None:
     before = {host: picture(lab, host) for host in ("kc-a", "kc-b")}
@@ -272,7 +251,8 @@ def test_a_network_that_comes_back_is_got_over_within_the_run(lab: Lab, victim: 
 
 
 def test_after_a_power_cut_of_the_destination_the_same_command_succeeds(lab: Lab, victim: Vm) -> None:
-    with running(lab, "kc-a", "kc-b", "victim", *SLOW, *IMPATIENT, "--idempotent", "--retries", "1") as child:
+    how = ("--idempotent", "--retries", "1", *IMPATIENT)
+    with running(lab, "kc-a", "kc-b", "victim", *SLOW, *how, variables=HASTY) as child:
         wait_for_copy(lab)
         lab.power("off", "kc-b")
         done = ended(child, 150)
@@ -292,7 +272,7 @@ def _overwrite(lab: Lab, target: str) -> None:
 
 def test_a_corrupted_copy_is_mended(lab: Lab, victim: Vm) -> None:
     with running(lab, "kc-a", "kc-b", "victim", "--output", "json", *SLOW) as child:
-        wait_for_copy(lab, count=2, written=6 << 20)
+        wait_for_copy(lab, count=2, written=2 << 20)
         _overwrite(lab, "vdb")
         done = ended(child)
     assert done.code == 0, done.err
@@ -303,7 +283,7 @@ def test_a_corrupted_copy_is_mended(lab: Lab, victim: Vm) -> None:
 def test_a_copy_that_stays_corrupted_is_never_committed(lab: Lab, victim: Vm) -> None:
     before = picture(lab, "kc-b")
     with running(lab, "kc-a", "kc-b", "victim", "--output", "json", *SLOW) as child:
-        wait_for_copy(lab, count=2, written=6 << 20)
+        wait_for_copy(lab, count=2, written=2 << 20)
         while child.poll() is None:
             with contextlib.suppress(StopIteration, FileNotFoundError):
                 _overwrite(lab, "vdb")
@@ -317,7 +297,7 @@ def test_a_copy_that_stays_corrupted_is_never_committed(lab: Lab, victim: Vm) ->
 @pytest.mark.parametrize("verify", ["--verify", "--no-verify"])
 def test_a_source_that_changes_under_the_copy_is_copied_as_it_is_in_the_end(lab: Lab, victim: Vm, verify: str) -> None:
     with running(lab, "kc-a", "kc-b", "victim", verify, *SLOW) as child:
-        wait_for_copy(lab, count=2, written=6 << 20)
+        wait_for_copy(lab, count=2, written=2 << 20)
         with lab.outside("kc-a", victim.disks["vdb"]).open("r+b") as file:
             file.seek(4096)
             file.write(os.urandom(64))
@@ -374,26 +354,6 @@ def test_libvirtd_restarted_in_the_midst_of_the_copy(lab: Lab, victim: Vm) -> No
     assert_nothing_left(lab)
 
 
-def test_a_directory_that_turns_read_only(lab: Lab, victim: Vm) -> None:
-    own = f"{IMAGES}/own"
-    lab.run("kc-b", "sh", "-c", f"mkdir {own} && virsh pool-create-as own dir --target {own}")
-    try:
-        with running(lab, "kc-a", "kc-b", "victim", "--pool", "own", *SLOW) as child:
-            wait_until("the copy is under way", lambda: "part" in lab.run("kc-b", "ls", "-A", own).stdout)
-            lab.run("kc-b", "chattr", "+i", own)
-            done = ended(child)
-        assert done.code == 6, done.err
-        assert "not permitted" in done.err
-        assert "victim" not in lab.run("kc-b", "virsh", "list", "--all", "--name").stdout.split()
-        lab.run("kc-b", "chattr", "-i", own)
-        again = kvm_clone(lab, "clone", "kc-a", "kc-b", "victim", "--pool", "own", "--idempotent")
-        assert again.code == 0, again.err
-        remove(lab, "kc-b", "victim")
-        assert lab.run("kc-b", "ls", "-A", own).stdout == ""
-    finally:
-        lab.run("kc-b", "sh", "-c", f"chattr -i {own}; virsh pool-destroy own; rmdir {own}; true")
-
-
 def test_an_existing_vm_is_left_alone(lab: Lab, victim: Vm) -> None:
     lab.vm("kc-b", "victim", ["raw:8M:1M"], boot=False)
     before = picture(lab, "kc-b")
@@ -407,7 +367,8 @@ def test_an_existing_vm_is_left_alone(lab: Lab, victim: Vm) -> None:
 def test_a_second_operation_on_the_same_vm_is_locked_out(lab: Lab, victim: Vm) -> None:
     with running(lab, "kc-a", "kc-b", "victim", *SLOW) as child:
         wait_for_copy(lab)
-        second = kvm_clone(lab, "clone", "kc-a", "kc-b", "victim")
+        with stopped(child):
+            second = kvm_clone(lab, "clone", "kc-a", "kc-b", "victim")
         assert second.code == 8, second.err
         assert f"process {child.pid}" in second.err
         assert len(parts(lab)) == 2
@@ -486,11 +447,6 @@ def _internal_snapshot(lab: Lab, vm: Vm) -> str:
     return "kept-state"
 
 
-def _start(lab: Lab, vm: Vm) -> str:
-    lab.run("kc-a", "virsh", "start", vm.name)
-    return "running"
-
-
 def _written_by_another(lab: Lab, vm: Vm) -> str:
     lab.run("kc-a", "sh", "-c", f"qemu-nbd -f qcow2 -t -k /run/other.sock --fork {vm.disks['vda']}")
     return "in use"
@@ -522,7 +478,6 @@ _NVRAM = (
 REFUSALS: dict[str, Callable[[Lab, Vm], str]] = {
     "a backing file": _overlay,
     "an internal snapshot": _internal_snapshot,
-    "a running source": _start,
     "an image in use": _written_by_another,
     "a block device": _with_xml("</devices>", f"{_BLOCK_DISK}</devices>", "/dev/loop7"),
     "a network disk": _with_xml("</devices>", f"{_NETWORK_DISK}</devices>", "vdy"),

@@ -1,18 +1,16 @@
 """The fault matrix: whatever fails when a record has just been journalled, the same command then ends it well.
 
-KVM_CLONE_WRITE_MATRIX=1 writes what was seen to docs/faults.md.
+KVM_CLONE_WRITE_MATRIX=1 writes what was seen to docs/faults.md; scripts/test then keeps to one process.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from clonekit import (
@@ -22,24 +20,23 @@ from clonekit import (
     assert_equal,
     assert_nothing_left,
     definition,
+    disks_of,
     ended,
-    environment,
+    held,
     kill,
     kvm_clone,
     picture,
     pids,
     records,
-    wait_until,
     wipe,
 )
 from labclient import REPOSITORY, Lab, Vm
 
 pytestmark = pytest.mark.e2e
 
-HELD = Path(__file__).with_name("held.py")
 OURS = "metadata/{https://kvm-clone.org/xmlns/clone/1}clone"
 
-RECORDS = ("begin", "create", "durable", "copied", "proven", "publish", "define", "committed")
+RECORDS = ("begin", "create", "durable", "copied", "proven", "publish", "define", "committed", "merged")
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ FAULTS = {
     "destination without power": _power("kc-b"),
 }
 
-KINDS = ("clone", "replacing clone")
+KINDS = ("clone", "replacing clone", "sync")
 
 FAST = {
     ("clone", "begin", "controller killed"),
@@ -85,11 +82,19 @@ FAST = {
     ("replacing clone", "define", "controller killed"),
     ("replacing clone", "define", "destination agent killed"),
     ("replacing clone", "committed", "controller killed"),
+    ("sync", "durable", "receiver killed"),
+    ("sync", "define", "destination agent killed"),
+    ("sync", "committed", "controller killed"),
+    ("sync", "merged", "controller killed"),
 }
 """What `make test` runs; `make test-faults` runs all."""
 
 CELLS = [
-    (kind, record, fault) for kind in KINDS for record in RECORDS for fault in FAULTS if record in FAULTS[fault].at
+    (kind, record, fault)
+    for kind in KINDS
+    for record in RECORDS
+    for fault in FAULTS
+    if record in FAULTS[fault].at and (kind == "sync" or record != "merged")
 ]
 
 
@@ -107,33 +112,6 @@ def clean(lab: Lab) -> Iterator[None]:
     """Whatever a test leaves, the next one does not find."""
     yield
     wipe(lab)
-
-
-@contextmanager
-def held(lab: Lab, record: str, *argv: str) -> Iterator[subprocess.Popen[str]]:
-    """A clone that has stopped at the record, and is killed in the end if it has not ended."""
-    line = [sys.executable, str(HELD), record, "clone", "-F", str(lab.ssh_config), *argv]
-    quick = {"KVM_CLONE_CONNECT_TIMEOUT": "3", "KVM_CLONE_CONNECT_RETRIES": "0"}
-    child = subprocess.Popen(
-        line,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**environment(), **quick},
-    )
-    try:
-        wait_until(f"the clone stops at {record}", lambda: _stopped(child), 30)
-        yield child
-    finally:
-        if child.poll() is None:
-            child.kill()
-        child.communicate()
-
-
-def _stopped(child: subprocess.Popen[str]) -> bool:
-    assert child.poll() is None, child.communicate()
-    return Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def assert_whole(lab: Lab, source: Vm, old: Vm | None, content: dict[str, bytes]) -> None:
@@ -160,6 +138,49 @@ def outcome(first: Done, again: Done) -> str:
     return "resumed" if result["bytes_reused"] else "anew"
 
 
+CHANGED = 8 << 20
+"""Bytes of the source that differ in a replica that is synced."""
+
+
+@dataclass(frozen=True)
+class Replica:
+    """What a sync starts from: the replica's definition and its disks' files, as they were before."""
+
+    uuid: str
+    files: dict[str, bytes]
+
+
+def replicated(lab: Lab) -> tuple[Vm, Replica]:
+    """A VM, and its replica, which lacks a change of one of its disks and has zeros where the other has data."""
+    source = lab.vm("kc-a", "fault", ["qcow2:16M:4M", "raw:16M:4M"], boot=False)
+    done = kvm_clone(lab, "clone", "kc-a", "kc-b", "fault")
+    assert done.code == 0, done.err
+    for target, command in (("vda", "write -z 1M 1M"), ("vdb", f"write -P 0x5a 4M {CHANGED}")):
+        path = lab.outside("kc-a", source.disks[target])
+        subprocess.run(["qemu-io", "-f", path.suffix[1:], "-c", command, path], check=True, stdout=subprocess.DEVNULL)
+    paths = [path for path, _ in disks_of(lab, "kc-b", "fault").values()]
+    uuid = definition(lab, "kc-b", "fault").findtext("uuid") or ""
+    return source, Replica(uuid, {path: lab.outside("kc-b", path).read_bytes() for path in paths})
+
+
+def assert_old_or_new(lab: Lab, source: Vm, replica: Replica) -> None:
+    """The replica's definition names its disks as they were, or disks that are completely as the source's."""
+    assert definition(lab, "kc-b", source.name).findtext("uuid") == replica.uuid
+    there = disks_of(lab, "kc-b", source.name)
+    if {path for path, _ in there.values()} == replica.files.keys() and all(
+        lab.outside("kc-b", path).read_bytes() == content for path, content in replica.files.items()
+    ):
+        return
+    for target, (path, format_) in there.items():
+        flat = f"/run/{target}.raw"
+        lab.run("kc-b", "qemu-img", "convert", "-f", format_, "-O", "raw", path, flat)
+        ours = lab.outside("kc-a", source.disks[target])
+        digest = lab.run("kc-b", "sha256sum", flat).stdout.split()[0]
+        here = lab.root / "flat.raw"
+        subprocess.run(["qemu-img", "convert", "-f", ours.suffix[1:], "-O", "raw", ours, here], check=True)
+        assert digest == hashlib.sha256(here.read_bytes()).hexdigest()
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("kind", "record", "fault"),
@@ -168,12 +189,53 @@ def outcome(first: Done, again: Done) -> str:
 def test_the_same_command_ends_well_after(
     lab: Lab, seen: dict[tuple[str, str, str], str], kind: str, record: str, fault: str
 ) -> None:
+    if kind == "sync":
+        first, again = sync_hit(lab, record, fault)
+    else:
+        first, again = clone_hit(lab, kind, record, fault)
+    seen[kind, record, fault] = outcome(first, again)
+
+
+def clone_hit(lab: Lab, kind: str, record: str, fault: str) -> tuple[Done, Done]:
+    """A clone that is hit, and the one after it."""
     source = lab.vm("kc-a", "fault", ["qcow2:16M:4M", "raw:16M:4M"], boot=False)
     old = lab.vm("kc-b", "fault", ["raw:4M:1M", "qcow2:4M:1M"], boot=False) if kind == "replacing clone" else None
     content = {path: lab.outside("kc-b", path).read_bytes() for path in old.disks.values()} if old else {}
-    slow = ("--bandwidth-limit", "3M") if record == "durable" else ()
-    argv = ("kc-a", "kc-b", "fault", "--idempotent", "--output", "json")
-    with held(lab, record, *argv, *slow, *IMPATIENT, "--retries", "1") as child:
+    first = hit(lab, "clone", record, fault)
+    assert_whole(lab, source, old, content)
+    again = once_more(lab, "clone", first)
+    assert_equal(lab, source)
+    if old is not None:
+        assert definition(lab, "kc-b", "fault").findtext("uuid") == old.uuid
+    kept = {path.rpartition("/")[2] for path in content} & {name for name, _, _ in picture(lab, "kc-b").files}
+    assert not kept, "the replaced VM's disks are still there"
+    assert_nothing_left(lab)
+    return first, again
+
+
+def sync_hit(lab: Lab, record: str, fault: str) -> tuple[Done, Done]:
+    """A sync that is hit, and the one after it."""
+    source, replica = replicated(lab)
+    first = hit(lab, "sync", record, fault)
+    assert_old_or_new(lab, source, replica)
+    again = once_more(lab, "sync", first)
+    assert_equal(lab, source)
+    assert definition(lab, "kc-b", "fault").findtext("uuid") == replica.uuid
+    assert {path for path, _ in disks_of(lab, "kc-b", "fault").values()} == replica.files.keys()
+    assert sorted(name for name, _, _ in picture(lab, "kc-b").files) == sorted(
+        path.rpartition("/")[2] for path in replica.files
+    )
+    assert_nothing_left(lab)
+    return first, again
+
+
+ARGV = ("kc-a", "kc-b", "fault", "--idempotent", "--output", "json")
+
+
+def hit(lab: Lab, command: str, record: str, fault: str) -> Done:
+    """Run the command until the record is journalled, and let the fault come; what then becomes of the command."""
+    slow = ("--bandwidth-limit", "2M") if record == "durable" else ()
+    with held(lab, record, *ARGV, *slow, *IMPATIENT, "--retries", "1", command=command) as child:
         assert record in [entry["record"] for entry in records(lab)]
         try:
             FAULTS[fault].hit(lab, child)
@@ -183,25 +245,24 @@ def test_the_same_command_ends_well_after(
         finally:
             FAULTS[fault].heal(lab)
     assert "Traceback" not in first.err
-    assert_whole(lab, source, old, content)
+    return first
+
+
+def once_more(lab: Lab, command: str, first: Done) -> Done:
+    """The same command again."""
     # --wait: an agent that a cut network keeps from hearing of its controller's end holds the lock for a while.
-    again = kvm_clone(lab, "clone", *argv, "--wait")
+    again = kvm_clone(lab, command, *ARGV, "--wait")
     assert again.code == 0, first.err + again.err
-    assert_equal(lab, source)
-    if old is not None:
-        assert definition(lab, "kc-b", "fault").findtext("uuid") == old.uuid
-    kept = {path.rpartition("/")[2] for path in content} & {name for name, _, _ in picture(lab, "kc-b").files}
-    assert not kept, "the replaced VM's disks are still there"
-    assert_nothing_left(lab)
-    seen[kind, record, fault] = outcome(first, again)
+    return again
 
 
 LEGEND = """# Fault matrix
 
 What was seen when a fault hit right after a record of the journal had become durable (`make test-faults`). After every
-cell: the old VM, if there was one, was untouched or completely replaced; no VM was defined with incomplete disks; the
-same command with `--idempotent` ended with exit code 0 and a clone equal to its source; no staged file, journal, lock
-or process remained.
+cell: the old VM, if there was one, was untouched or completely replaced; a replica that was synced was bit by bit as
+before, or as its source through whatever its definition named; no VM was defined with incomplete disks; the same
+command with `--idempotent` ended with exit code 0 and a clone equal to its source; no staged file, journal, lock or
+process remained.
 
 | word | the run that was hit |
 |---|---|

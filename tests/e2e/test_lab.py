@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
 import socket
@@ -11,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from labclient import LAB, Lab
+from guests import Ticks, assert_clean, assert_counter, assert_file_system, needs_replay, raw_copy
+from labclient import LAB, Lab, Vm
 
 pytestmark = pytest.mark.e2e
 
@@ -53,8 +55,9 @@ def test_up_again_changes_nothing(lab: Lab) -> None:
 
 def test_exec_keeps_arguments_streams_and_exit_code(lab: Lab) -> None:
     odd = ["a b", "", "--", "-x", "*", "it's", "$HOME"]
-    assert lab.run("kc-a", "printf", "%s|", *odd).stdout == "".join(f"{word}|" for word in odd)
-    done = lab.run("kc-b", "sh", "-c", "cat; hostname >&2; exit 7", check=False, input="text\n")
+    assert lab.command("exec", "kc-a", "--", "printf", "%s|", *odd).stdout == "".join(f"{word}|" for word in odd)
+    script = "cat; hostname >&2; exit 7"
+    done = lab.command("exec", "kc-b", "--", "sh", "-c", script, check=False, input="text\n")
     assert (done.returncode, done.stdout, done.stderr) == (7, "text\n", "kc-b\n")
 
 
@@ -73,10 +76,88 @@ def test_host_has_an_active_autostarted_pool(lab: Lab) -> None:
     assert fields["Autostart"].strip() == "yes"
 
 
-def test_guest_boots_and_reads_its_data_disk(lab: Lab) -> None:
+def test_guest_boots_and_reads_its_data_disk(lab: Lab, tmp_path: Path) -> None:
     vm = lab.vm("kc-a", "lab-guest", start=True)
     try:
         assert lab.wait_for_guest("kc-a", vm.serial) == "marker of lab-guest vdb"
+        assert "guest_agent" not in lab.run("kc-a", "virsh", "dumpxml", vm.uuid).stdout
+        time.sleep(1.5)
+        lab.run("kc-a", "virsh", "shutdown", vm.uuid)
+        _wait_until_off(lab, vm)
+        assert "TICK" not in lab.outside("kc-a", vm.serial).read_text()
+        assert b"tick 1\n" in raw_copy(lab, "kc-a", vm.disks["vdb"], tmp_path / "vdb").read_bytes()
+    finally:
+        _remove(lab, vm.uuid)
+
+
+def test_counter_guest_writes_both_disks_in_order(lab: Lab, tmp_path: Path) -> None:
+    vm = lab.vm("kc-a", "lab-counter", start=True, guest="counter")
+    try:
+        assert lab.wait_for_guest("kc-a", vm.serial) == "marker of lab-counter vdb"
+        with Ticks(lab, "kc-a", vm.serial) as ticks:
+            seen = ticks.wait(10)
+            lab.run("kc-a", "virsh", "suspend", vm.uuid)
+            time.sleep(1)
+            lab.run("kc-a", "virsh", "resume", vm.uuid)
+            ticks.wait()
+            assert ticks.longest_pause() >= 1
+        lab.run("kc-a", "virsh", "destroy", vm.uuid)
+        disks = [raw_copy(lab, "kc-a", vm.disks[target], tmp_path / target) for target in ("vdb", "vdc")]
+        assert assert_counter(disks) >= seen.count
+    finally:
+        _remove(lab, vm.uuid)
+
+
+def test_fs_guest_leaves_a_file_system_that_its_journal_mends(lab: Lab, tmp_path: Path) -> None:
+    vm = lab.vm("kc-a", "lab-fs", ["qcow2:64M:2M"], start=True, guest="fs")
+    try:
+        with Ticks(lab, "kc-a", vm.serial) as ticks:
+            seen = ticks.wait(10)
+        lab.run("kc-a", "virsh", "suspend", vm.uuid)
+        crashed = raw_copy(lab, "kc-a", vm.disks["vdb"], tmp_path / "crashed")
+        lab.run("kc-a", "virsh", "resume", vm.uuid)
+        assert needs_replay(crashed)
+        assert assert_file_system(crashed, tmp_path / "files") >= seen.count
+        assert (tmp_path / "files/stretch-1").stat().st_size == 1 << 20
+        lab.run("kc-a", "virsh", "shutdown", vm.uuid)
+        _wait_until_off(lab, vm)
+        unmounted = raw_copy(lab, "kc-a", vm.disks["vdb"], tmp_path / "unmounted")
+        assert not needs_replay(unmounted)
+        assert_clean(unmounted)
+    finally:
+        _remove(lab, vm.uuid)
+
+
+def test_guest_agent_freezes_and_thaws(lab: Lab, tmp_path: Path) -> None:
+    vm = lab.vm("kc-a", "lab-agent", start=True, guest="fs", guest_agent=True)
+    try:
+        with Ticks(lab, "kc-a", vm.serial) as ticks:
+            ticks.wait()
+            lab.wait_for_guest_agent("kc-a", vm.uuid)
+            assert "/data" in lab.run("kc-a", "virsh", "domfsinfo", vm.uuid).stdout
+            assert lab.run("kc-a", "virsh", "domfsfreeze", vm.uuid).stdout == "Froze 1 filesystem(s)\n\n"
+            early = raw_copy(lab, "kc-a", vm.disks["vdb"], tmp_path / "early")
+            last = len(ticks.seen)
+            time.sleep(1)
+            assert len(ticks.seen) == last, "a frozen guest must not tick"
+            late = raw_copy(lab, "kc-a", vm.disks["vdb"], tmp_path / "late")
+            assert lab.run("kc-a", "virsh", "domfsthaw", vm.uuid).stdout == "Thawed 1 filesystem(s)\n\n"
+            ticks.wait()
+        assert filecmp.cmp(early, late, shallow=False), "a frozen guest must not write"
+        assert not needs_replay(late)
+        assert_clean(late)
+        lab.run("kc-a", "virsh", "shutdown", vm.uuid, "--mode", "agent")
+        _wait_until_off(lab, vm)
+        assert not needs_replay(raw_copy(lab, "kc-a", vm.disks["vdb"], tmp_path / "unmounted"))
+    finally:
+        _remove(lab, vm.uuid)
+
+
+def test_guest_agent_needs_no_workload(lab: Lab) -> None:
+    vm = lab.vm("kc-a", "lab-agent", start=True, guest_agent=True)
+    try:
+        assert lab.wait_for_guest("kc-a", vm.serial) == "marker of lab-agent vdb"
+        lab.wait_for_guest_agent("kc-a", vm.uuid)
     finally:
         _remove(lab, vm.uuid)
 
@@ -116,7 +197,8 @@ def test_power_cut_keeps_disks_and_identity(lab: Lab) -> None:
     vm = lab.vm("kc-b", "lab-power", ["raw:4M:1M"], boot=False)
     lab.run("kc-b", "touch", "/run/gone")
     lab.power("off", "kc-b")
-    assert lab.run("kc-b", "true", check=False).stderr == "lab: kc-b is off: run lab/lab power on kc-b\n"
+    refused = lab.command("exec", "kc-b", "--", "true", check=False)
+    assert refused.stderr == "lab: kc-b is off: run lab/lab power on kc-b\n"
     lab.power("on", "kc-b")
     assert lab.ssh("kc-b", "test ! -e /run/gone && virsh domname " + vm.uuid).stdout.strip() == "lab-power"
     _remove(lab, vm.uuid, "kc-b")
@@ -221,6 +303,10 @@ def test_power_cut_and_down_end_the_delay(own_lab: Lab) -> None:
         ["vm", "kc-a"],
         ["vm", "kc-a", "x", "--disk", "vmdk:1G"],
         ["vm", "kc-a", "a/b"],
+        ["vm", "kc-a", "x", "--guest", "idle"],
+        ["vm", "kc-a", "x", "--guest", "counter", "--no-boot-disk"],
+        ["vm", "kc-a", "x", "--guest-agent", "--no-boot-disk"],
+        ["vm", "kc-a", "x", "--guest", "counter", "--disk", "raw:64M"],
         ["power", "sideways", "kc-a"],
         ["net", "shape", "kc-a"],
         ["net", "shape", "kc-a", "--rate", "much"],
@@ -263,6 +349,13 @@ def _traces(lab: Lab) -> list[str]:
 
 def _ip(*argv: str) -> list[str]:
     return subprocess.run(["ip", *argv], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def _wait_until_off(lab: Lab, vm: Vm, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while "shut off" not in lab.run(vm.host, "virsh", "domstate", vm.uuid).stdout:
+        assert time.monotonic() < deadline, f"{vm.name} is not off after {seconds} s"
+        time.sleep(0.1)
 
 
 def _remove(lab: Lab, uuid: str, host: str = "kc-a") -> None:

@@ -6,13 +6,13 @@ import asyncio
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from clonekit import (
     IMAGES,
+    PROGRAM,
     STATE_VARIABLE,
     Done,
     environment,
@@ -57,7 +57,7 @@ def interrupted(lab: Lab, vm: Vm, logs: None) -> Iterator[str]:
 
 def status(lab: Lab, *argv: str) -> Done:
     """`kvm-clone status`, which needs no connection unless a host is named."""
-    line = [sys.executable, "-m", "kvm_clone.cli", "status", *argv]
+    line = [*PROGRAM, "status", *argv]
     done = subprocess.run(line, capture_output=True, text=True, env=environment(), check=False, timeout=60)
     return Done(done.returncode, done.stdout, done.stderr)
 

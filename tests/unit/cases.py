@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvm_clone.definition import DiskXml, Provenance, read_domain
+from kvm_clone.definition import DiskXml, read_domain
 from kvm_clone.domains import SHUT_OFF, Abilities, Domain, Pool
 from kvm_clone.facts import (
     DestinationFacts,
@@ -20,8 +20,11 @@ from kvm_clone.facts import (
     Staged,
     StagedDisk,
 )
-from kvm_clone.options import CloneOptions
+from kvm_clone.live import Live
+from kvm_clone.options import CloneOptions, SyncOptions
+from kvm_clone.ownership import Provenance, Seal, definition_digest
 from kvm_clone.plan import Identity, Plan, make_plan
+from kvm_clone.sync import make_sync_plan
 
 UUID = "6695eb01-f6a4-4304-b9aa-97f2502e193f"
 OTHER_UUID = "12345678-9abc-4def-8123-456789abcdef"
@@ -56,7 +59,8 @@ NOTHING_ASKED = CloneOptions()
 class Case:
     """Two hosts that differ from a pair between which VM web, which has one disk, can be cloned without a remark.
 
-    `image` changes what is known of every image, `domain` of the VM, `present` holds the paths at the destination.
+    `image` changes what is known of every image, `domain` of the VM, `source` of where that is, `present` holds the
+    paths at the destination.
     """
 
     devices: str = ONE_DISK
@@ -65,6 +69,7 @@ class Case:
     name: str = "web"
     domain: dict[str, Any] = field(default_factory=dict)
     image: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
     source_host: dict[str, Any] = field(default_factory=dict)
     destination_host: dict[str, Any] = field(default_factory=dict)
     domains: dict[str, str] = field(default_factory=dict)
@@ -75,6 +80,7 @@ class Case:
     existing: Existing | None = None
     staged: Staged | None = None
     staged_error: str = ""
+    paths_in_use: frozenset[str] = frozenset()
     route: RouteFacts = DIRECT
     options: CloneOptions = NOTHING_ASKED
 
@@ -91,6 +97,7 @@ class Case:
                 domain,
                 read,
                 tuple(self._image(disk) for disk in read.own_disks),
+                **self.source,
             ),
             DestinationFacts(
                 replace(tools, name="kc-b", hostname="kc-b.example.org", **self.destination_host),
@@ -102,6 +109,7 @@ class Case:
                 self.staged,
                 self.staged_error,
                 replace(ABLE, **self.abilities),
+                self.paths_in_use,
             ),
             self.route,
         )
@@ -112,6 +120,23 @@ class Case:
 
     def plan(self, own_operation: str | None = None) -> Plan:
         return make_plan(self.facts(), self.options, IDENTITY, own_operation)
+
+    def sync(self, options: SyncOptions | None = None, own_operation: str | None = None, **changes: Any) -> Plan:
+        """The plan of a sync with these options, or with those that differ from the usual ones by `changes`."""
+        asked = replace(options or SyncOptions(), **changes)
+        return make_sync_plan(self.facts(), asked, IDENTITY, own_operation)
+
+
+def running(devices: str = ONE_DISK, **changes: Any) -> dict[str, Any]:
+    """What a Case takes for a VM that runs with these disks, where nothing speaks against copying it."""
+    paths = {disk.target: disk.path or "" for disk in read_domain(domain_xml(devices)).own_disks}
+    live = replace(Live(paths, agent=True), **changes)
+    directories = {IMAGES: Directory(IMAGES, exists=True, writable=True, free=1 << 40)}
+    return {
+        "devices": devices,
+        "domain": {"state": "running"},
+        "source": {"live": live, "libvirt": 9_000_000, "directories": directories},
+    }
 
 
 def images(*names: str, writable: bool = True, path: str = IMAGES) -> tuple[Directory, ...]:
@@ -146,6 +171,40 @@ def mark_of(facts: Facts, operation: str = "earlier", **changes: Any) -> Provena
     return replace(mark, **changes)
 
 
+REPLICA_IMAGE = ImageFacts(
+    "vda", f"{IMAGES}/replica.qcow2", "qcow2", virtual_size=GIB, allocated=1 << 20, mode=0o640, fingerprint="1:2:3:4:5"
+)
+"""What the replica's disk is before a sync."""
+
+
+def replica(
+    facts: Facts,
+    *images: ImageFacts,
+    domain: Mapping[str, Any] | None = None,
+    sealed: bool = True,
+    removable: tuple[str, ...] | None = None,
+    **mark: Any,
+) -> Existing:
+    """A replica of the facts' source that nobody has used, whose source has changed since.
+
+    `domain` changes the VM, `mark` what our mark says.
+    """
+    found = images or (REPLICA_IMAGE,)
+    devices = "".join(disk_xml(image.path, image.target, format_=image.format) for image in found)
+    xml = domain_xml(devices).replace("NAME", "web").replace(UUID, OTHER_UUID)
+    seal = Seal(definition_digest(xml), {image.target: image.fingerprint for image in found})
+    vm = replace(Domain("web", OTHER_UUID, SHUT_OFF, True, xml), **(domain or {}))
+    return Existing(
+        vm,
+        read_domain(xml),
+        mark_of(facts, **{"operation": "before", "fingerprint": "older", **mark}),
+        True,
+        tuple(image.path for image in found) if removable is None else removable,
+        seal if sealed else None,
+        found,
+    )
+
+
 def staged(
     *,
     directory: str = IMAGES,
@@ -156,17 +215,22 @@ def staged(
     remove: tuple[str, ...] = (),
     forget: tuple[str, ...] = (),
     disks: Mapping[str, StagedDisk] | None = None,
+    kind: str = "clone",
+    holder: str = "",
 ) -> Staged:
     """An interrupted attempt to clone the VM."""
-    about = {"operation": operation, "source_uuid": source_uuid, "source_name": "another"}
     return Staged(
         directory=directory,
-        **about,
+        operation=operation,
+        source_uuid=source_uuid,
+        source_name="another",
         defining=defining,
         committed=committed,
         remove=remove,
         forget=forget,
         disks=disks or {},
+        kind=kind,
+        holder=holder,
     )
 
 

@@ -19,9 +19,12 @@ import pytest
 import typer
 
 from kvm_clone import cli
-from kvm_clone.cli import listing, output
+from kvm_clone.api import Request
+from kvm_clone.cli import listing, output, sync
+from kvm_clone.cli.sync import split_verify
 from kvm_clone.errors import DomainExistsError, ExitCode, KvmCloneError, RefusedError
 from kvm_clone.findings import Finding, Severity
+from kvm_clone.options import Quiesce, Retry, SyncOptions, Verify
 from kvm_clone.version import __version__
 
 
@@ -106,7 +109,7 @@ COMMANDS = dict(commands())
 
 def test_the_commands() -> None:
     assert sorted(COMMANDS) == sorted(
-        ["apply", "cleanup", "clone", *(f"config {name}" for name in CONFIG), "list", "status"]
+        ["apply", "cleanup", "clone", *(f"config {name}" for name in CONFIG), "list", "status", "sync"]
     )
 
 
@@ -404,3 +407,122 @@ def test_an_error_in_words_and_as_a_document(
     assert (document["message"], document["remedy"]) == (str(error), error.remedy)
     found = [(one["code"], one["severity"], one["text"]) for one in document.get("findings", [])]
     assert found == [(one.code, "blocking", one.text) for one in error.findings]
+
+
+SYNC = ("sync", "kc-a", "kc-b", "web")
+
+
+@pytest.mark.parametrize(
+    ("words", "split"),
+    [
+        ("sync a b vm --verify full", "sync a b vm --verify-full"),
+        ("sync a b vm --verify=full", "sync a b vm --verify-full"),
+        ("sync --verify full a b vm", "sync --verify-full a b vm"),
+        ("--config f sync a b vm --verify full -q", "--config f sync a b vm --verify-full -q"),
+        ("sync a b vm --verify", "sync a b vm --verify"),
+        ("sync --verify a b full", "sync --verify a b full"),
+        ("sync a b full --verify", "sync a b full --verify"),
+        ("sync a b vm --verify sent", "sync a b vm --verify sent"),
+        ("sync a b --verify -- full", "sync a b --verify -- full"),
+        ("sync a b -- --verify full", "sync a b -- --verify full"),
+        ("sync a b -- --verify=full", "sync a b -- --verify=full"),
+        ("clone a b vm --verify full", "clone a b vm --verify full"),
+        ("clone a b vm --verify=full", "clone a b vm --verify=full"),
+        ("config set verify full", "config set verify full"),
+        ("full", "full"),
+        ("", ""),
+    ],
+)
+def test_an_option_whose_value_may_be_left_out(words: str, split: str) -> None:
+    assert split_verify(words.split()) == split.split()
+
+
+CONTRADICTORY = [
+    ("--force", "--resume"),
+    ("--force", "--idempotent"),
+    ("--idempotent", "--resume"),
+    ("--no-verify", "--verify", "full"),
+    ("--no-verify", "--verify=full"),
+    ("--track", "--untrack"),
+    ("--untrack", "--dry-run"),
+    ("--untrack", "--plan-out", "web.plan"),
+    ("--untrack", "--force", "--resume"),
+]
+
+
+@pytest.mark.parametrize("flags", CONTRADICTORY)
+def test_flags_of_sync_that_contradict_each_other(here: Run, flags: tuple[str, ...]) -> None:
+    done = here(*SYNC, *flags)
+    assert (done.code, done.out) == (ExitCode.USAGE, "")
+    assert "contradict" in done.err
+    assert here(*SYNC, *flags, "--output", "json").error["type"] == "UsageError"
+
+
+@pytest.mark.parametrize(
+    ("words", "quoted"),
+    [
+        (("sync", "kc-a", "kc-b"), "VM"),
+        ((*SYNC, "--cleanup-existing"), "--cleanup-existing"),
+        ((*SYNC, "--quiesce", "perhaps"), "perhaps"),
+        ((*SYNC, "--preserve-mac"), "--preserve-mac"),
+        ((*CLONE, "--target-name", "x"), "--target-name"),
+        ((*CLONE, "--verify=full"), "--verify"),
+        ((*SYNC, "--retries", "-1"), "--retries"),
+    ],
+)
+def test_what_is_not_understood_of_sync(here: Run, words: tuple[str, ...], quoted: str) -> None:
+    done = here(*words)
+    assert (done.code, done.out) == (ExitCode.USAGE, "")
+    assert quoted in done.err
+    assert "Traceback" not in done.err
+
+
+def asked_of_sync(here: Run, monkeypatch: pytest.MonkeyPatch, *flags: str) -> SyncOptions:
+    """What a sync with these flags asks for."""
+    asked: list[Request] = []
+
+    def hear(_settings: object, request: Request, **_: object) -> None:
+        asked.append(request)
+
+    monkeypatch.setattr(sync, "run_request", hear)
+    assert here(*SYNC, *flags).code == ExitCode.DONE
+    (request,) = asked
+    assert (request.source, request.destination, request.vm) == SYNC[1:]
+    assert isinstance(request.options, SyncOptions)
+    return request.options
+
+
+@pytest.mark.parametrize(
+    ("flags", "verify"),
+    [
+        ((), Verify.SENT),
+        (("--verify",), Verify.SENT),
+        (("--no-verify",), Verify.OFF),
+        (("--verify", "full"), Verify.FULL),
+        (("--verify=full",), Verify.FULL),
+    ],
+)
+def test_how_much_a_sync_proves(
+    here: Run, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], verify: Verify
+) -> None:
+    assert asked_of_sync(here, monkeypatch, *flags) == SyncOptions(verify=verify)
+
+
+def test_a_setting_is_as_good_as_a_flag_for_sync(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVM_CLONE_VERIFY", "no")
+    assert asked_of_sync(here, monkeypatch).verify is Verify.OFF
+    assert asked_of_sync(here, monkeypatch, "--verify", "full").verify is Verify.FULL
+
+
+def test_what_sync_is_asked_for(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = "--target-name copy --create --quiesce require --track --idempotent --no-keep-partial --retries 1 --wait"
+    assert asked_of_sync(here, monkeypatch, *flags.split()) == SyncOptions(
+        target_name="copy",
+        create=True,
+        quiesce=Quiesce.REQUIRE,
+        track=True,
+        retry=Retry.IDEMPOTENT,
+        keep_partial=False,
+        retries=1,
+        wait=True,
+    )

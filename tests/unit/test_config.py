@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import typer
+from confighome import config_file, own_home, read, write  # noqa: F401 - the fixtures `file` and `home`
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -28,31 +29,6 @@ from kvm_clone.config import (
 from kvm_clone.config_file import init_file, set_value, unset_value
 from kvm_clone.errors import UsageError
 from kvm_clone.options import Route
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in [name for name in os.environ if name.startswith(config.ENV_PREFIX)]:
-        monkeypatch.delenv(name)
-    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    return home
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return tmp_path / "config.yaml"
-
-
-def write(file: Path, text: str) -> Path:
-    file.write_bytes(text.encode())
-    return file
-
-
-def read(file: Path) -> str:
-    return file.read_bytes().decode()
 
 
 def test_without_anything_there_are_the_defaults(home: Path) -> None:

@@ -13,12 +13,13 @@ from cases import GIB, IDENTITY, OTHER_UUID, UUID, Case, existing, images, mark_
 
 from kvm_clone.api import Request
 from kvm_clone.cli import plans
-from kvm_clone.decide import Action, Decision, decide
+from kvm_clone.decide import SYNC, Action, Decision, decide
 from kvm_clone.domains import STATES, Pool
 from kvm_clone.errors import DomainExistsError, ExitCode, LockedError, RefusedError, UsageError
 from kvm_clone.facts import Facts, RouteFacts
-from kvm_clone.options import CloneOptions, Retry, Route
-from kvm_clone.plan import make_plan
+from kvm_clone.options import CloneOptions, Options, Quiesce, Retry, Route, SyncOptions, Verify
+from kvm_clone.plan import Plan, make_plan
+from kvm_clone.sync import make_sync_plan
 
 CURRENT = mark_of(Case().facts())
 STALE = replace(CURRENT, fingerprint="another")
@@ -95,6 +96,18 @@ ROWS: dict[str, tuple[Case, tuple[Decision | str, ...]]] = {
     "an attempt to replace our clone that is up to date": (
         Case(existing=existing(mark=replace(CURRENT, operation="before")), staged=ATTEMPT),
         (EXISTS, GO_ON_AND_REPLACE, also(REPLACE), also(REMOVE), GO_ON_AND_REPLACE),
+    ),
+    "an interrupted sync of it": (
+        Case(existing=existing(mark=STALE), staged=replace(ATTEMPT, kind=SYNC)),
+        ("other-attempt", "other-attempt", also(REPLACE), also(REMOVE), "other-attempt"),
+    ),
+    "an interrupted sync of a VM that is gone": (
+        Case(staged=replace(ATTEMPT, kind=SYNC)),
+        ("other-attempt", "other-attempt", START_OVER, START_OVER, "other-attempt"),
+    ),
+    "a sync's commit that libvirt has": (
+        Case(existing=existing(mark=CURRENT), staged=replace(UNSETTLED, kind=SYNC)),
+        (FINISH, FINISH, FINISH, FINISH, FINISH),
     ),
     "an attempt under way": (Case(staged=replace(ATTEMPT, holder="pid 7")), (UNDER_WAY,) * 5),
     "a commit under way": (
@@ -251,7 +264,9 @@ REQUESTS = [
         preserve_mac=True,
         pool="fast",
         route=Route.RELAY,
-        verify=False,
+        verify=Verify.OFF,
+        quiesce=Quiesce.REQUIRE,
+        track=True,
         parallel=7,
         bandwidth_limit=1 << 40,
         timeout=0.5,
@@ -262,36 +277,49 @@ REQUESTS = [
         verify_existing=True,
     ),
     *(CloneOptions(retry=retry) for retry in Retry),
+    SyncOptions(),
+    SyncOptions(target_name="a 'new' name", create=True, verify=Verify.FULL, quiesce=Quiesce.OFF, retry=Retry.FORCE),
+    *(SyncOptions(verify=verify) for verify in Verify),
 ]
 
 
+def plan_for(asked: Options) -> Plan:
+    facts = Case().facts()
+    if isinstance(asked, SyncOptions):
+        return make_sync_plan(facts, asked, IDENTITY)
+    assert isinstance(asked, CloneOptions)
+    return make_plan(facts, asked, IDENTITY)
+
+
 @pytest.mark.parametrize("asked", REQUESTS)
-def test_a_saved_plan_is_read_back(asked: CloneOptions, tmp_path: Path) -> None:
+def test_a_saved_plan_is_read_back(asked: Options, tmp_path: Path) -> None:
     request = Request("kc-a", "ssh://root@kc-b:2222", "web", asked)
-    plan = make_plan(Case().facts(), asked, IDENTITY)
+    plan = plan_for(asked)
     file = tmp_path / "web.plan"
-    plans._save(file, request, plan)
+    plans._save(file, plans.document(request, plan, {}))
     assert plans.read(file) == (request, plan.facts.digest)
 
 
 def test_the_document_is_plain_json_and_stable() -> None:
     case = Case(staged=ATTEMPT, options=options(retry=Retry.RESUME))
     request = Request("kc-a", "kc-b", "web", case.options)
-    document = plans.document(request, case.plan())
-    assert json.loads(json.dumps(document)) == json.loads(json.dumps(plans.document(request, case.plan())))
+    document = plans.document(request, case.plan(), {"vda": 7})
+    assert json.loads(json.dumps(document)) == json.loads(json.dumps(plans.document(request, case.plan(), {"vda": 7})))
     assert (document["action"], document["runs"]) == ("resume", True)
+    assert document["request"]["command"] == "clone"
+    assert [(disk["to_send"], disk["replica"]) for disk in document["disks"]] == [(7, None)]
     assert [disk["durable"] for disk in document["disks"]] == [staged_disk().durable]
     assert all(step["text"] and not step["text"].endswith((":", " ")) for step in document["steps"])
 
 
-SAVED = plans.document(Request("kc-a", "kc-b", "web"), Case().plan())
+SAVED = plans.document(Request("kc-a", "kc-b", "web"), Case().plan(), {})
 BAD: dict[str, bytes] = {
     "empty": b"",
     "no JSON": b"steps: 1",
     "no text": b"\xff\xfe\x00",
     "no object": b"[]",
     "null": b"null",
-    "another format": json.dumps({**SAVED, "format": 2}).encode(),
+    "another format": json.dumps({**SAVED, "format": plans.FORMAT - 1}).encode(),
     "no format": json.dumps({key: value for key, value in SAVED.items() if key != "format"}).encode(),
     "no facts": json.dumps({key: value for key, value in SAVED.items() if key != "facts"}).encode(),
     "no request": json.dumps({key: value for key, value in SAVED.items() if key != "request"}).encode(),
@@ -319,4 +347,4 @@ def test_a_plan_that_cannot_be_read_or_written(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="cannot read the plan"):
             plans.read(file)
     with pytest.raises(UsageError, match="cannot write the plan"):
-        plans._save(tmp_path / "no" / "web.plan", Request("a", "b", "web"), Case().plan())
+        plans._save(tmp_path / "no" / "web.plan", SAVED)

@@ -17,20 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm_clone.definition import (
-    NAMESPACE,
-    Change,
-    DiskXml,
-    DomainXml,
-    Provenance,
-    new_mac,
-    read_domain,
-    read_provenance,
-    rewrite,
-    unsupported,
-    warnings,
-)
+from kvm_clone.definition import DiskXml, DomainXml, read_domain, unsupported, warnings
 from kvm_clone.errors import RefusedError
+from kvm_clone.ownership import NAMESPACE, Provenance, read_provenance
+from kvm_clone.rewrite import Change, new_mac, rewrite
 
 DATA = Path(__file__).parent.parent / "data" / "xml"
 CASES = sorted(path.name.removesuffix(".in.xml") for path in DATA.glob("*.in.xml"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import posixpath
-from dataclasses import replace
+import typing
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -22,38 +24,24 @@ from cases import (
     images,
     mark_of,
     options,
+    running,
     staged,
     staged_disk,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm_clone import checks, decide, placement
-from kvm_clone import plan as plan_module
-from kvm_clone.domains import STATES, Pool
+from kvm_clone import checks, decide, placement, steps
+from kvm_clone import plan as planning
+from kvm_clone.cli import plans
+from kvm_clone.domains import RUNNING, STATES, Pool
 from kvm_clone.errors import DomainExistsError, ExitCode, RefusedError
 from kvm_clone.facts import Directory, RouteFacts
 from kvm_clone.findings import Finding, Severity
-from kvm_clone.options import Retry, Route
-from kvm_clone.plan import (
-    BeginStage,
-    CheckSource,
-    CopyDisks,
-    CreateDisk,
-    DefineDomain,
-    DiscardStage,
-    EndStage,
-    FinishEarlier,
-    Plan,
-    ProveDisks,
-    PublishDisk,
-    RemoveExisting,
-    RemoveReplaced,
-    SettleStage,
-    Step,
-    StopDomain,
-    VerifyExisting,
-)
+from kvm_clone.options import Quiesce, Retry, Route, Verify
+from kvm_clone.plan import Plan, make_plan
+from kvm_clone.running import chain_of
+from kvm_clone.steps import Step
 
 
 def with_device(xml: str) -> str:
@@ -154,7 +142,7 @@ APPEARS: dict[str, tuple[str, str, Case]] = {
     ),
     "a passed-through interface": ("interface-hostdev", "web", Case(with_device("<interface type='hostdev'/>"))),
     # what libvirt says of the VM
-    "a running VM": ("source-state", "web", Case(domain={"state": "running"}, image={"error": "not looked at"})),
+    "a crashed VM": ("source-state", "web", Case(domain={"state": "crashed"}, image={"error": "not looked at"})),
     "a saved VM": ("managed-save", "web", Case(domain={"managed_save": True})),
     "snapshots": ("snapshots", "web", Case(domain={"snapshots": ("before", "after")})),
     # what the source says of the images
@@ -192,6 +180,15 @@ APPEARS: dict[str, tuple[str, str, Case]] = {
     "a name that is no text": ("name", "a\udcff", Case(options=options(new_name="a\udcff"))),
     # what the retry flags make of the destination
     "nothing to resume": ("nothing-to-resume", "web", Case(options=options(retry=Retry.RESUME))),
+    "an attempt whose files a VM uses": (
+        "attempt-in-use",
+        "web",
+        Case(
+            staged=replace(staged(), published=(f"{IMAGES}/kept.qcow2",)),
+            paths_in_use=frozenset({f"{IMAGES}/kept.qcow2"}),
+            options=options(retry=Retry.RESUME),
+        ),
+    ),
     "another VM's attempt": (
         "other-attempt",
         "web",
@@ -382,7 +379,7 @@ def test_a_finding_does_not_appear(what: str) -> None:
 
 def test_every_code_of_the_plan_is_in_the_table() -> None:
     written: set[object] = set()
-    for module in (plan_module, checks, decide, placement):
+    for module in (planning, checks, decide, placement):
         for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 if node.func.id in ("block", "_stop", "Finding") and isinstance(node.args[0], ast.Constant):
@@ -393,11 +390,18 @@ def test_every_code_of_the_plan_is_in_the_table() -> None:
     assert written <= {code for code, _, _ in APPEARS.values()} | {code for code, _ in IRREPLACEABLE}
 
 
-@pytest.mark.parametrize("state", sorted({*STATES.values()} - {"shut off"}))
-def test_only_a_vm_that_is_shut_off_is_cloned(state: str) -> None:
+@pytest.mark.parametrize("state", sorted({*STATES.values()} - {"shut off", *RUNNING}))
+def test_only_a_vm_that_runs_or_is_shut_off_is_cloned(state: str) -> None:
     plan = Case(domain={"state": state}).plan()
     assert codes(plan) == ["source-state"]
     assert state in plan.findings[0].text
+
+
+@pytest.mark.parametrize("state", RUNNING)
+def test_a_vm_that_runs_is_cloned(state: str) -> None:
+    plan = Case(**{**running(), "domain": {"state": state}}).plan()
+    assert plan.findings == ()
+    assert plan.backup is not None
 
 
 @pytest.mark.parametrize(
@@ -421,10 +425,14 @@ def test_a_finding_says_what_it_is_about(case: Case, words: list[str]) -> None:
     assert [word for word in words if word not in finding.text] == []
 
 
+AT_AN_OLD_LIBVIRT = running()
+AT_AN_OLD_LIBVIRT["source"]["libvirt"] = 6_000_000
+
+
 @pytest.mark.parametrize(
     ("case", "remedy"),
     [
-        (APPEARS["a running VM"][2], "virsh shutdown web"),
+        (Case(**AT_AN_OLD_LIBVIRT), "virsh shutdown web"),
         (APPEARS["a saved VM"][2], "virsh managedsave-remove"),
         (APPEARS["an existing VM"][2], "--new-name"),
         (APPEARS["a taken UUID"][2], "--preserve-uuid"),
@@ -638,22 +646,23 @@ def test_route(wanted: Route, facts: RouteFacts, taken: Route) -> None:
     assert plan.refusal() is None
 
 
-@pytest.mark.parametrize("verify", [True, False])
-def test_steps_in_order(verify: bool) -> None:
+@pytest.mark.parametrize("verify", [Verify.FULL, Verify.OFF])
+def test_steps_in_order(verify: Verify) -> None:
     devices = disk_xml("/b/web.qcow2") + disk_xml("/a/log.raw", "vdb", format_="raw")
     plan = Case(devices, directories=(*images(path="/a"), *images(path="/b")), options=options(verify=verify)).plan()
     one, two = plan.disks
     assert plan.steps == (
-        BeginStage("/b", resume=False),
-        CreateDisk(one),
-        CreateDisk(two),
-        CopyDisks((one, two)),
-        *((ProveDisks((one, two)),) if verify else ()),
-        CheckSource((one, two)),
-        PublishDisk(one),
-        PublishDisk(two),
-        DefineDomain((), ()),
-        EndStage(("/a", "/b")),
+        steps.BeginStage("/b", resume=False),
+        steps.CreateDisk(one),
+        steps.CreateDisk(two),
+        steps.CopyDisks((one, two)),
+        *((steps.ProveDisks((one, two), verify),) if verify is not Verify.OFF else ()),
+        steps.CheckSource((one, two)),
+        steps.PublishDisk(one),
+        steps.PublishDisk(two),
+        steps.DefineDomain((), ()),
+        steps.SealReplica(),
+        steps.EndStage(("/a", "/b")),
     )
 
 
@@ -672,46 +681,58 @@ def steps_of(retry: Retry, existing_vm: bool = False, attempt: bool = False, **c
 
 
 OLD, BESIDE = (f"{IMAGES}/old.qcow2",), ("monday", "backup-1")
-FILLING = [CreateDisk, CopyDisks, ProveDisks, CheckSource, PublishDisk]
-COMMIT = [DefineDomain, EndStage]
-REPLACE = [DefineDomain, RemoveReplaced, EndStage]
+FILLING = [steps.CreateDisk, steps.CopyDisks, steps.ProveDisks, steps.CheckSource, steps.PublishDisk]
+END = [steps.SealReplica, steps.EndStage]
+COMMIT = [steps.DefineDomain, *END]
+REPLACE = [steps.DefineDomain, steps.RemoveReplaced, *END]
 AGAIN = staged(defining=True, directory="/elsewhere", disks={"vda": KEPT})
 
 
 @pytest.mark.parametrize(
-    ("steps", "expected"),
+    ("taken", "expected"),
     [
-        (steps_of(Retry.NONE), [BeginStage, *FILLING, *COMMIT]),
-        (steps_of(Retry.IDEMPOTENT, existing_vm=True), [BeginStage, *FILLING, *REPLACE]),
-        (steps_of(Retry.FORCE, existing_vm=True), [BeginStage, *FILLING, *REPLACE]),
+        (steps_of(Retry.NONE), [steps.BeginStage, *FILLING, *COMMIT]),
+        (steps_of(Retry.IDEMPOTENT, existing_vm=True), [steps.BeginStage, *FILLING, *REPLACE]),
+        (steps_of(Retry.FORCE, existing_vm=True), [steps.BeginStage, *FILLING, *REPLACE]),
         (
             steps_of(Retry.FORCE, existing=existing(state="running")),
-            [BeginStage, *FILLING, StopDomain, *REPLACE],
+            [steps.BeginStage, *FILLING, steps.StopDomain, *REPLACE],
         ),
-        (steps_of(Retry.CLEANUP_EXISTING, existing_vm=True), [BeginStage, RemoveExisting, *FILLING, *COMMIT]),
+        (
+            steps_of(Retry.CLEANUP_EXISTING, existing_vm=True),
+            [steps.BeginStage, steps.RemoveExisting, *FILLING, *COMMIT],
+        ),
         (
             steps_of(Retry.CLEANUP_EXISTING, existing=existing(state="running")),
-            [BeginStage, RemoveExisting, *FILLING, *COMMIT],
+            [steps.BeginStage, steps.RemoveExisting, *FILLING, *COMMIT],
         ),
-        (steps_of(Retry.RESUME, attempt=True), [BeginStage, *FILLING, *COMMIT]),
-        (steps_of(Retry.IDEMPOTENT, existing_vm=True, attempt=True), [BeginStage, *FILLING, *REPLACE]),
-        (steps_of(Retry.FORCE, attempt=True), [BeginStage, *FILLING, *COMMIT]),
-        (steps_of(Retry.RESUME, staged=AGAIN), [SettleStage, BeginStage, *FILLING, *COMMIT]),
-        (steps_of(Retry.FORCE, staged=AGAIN), [SettleStage, DiscardStage, BeginStage, *FILLING, *COMMIT]),
+        (steps_of(Retry.RESUME, attempt=True), [steps.BeginStage, *FILLING, *COMMIT]),
+        (steps_of(Retry.IDEMPOTENT, existing_vm=True, attempt=True), [steps.BeginStage, *FILLING, *REPLACE]),
+        (steps_of(Retry.FORCE, attempt=True), [steps.BeginStage, *FILLING, *COMMIT]),
+        (steps_of(Retry.RESUME, staged=AGAIN), [steps.SettleStage, steps.BeginStage, *FILLING, *COMMIT]),
+        (
+            steps_of(Retry.FORCE, staged=AGAIN),
+            [steps.SettleStage, steps.DiscardStage, steps.BeginStage, *FILLING, *COMMIT],
+        ),
     ],
 )
-def test_steps_of_each_decision(steps: tuple[Step, ...], expected: list[type[Step]]) -> None:
-    assert [type(step) for step in steps] == expected
+def test_steps_of_each_decision(taken: tuple[Step, ...], expected: list[type[Step]]) -> None:
+    assert [type(step) for step in taken] == expected
 
 
 def test_replacing_removes_the_old_disks_after_the_commit_and_no_others() -> None:
     old = existing()
     old = replace(old, domain=replace(old.domain, snapshots=BESIDE[:1], checkpoints=BESIDE[1:]))
-    steps = steps_of(Retry.FORCE, existing=old)
-    assert steps[-3:] == (DefineDomain(OLD, BESIDE), RemoveReplaced(OLD, BESIDE), EndStage((IMAGES,)))
-    steps = steps_of(Retry.CLEANUP_EXISTING, existing_vm=True)
-    assert steps[:2] == (BeginStage(IMAGES, resume=False), RemoveExisting(OLD))
-    assert steps[-2] == DefineDomain((), ())
+    taken = steps_of(Retry.FORCE, existing=old)
+    assert taken[-4:] == (
+        steps.DefineDomain(OLD, BESIDE),
+        steps.RemoveReplaced(OLD, BESIDE),
+        steps.SealReplica(),
+        steps.EndStage((IMAGES,)),
+    )
+    taken = steps_of(Retry.CLEANUP_EXISTING, existing_vm=True)
+    assert taken[:2] == (steps.BeginStage(IMAGES, resume=False), steps.RemoveExisting(OLD))
+    assert taken[-3] == steps.DefineDomain((), ())
 
 
 def test_resuming_goes_on_where_the_attempt_lies() -> None:
@@ -721,8 +742,8 @@ def test_resuming_goes_on_where_the_attempt_lies() -> None:
     assert [(disk.final, disk.staged) for disk in plan.disks] == [
         ("/elsewhere/kept-vda.qcow2", elsewhere.disks["vda"]),
     ]
-    assert plan.steps[0] == BeginStage("/elsewhere", resume=True)
-    assert plan.steps[-1] == EndStage(("/elsewhere",))
+    assert plan.steps[0] == steps.BeginStage("/elsewhere", resume=True)
+    assert plan.steps[-1] == steps.EndStage(("/elsewhere",))
 
 
 @pytest.mark.parametrize(
@@ -753,9 +774,12 @@ def test_a_commit_that_was_reached_is_only_finished(retry: Retry) -> None:
     assert plan.refusal() is None
     assert plan.uuid == made.domain.uuid
     assert plan.steps == (
-        SettleStage(IMAGES, committed=True),
-        RemoveReplaced(("/old",), ("monday",)),
-        FinishEarlier(IMAGES),
+        steps.SettleStage(IMAGES, committed=True),
+        steps.TakeUpCommitted(IMAGES),
+        steps.MergeDisks(),
+        steps.RemoveReplaced(("/old",), ("monday",)),
+        steps.SealReplica(),
+        steps.EndStage(()),
     )
 
 
@@ -765,7 +789,7 @@ def test_steps_when_there_is_nothing_to_do(verify: bool) -> None:
     plan = Case(existing=made, options=options(retry=Retry.IDEMPOTENT, verify_existing=verify)).plan()
     assert plan.findings == ()
     assert plan.uuid == made.domain.uuid
-    assert plan.steps == ((VerifyExisting(plan.disks),) if verify else ())
+    assert plan.steps == ((steps.VerifyExisting(plan.disks),) if verify else ())
 
 
 @pytest.mark.parametrize(
@@ -800,7 +824,13 @@ VOLUMES = Pool("a-vg", "logical", "/dev/a-vg", active=True)
 def test_steps_of_a_vm_without_disks(case: Case, directory: str) -> None:
     plan = replace(case, devices="").plan()
     assert plan.refusal() is None
-    assert plan.steps == (BeginStage(directory, resume=False), CheckSource(()), DefineDomain((), ()), EndStage(()))
+    assert plan.steps == (
+        steps.BeginStage(directory, resume=False),
+        steps.CheckSource(()),
+        steps.DefineDomain((), ()),
+        steps.SealReplica(),
+        steps.EndStage(()),
+    )
 
 
 @pytest.mark.parametrize(("new_name", "name"), [(None, "web"), ("copy", "copy")])
@@ -853,3 +883,80 @@ def test_final_paths_are_unique_and_free(
         assert file not in names[directory]
         assert file not in ("", ".", "..")
         assert len(file.encode()) <= 255
+
+
+@pytest.mark.parametrize("verify", [Verify.FULL, Verify.OFF])
+def test_steps_of_the_clone_of_a_vm_that_runs(verify: Verify) -> None:
+    """The backup job begins once there is somewhere to copy to, and has ended before anything is committed."""
+    plan = Case(**running(), options=options(verify=verify, track=True)).plan()
+    (disk,) = plan.disks
+    assert plan.backup is not None
+    assert plan.backup.checkpoint
+    assert plan.steps == (
+        steps.BeginStage(IMAGES, resume=False),
+        steps.CreateDisk(disk),
+        steps.BeginBackup(plan.backup, Quiesce.AUTO, ()),
+        steps.CopyDisks((disk,)),
+        *((steps.ProveDisks((disk,), verify),) if verify is not Verify.OFF else ()),
+        steps.EndBackup(),
+        steps.PublishDisk(disk),
+        steps.DefineDomain((), ()),
+        steps.SealReplica(),
+        steps.EndStage((IMAGES,)),
+    )
+
+
+def test_a_running_vm_without_disks_needs_no_backup_job() -> None:
+    plan = Case(**running(""), options=options()).plan()
+    assert plan.refusal() is None
+    assert not [step for step in plan.steps if isinstance(step, (steps.BeginBackup, steps.EndBackup, steps.CopyDisks))]
+
+
+def test_a_clone_deletes_the_checkpoints_that_interrupted_runs_have_left() -> None:
+    how = running()
+    chain = chain_of(Case().facts(), "web")
+    how["domain"]["checkpoints"] = (f"{chain}older", "monday", "kvm-clone.other.x")
+    begin = Case(**how, options=options(quiesce=Quiesce.OFF)).plan().steps[2]
+    assert isinstance(begin, steps.BeginBackup)
+    assert (begin.stale, begin.quiesce) == ((f"{chain}older",), Quiesce.OFF)
+
+
+INTERFACES = "".join(f"<interface type='user'><mac address='{mac}'/></interface>" for mac in ("aa", "bb"))
+
+
+@pytest.mark.parametrize(
+    ("case", "macs"),
+    [
+        (Case(), ("x", "y")),
+        (Case(options=options(preserve_mac=True)), ("aa", "bb")),
+        # a VM that is replaced is another one: only a sync keeps what is the replica's own
+        (Case(existing=existing(), options=options(retry=Retry.FORCE)), ("x", "y")),
+    ],
+)
+def test_macs(case: Case, macs: tuple[str, ...]) -> None:
+    given = replace(case, devices=ONE_DISK + INTERFACES)
+    if given.existing is not None:
+        given = replace(given, existing=replace(given.existing, mark=mark_of(given.facts(), macs="aa=11 bb=22")))
+    assert make_plan(given.facts(), given.options, replace(IDENTITY, macs=("x", "y"))).macs == macs
+
+
+def test_every_step_can_be_told() -> None:
+    """The saved plan and --dry-run have words for each kind, with and without what it may name."""
+    backup = Case(**running()).plan().backup
+    assert backup is not None
+    disks = Case().plan().disks
+    given: dict[str, tuple[object, ...]] = {
+        "tuple[str, ...]": ((), ("/a", "/b")),
+        "tuple[PlannedDisk, ...]": ((), disks),
+        "PlannedDisk": disks,
+        "BackupJob": (backup, replace(backup, incremental="kvm-clone.x")),
+        "Quiesce": tuple(Quiesce),
+        "Verify": tuple(Verify),
+        "str": ("/pool",),
+        "bool": (False, True),
+    }
+    for kind in typing.get_args(Step):
+        for values in itertools.product(*(given[str(part.type)] for part in fields(kind))):
+            text = plans.describe(kind(*values))
+            assert text
+            assert not text.endswith((":", ","))

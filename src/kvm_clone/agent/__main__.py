@@ -1,11 +1,13 @@
 """Where the agent begins: the loader has put the package on sys.path and calls `main`.
 
-The first frame says what this process is: {"mode": "control"}, {"mode": "send", …} or {"mode": "receive", …}.
+The first frame says what this process is: {"mode": "control"}, {"mode": "send", …} or {"mode": "receive", …}. A sender
+hears what it is to send when it is told to go; it hands the receiver's own first frame on.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -21,6 +23,10 @@ FAILED = 3
 """Exit status of an agent that could not do its work and has said why."""
 
 
+PATIENCE_SECONDS = 90.0
+"""How long an agent waits to be told what to do; streams are set up ahead of that, see transport.READY_SECONDS."""
+
+
 def main(payload: str, version: str) -> NoReturn:
     """Be the agent. `payload` is the path that the package was loaded from, `version` the line after the marker."""
     # Nothing but the protocol may reach the output: what libraries print goes to stderr, which is for people.
@@ -29,7 +35,7 @@ def main(payload: str, version: str) -> NoReturn:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))
     try:
         write_all(out, b"\n" + MARKER + version.encode() + b"\n")
-        request = read_frame(0)
+        request = _next_frame()
         if request is None:
             _exit(0)
         mode = request.get("mode")
@@ -45,6 +51,13 @@ def main(payload: str, version: str) -> NoReturn:
         print(f"kvm-clone: {from_exception(error)}", file=sys.stderr, flush=True)
         _exit(FAILED)
     _exit(0)
+
+
+def _next_frame() -> Optional[Dict[str, Any]]:
+    """The frame that says what to do. A cut network closes no connection: who waits in vain gives up."""
+    if not select.select([0], [], [], PATIENCE_SECONDS)[0]:
+        raise AgentError(INTERRUPTED, f"the controller said nothing for {PATIENCE_SECONDS:.0f} seconds")
+    return read_frame(0)
 
 
 def _exit(status: int) -> NoReturn:
@@ -66,11 +79,14 @@ def _send(request: Dict[str, Any], out: int, payload: str) -> None:
         assert child.stdin is not None
         out = child.stdin.fileno()
     enlarge_pipe(out)
-    if read_frame(0) is None:
+    go = _next_frame()
+    if go is None:
         raise AgentError(INTERRUPTED, "the controller went away")
     threading.Thread(target=_exit_with_controller, daemon=True).start()
     try:
-        transfer.Sender(out, _jobs(request), request["parallel"], request["rate"]).run()
+        if child is not None:
+            write_all(out, pack_frame(go["receive"]))
+        transfer.Sender(out, _jobs(go), go["parallel"], go["rate"]).run()
     finally:
         os.close(out)
     if child is not None and child.wait():
@@ -85,14 +101,14 @@ def _exit_with_controller() -> None:
 
 
 def _start_receiver(request: Dict[str, Any], out: int, payload: str) -> subprocess.Popen[bytes]:
-    """Start the receiver on the destination: ssh, the loader's input, and the request that it is to serve."""
+    """Start the receiver on the destination: ssh, and the loader's input."""
     argv = peer.command(request["ssh"], request["known_hosts"])
     child = process.start([*argv, request["command"]], stdin=subprocess.PIPE, stdout=out)
     assert child.stdin is not None
     enlarge_pipe(child.stdin.fileno())
     with open(payload, "rb") as file:
         package = file.read()
-    write_all(child.stdin.fileno(), request["preamble"].encode() + package + pack_frame(request["receive"]))
+    write_all(child.stdin.fileno(), request["preamble"].encode() + package)
     return child
 
 

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import abc
 import os
-from typing import Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import Dict, Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 from .stream import Incoming
 from .wire import write_all
 
 DATA, ZERO, HOLE = "data", "zero", "hole"
 
+Ranges = Sequence[Sequence[int]]
+"""[start, end) pairs in bytes, in order and apart."""
+
 
 class Extent(NamedTuple):
     """A range of a disk, in bytes, and what is known of it without reading.
 
     `kind`: DATA may hold anything; ZERO reads as zeros and takes space; HOLE reads as zeros and takes none.
-    `host`: where the range lies in the disk's file, when it lies there as the guest sees it.
+    `host`: where the range lies in the disk's file, when it lies there as the guest sees it; `layer`: in which file of
+    the backing chain, counted from the top.
     """
 
     offset: int
@@ -27,6 +31,7 @@ class Extent(NamedTuple):
     kind: str
     host: Optional[int] = None
     compressed: bool = False
+    layer: int = 0
 
     @property
     def end(self) -> int:
@@ -48,6 +53,11 @@ class Disk(abc.ABC):
     @abc.abstractmethod
     def extents(self, start: int = 0, end: Optional[int] = None) -> Iterator[Extent]:
         """Extents in order that cover [start, end) (to the disk's end when None) without gap or overlap."""
+
+    def within(self, ranges: Ranges) -> Iterator[Extent]:
+        """Extents in order that cover the ranges without gap or overlap."""
+        for start, end in ranges:
+            yield from self.extents(start, end)
 
     @abc.abstractmethod
     def readinto(self, offset: int, view: memoryview) -> None:
@@ -94,6 +104,19 @@ def split(extent: Extent, unit: int) -> Iterator[Extent]:
         end = min(extent.end, position - position % unit + unit)
         yield extent.cut(position, end)
         position = end
+
+
+def intersect(extents: Iterable[Extent], ranges: Ranges) -> Iterator[Extent]:
+    """The parts of the extents, which are in order, that lie within the ranges."""
+    remaining = (pair for pair in ranges if pair[0] < pair[1])
+    start, end = next(remaining, (0, 0))
+    for extent in extents:
+        while start < end and start < extent.end:
+            if end > extent.offset:
+                yield extent.cut(start, end)
+            if end > extent.end:
+                break
+            start, end = next(remaining, (0, 0))
 
 
 class MemoryDisk(Disk):

@@ -13,7 +13,7 @@ import stat
 import time
 from typing import Any, Callable, Dict, List, Optional
 
-from . import image, qemu
+from . import image, nbd, qemu, reflink
 from .disk import DATA
 from .errors import AgentError
 from .process import run
@@ -39,8 +39,11 @@ def _version(program: str) -> Optional[str]:
     return found.group(0) if found else "unknown"
 
 
-def disk(path: str, image_format: str) -> Dict[str, Any]:
-    """What is known of an image file. `error` is there instead when it cannot be known."""
+def disk(path: str, image_format: str, live: bool = False) -> Dict[str, Any]:
+    """What is known of an image file. `error` is there instead when it cannot be known.
+
+    `live`: a VM may be writing it; `data` is then a guess, what the file takes.
+    """
     try:
         about = os.stat(path)
         answer: Dict[str, Any] = {
@@ -55,9 +58,10 @@ def disk(path: str, image_format: str) -> Dict[str, Any]:
             "virtual_size": about.st_size,
         }
         if answer["regular"] and image_format == image.QCOW2:
-            answer["image"] = qemu.info(path, image_format)
+            answer["image"] = qemu.info(path, image_format, live=live)
             answer["virtual_size"] = answer["image"]["virtual-size"]
-        answer["data"] = data_in(path, image_format) if answer["regular"] and _alone(answer.get("image", {})) else 0
+        known = answer["regular"] and not live and _alone(answer.get("image", {}))
+        answer["data"] = data_in(path, image_format) if known else answer["allocated"] if live else 0
     except (OSError, AgentError) as error:
         return {"path": path, "error": getattr(error, "strerror", None) or str(error)}
     return answer
@@ -74,10 +78,24 @@ def data_in(path: str, image_format: str, ranges: Optional[List[List[int]]] = No
     opened = image.open_for_reading(path, image_format)
     try:
         parts = ranges if ranges is not None else [[0, opened.size]]
-        extents = (extent for start, end in parts for extent in opened.extents(start, end))
-        return sum(extent.length for extent in extents if extent.kind == DATA)
+        return sum(extent.length for extent in opened.within(parts) if extent.kind == DATA)
     finally:
         opened.close()
+
+
+def free(path: str) -> int:
+    """Bytes that the path's filesystem has room for."""
+    space = os.statvfs(path)
+    return space.f_bavail * space.f_frsize
+
+
+def dirty(uri: str, bitmap: str) -> List[List[int]]:
+    """The [start, end) pairs in bytes that a dirty bitmap of an NBD export names. Raises AgentError (missing)."""
+    export = nbd.connect(uri, nbd.DIRTY_BITMAP + bitmap)
+    try:
+        return [list(pair) for pair in export.dirty()]
+    finally:
+        export.close()
 
 
 def _name(look_up: Callable[[int], Any], number: int) -> str:
@@ -106,18 +124,30 @@ def backing_files(paths: List[str]) -> List[str]:
     return sorted(found)
 
 
+_NO_DIRECTORY = {
+    "exists": False,
+    "writable": False,
+    "free": 0,
+    "names": (),
+    "inodes": 0,
+    "filesystem": 0,
+    "reflink": False,
+}
+
+
 def directory(path: str) -> Dict[str, Any]:
-    """Whether the directory is there and can be written, its free bytes, and the names in it."""
+    """Whether the directory is there and can be written, its free bytes, the names in it, and whether files share."""
     if not os.path.isdir(path):
-        return {"path": path, "exists": False, "writable": False, "free": 0, "names": [], "inodes": 0, "filesystem": 0}
+        return {**_NO_DIRECTORY, "path": path}
     space = os.statvfs(path)
     return {
         "path": path,
         "exists": True,
         "writable": os.access(path, os.W_OK | os.X_OK),
-        "free": space.f_bavail * space.f_frsize,
+        "free": free(path),
         # Filesystems that make inodes as they go say that they have none.
         "inodes": space.f_favail if space.f_files else 1 << 40,
         "filesystem": os.stat(path).st_dev,
+        "reflink": reflink.works_in(path),
         "names": sorted(os.listdir(path)),
     }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Iterator, Optional
+from typing import Dict, Iterator, Optional
 
-from . import qemu
-from .disk import Disk, Extent, bounded, open_flags
+from . import nbd, qemu
+from .disk import Disk, Extent, Ranges, bounded, intersect, open_flags
 from .errors import UNSUPPORTED, AgentError
 from .file import FileDisk
 from .nbd import NbdDisk
@@ -14,21 +14,25 @@ from .stream import Incoming
 from .wire import CHUNK
 
 RAW, QCOW2 = "raw", "qcow2"
+NBD = "nbd"
+"""What a running VM's backup job offers: the path is an NBD URI then."""
 
 
 class MappedDisk(Disk):
     """An image file that nobody writes, read where `qemu-img map` says that the guest's bytes lie.
 
-    What lies elsewhere (compressed clusters) is read through qemu-nbd, started when first needed. Whoever opens one
-    holds the image's lock.
+    They may lie in the images that it rests on. What lies elsewhere (compressed clusters) is read through qemu-nbd,
+    started when first needed. Whoever opens one holds the image's lock.
     """
 
     def __init__(self, path: str, format_: str) -> None:
         self._path = path
         self._format = format_
-        self._file = FileDisk(path)
         self._nbd: Optional[NbdDisk] = None
-        about = qemu.info(path, format_)
+        layers = qemu.chain(path, format_)
+        about = layers[0]
+        self._files: Dict[int, FileDisk] = {}
+        self._paths = [path, *(layer["filename"] for layer in layers[1:])]
         self.size = int(about["virtual-size"])
         # A compressed cluster has to be written by one request, and a request carries a chunk at most; QEMU's compress
         # filter wants a whole last cluster too.
@@ -45,6 +49,15 @@ class MappedDisk(Disk):
                 compressed = extent.compressed and self._keeps_compression
                 yield extent.cut(start, stop)._replace(compressed=compressed)
 
+    def within(self, ranges: Ranges) -> Iterator[Extent]:
+        """See Disk. One map serves every range: each costs a process."""
+        return intersect(self.extents(ranges[0][0], ranges[-1][1]), ranges) if ranges else iter(())
+
+    def _file(self, layer: int) -> FileDisk:
+        if layer not in self._files:
+            self._files[layer] = FileDisk(self._paths[layer])
+        return self._files[layer]
+
     def readinto(self, offset: int, view: memoryview) -> None:
         """See Disk."""
         if self._nbd is None:
@@ -56,14 +69,14 @@ class MappedDisk(Disk):
         if extent.host is None:
             self.readinto(extent.offset, view)
         else:
-            self._file.readinto(extent.host, view)
+            self._file(extent.layer).readinto(extent.host, view)
 
     def send(self, extent: Extent, out: int) -> None:
         """See Disk."""
         if extent.host is None:
             super().send(extent, out)
         else:
-            self._file.send(extent, out)
+            self._file(extent.layer).send(extent, out)
 
     def write(self, offset: int, data: memoryview) -> None:
         """Raises AgentError: this kind is for reading."""
@@ -80,7 +93,8 @@ class MappedDisk(Disk):
 
     def close(self) -> None:
         """See Disk."""
-        self._file.close()
+        for file in self._files.values():
+            file.close()
         if self._nbd is not None:
             self._nbd.close()
 
@@ -110,6 +124,10 @@ class StagedImage(Disk):
         """See Disk."""
         return self._nbd.extents(start, end)
 
+    def within(self, ranges: Ranges) -> Iterator[Extent]:
+        """See Disk."""
+        return self._nbd.within(ranges)
+
     def readinto(self, offset: int, view: memoryview) -> None:
         """See Disk."""
         self._nbd.readinto(offset, view)
@@ -136,7 +154,9 @@ class StagedImage(Disk):
 
 
 def open_for_reading(path: str, format_: str) -> Disk:
-    """An image that nobody writes. Raises AgentError for a format that is not handled, OSError."""
+    """An image that nobody writes, or an export of NBD. Raises AgentError for a format that is not handled, OSError."""
+    if format_ == NBD:
+        return nbd.connect(path)
     if format_ == RAW:
         return FileDisk(path)
     if format_ == QCOW2:

@@ -1,7 +1,8 @@
 """A disk behind an NBD server.
 
 The protocol is that of https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md: fixed newstyle handshake,
-structured replies, and the metadata context `base:allocation` for extents. All integers are big-endian.
+structured replies, and the metadata contexts `base:allocation` for extents and `qemu:dirty-bitmap:NAME` for a dirty
+bitmap (QEMU's docs/interop/nbd.txt). All integers are big-endian.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import errno
 import os
 import socket
 import struct
+import urllib.parse
 from typing import Dict, Iterator, List, Optional, Tuple, Union
 
-from .disk import DATA, HOLE, ZERO, Disk, Extent, bounded
+from .disk import DATA, HOLE, ZERO, Disk, Extent, Ranges, bounded, intersect
+from .errors import MISSING, AgentError
 from .stream import Incoming
 from .wire import CHUNK, ProtocolError
 
@@ -33,6 +36,10 @@ _REPLY_NONE, _REPLY_OFFSET_DATA, _REPLY_OFFSET_HOLE, _REPLY_BLOCK_STATUS = 0, 1,
 _REPLY_ERROR_BIT = 1 << 15
 _REPLY_FLAG_DONE = 1
 _STATE_HOLE, _STATE_ZERO = 1, 2
+_STATE_DIRTY = 1
+
+ALLOCATION, DIRTY_BITMAP = "base:allocation", "qemu:dirty-bitmap:"
+"""Metadata contexts; the second is followed by the bitmap's name."""
 
 _OPTION = struct.Struct(">QII")  # magic, option, length
 _OPTION_REPLY = struct.Struct(">QIII")  # magic, option, type, length
@@ -46,15 +53,20 @@ IN_FLIGHT = 16
 _ZERO_LIMIT = 1 << 30
 """Bytes in one request that carries no data; the protocol's length field ends at 4 GiB."""
 
+_SWEEP = 64 * CHUNK
+"""Bytes. Ranges that are closer together are asked for in one go: a reply names many extents."""
+
 _TIMEOUT = 300.0
 """Seconds a server on this same host may take for one reply before it counts as dead."""
 
 
 class NbdDisk(Disk):
-    """The default export of the server at the other end of a connected socket, which it takes over."""
+    """One export of the server at the other end of a connected socket, which it takes over."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, export: str = "", context: str = ALLOCATION) -> None:
+        """`context`: what block status is asked about."""
         self._socket = connection
+        self._export = export.encode()
         self._socket.settimeout(None)
         _set_timeout(connection, _TIMEOUT)
         self._cookie = 0
@@ -62,7 +74,7 @@ class NbdDisk(Disk):
         self._failure: Optional[OSError] = None
         self._context: Optional[int] = None
         self.size = 0
-        self._shake_hands()
+        self._shake_hands(context.encode())
 
     def extents(self, start: int = 0, end: Optional[int] = None) -> Iterator[Extent]:
         """See Disk. Everything is data when the server cannot say."""
@@ -74,6 +86,26 @@ class NbdDisk(Disk):
                 if length:
                     yield Extent(position, length, kind)
                 position += length
+
+    def within(self, ranges: Ranges) -> Iterator[Extent]:
+        """See Disk."""
+        for near in _swept(ranges):
+            yield from intersect(self.extents(near[0][0], near[-1][1]), near)
+
+    def dirty(self) -> Iterator[Tuple[int, int]]:
+        """The [start, end) pairs that the dirty bitmap names, in order; it must be what block status is asked about.
+
+        Raises AgentError (missing) when the server does not have it.
+        """
+        if self._context is None:
+            raise AgentError(MISSING, f"there is no such dirty bitmap of {self._export.decode()}")
+        position = 0
+        while position < self.size:
+            for length, state in self._block_status(position, min(self.size - position, _ZERO_LIMIT)):
+                end = min(position + length, self.size)
+                if state & _STATE_DIRTY and end > position:
+                    yield position, end
+                position = end
 
     def readinto(self, offset: int, view: memoryview) -> None:
         """See Disk."""
@@ -234,18 +266,18 @@ class NbdDisk(Disk):
                 raise ConnectionResetError(errno.ECONNRESET, "the NBD server closed the connection")
             view = view[count:]
 
-    def _shake_hands(self) -> None:
+    def _shake_hands(self, query: bytes) -> None:
         magic, option_magic, flags = struct.unpack(">QQH", self._read(18))
         if magic != _MAGIC or option_magic != _OPTION_MAGIC or not flags & _FLAG_FIXED_NEWSTYLE:
             raise ProtocolError("not an NBD server of the fixed newstyle")
         self._socket.sendall(struct.pack(">I", _FLAG_FIXED_NEWSTYLE | flags & _FLAG_NO_ZEROES))
         if self._option(_OPT_STRUCTURED_REPLY, b"") is not None:
-            query = b"base:allocation"
-            request = struct.pack(">II", 0, 1) + struct.pack(">I", len(query)) + query
+            name = struct.pack(">I", len(self._export)) + self._export
+            request = name + struct.pack(">II", 1, len(query)) + query
             for kind, body in self._option(_OPT_SET_META_CONTEXT, request) or []:
                 if kind == _REP_META_CONTEXT:
                     self._context = int.from_bytes(body[:4], "big")
-        infos = self._option(_OPT_GO, struct.pack(">IH", 0, 0))
+        infos = self._option(_OPT_GO, struct.pack(">I", len(self._export)) + self._export + struct.pack(">H", 0))
         for kind, body in infos or []:
             if kind == _REP_INFO and int.from_bytes(body[:2], "big") == _INFO_EXPORT:
                 self.size = int.from_bytes(body[2:10], "big")
@@ -266,6 +298,36 @@ class NbdDisk(Disk):
             if kind == _REP_ACK:
                 return replies
             replies.append((kind, body))
+
+
+def connect(uri: str, context: str = ALLOCATION) -> NbdDisk:
+    """The disk at an NBD URI of the form nbd+unix:///EXPORT?socket=PATH. Raises OSError, ProtocolError."""
+    parts = urllib.parse.urlsplit(uri)
+    (path,) = urllib.parse.parse_qs(parts.query)["socket"]
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(path)
+        return NbdDisk(connection, urllib.parse.unquote(parts.path[1:]), context)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def uri(path: str, export: str) -> str:
+    """What `connect` takes, for an export behind the UNIX socket at `path`."""
+    return f"nbd+unix:///{urllib.parse.quote(export, safe='')}?socket={urllib.parse.quote(path)}"
+
+
+def _swept(ranges: Ranges) -> Iterator[List[Tuple[int, int]]]:
+    """The ranges in lists of those that are close together."""
+    near: List[Tuple[int, int]] = []
+    for start, end in ranges:
+        if near and start - near[-1][1] > _SWEEP:
+            yield near
+            near = []
+        near.append((start, end))
+    if near:
+        yield near
 
 
 @contextlib.contextmanager

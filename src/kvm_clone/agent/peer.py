@@ -23,8 +23,8 @@ MEASURE = "echo ready; wc -c"
 """What the other end runs to be measured against: it says how many bytes it got."""
 
 
-def probe(ssh: List[str], known_hosts: str) -> Dict[str, Any]:
-    """Whether this host can run a command by `ssh`: `error` is empty when it can, and `rate` is measured (bytes/s)."""
+def probe(ssh: List[str], known_hosts: str, measured: bool = True) -> Dict[str, Any]:
+    """Whether this host can run a command by `ssh`: `error` is empty when it can, and `rate` (bytes/s) is measured."""
     argv = [*command(ssh, known_hosts), MEASURE]
     child = process.start(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdin is not None
@@ -34,7 +34,7 @@ def probe(ssh: List[str], known_hosts: str) -> Dict[str, Any]:
         if child.stdout.readline() == b"ready\n":
             began = time.monotonic()
             sent = 0
-            while sent < MEASURED_BYTES and time.monotonic() - began < MEASURED_SECONDS:
+            while measured and sent < MEASURED_BYTES and time.monotonic() - began < MEASURED_SECONDS:
                 sent += os.write(child.stdin.fileno(), bytes(65536))
             child.stdin.close()
             child.stdout.readline()

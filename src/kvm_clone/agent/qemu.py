@@ -22,18 +22,55 @@ _EXIT_SECONDS = 120.0
 """How long qemu-nbd may take to close an image after the last client has said goodbye."""
 
 
-def info(path: str, format_: str) -> Dict[str, Any]:
-    """What `qemu-img info` knows of the image. Never probes: the definition says which format the guest sees."""
-    answer: Dict[str, Any] = json.loads(run(["qemu-img", "info", "--output=json", "-f", format_, "--", path]))
+def info(path: str, format_: str, *, live: bool = False) -> Dict[str, Any]:
+    """What `qemu-img info` knows of the image. Never probes: the definition says which format the guest sees.
+
+    `live`: a VM may be writing it; metadata alone may be asked for then.
+    """
+    argv = ["qemu-img", "info", *(["--force-share"] if live else []), "--output=json", "-f", format_, "--", path]
+    answer: Dict[str, Any] = json.loads(run(argv))
     return answer
 
 
-def create(path: str, format_: str, size: int, options: Dict[str, str]) -> None:
-    """Make an empty image of `size` bytes at `path`; an existing file there is taken over."""
+def chain(path: str, format_: str) -> List[Dict[str, Any]]:
+    """What is known of the image and of each image that it rests on, the top first."""
+    argv = ["qemu-img", "info", "--backing-chain", "--output=json", "-f", format_, "--", path]
+    answer: List[Dict[str, Any]] = json.loads(run(argv))
+    return answer
+
+
+def create(
+    path: str, format_: str, size: int, options: Dict[str, str], backing: Optional[Tuple[str, str]] = None
+) -> None:
+    """Make an empty image of `size` bytes at `path`; an existing file there is taken over.
+
+    `backing`: path and format of the image that it rests on.
+    """
     argv = ["qemu-img", "create", "-q", "-f", format_]
     if options:
         argv += ["-o", ",".join(f"{key}={value}" for key, value in sorted(options.items()))]
+    if backing is not None:
+        argv += ["-b", backing[0], "-F", backing[1]]
     run([*argv, "--", path, str(size)])
+
+
+def resize(path: str, format_: str, size: int) -> None:
+    """Make the image `size` bytes large."""
+    run(["qemu-img", "resize", "-q", "-f", format_, "--", path, str(size)])
+
+
+def merge(overlay: str, base: str, base_format: str) -> None:
+    """Write what the qcow2 image has into the image that it rests on, and leave it as it is. Can be repeated.
+
+    What is zero takes no room below afterwards.
+    """
+    below = _opened(base, base_format)
+    run(["qemu-img", "commit", "-q", "-d", "json:" + json.dumps({**_opened(overlay, "qcow2"), "backing": below})])
+
+
+def _opened(path: str, format_: str) -> Dict[str, Any]:
+    """How QEMU is told to open an image, without a look at what the path may stand for."""
+    return {"driver": format_, "discard": "unmap", "file": {"driver": "file", "filename": path}}
 
 
 def is_sound(path: str, format_: str) -> bool:
@@ -86,12 +123,13 @@ def map_extents(path: str, format_: str, start_at: int, end: int) -> Iterator[Ex
 
 def _extent(entry: Dict[str, Any]) -> Extent:
     host: Optional[int] = entry.get("offset")
+    layer = entry.get("depth", 0)
     if entry["zero"]:
         # "present" tells an explicit zero from a hole; QEMU before 6.1 does not say it.
         return Extent(entry["start"], entry["length"], ZERO if entry.get("present") and not entry["data"] else HOLE)
     if not entry["data"]:
         return Extent(entry["start"], entry["length"], HOLE)
-    return Extent(entry["start"], entry["length"], DATA, host, compressed=host is None)
+    return Extent(entry["start"], entry["length"], DATA, host, compressed=host is None, layer=layer)
 
 
 def open_nbd(path: str, format_: str, *, writable: bool, compress: bool = False) -> NbdDisk:

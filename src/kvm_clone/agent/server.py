@@ -11,9 +11,10 @@ import contextlib
 import os
 import select
 import threading
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Optional
 
-from . import digest, facts, image, peer, stage
+from . import facts, guard, peer, stage
+from .differ import Differ
 from .errors import INTERRUPTED, UNSUPPORTED, AgentError, from_exception
 from .lock import ImageLock
 from .wire import pack_frame, read_frame, write_all
@@ -21,8 +22,6 @@ from .wire import pack_frame, read_frame, write_all
 SILENCE_SECONDS = 30.0
 """Without a frame for so long, the controller is taken for dead: it sends one every few seconds. A cut network closes
 no connection, and a lock must not stay behind."""
-
-Progress = Callable[[Dict[str, Any]], None]
 
 
 class Server:
@@ -32,7 +31,9 @@ class Server:
         self._source = source
         self._out = out
         self._writing = threading.Lock()
-        self._locks: List[ImageLock] = []
+        self._locks: Dict[str, ImageLock] = {}
+        self._differ = Differ()
+        self._guard = guard.Guard()
         self._beginning = threading.Lock()
         self._over = False
         self._stage: Optional[stage.Stage] = None
@@ -44,8 +45,16 @@ class Server:
             "exists": os.path.exists,
             "probe": peer.probe,
             "lock_image": self._lock_image,
+            "unlock_images": self._unlock_images,
             "fingerprint": facts.fingerprint,
-            "digest": digest_disk,
+            "digest": self._differ.segments,
+            "blocks": self._differ.blocks,
+            "dirty": facts.dirty,
+            "free": facts.free,
+            "reader": guard.reader,
+            "guard": self._guard.watch,
+            "freezing": self._guard.freezing,
+            "unguard": self._guard.done,
             "data_in": facts.data_in,
             "staged": stage.staged,
             "settle": stage.settle,
@@ -57,6 +66,10 @@ class Server:
             "create": lambda **how: self._staged().create(**how),
             "publish": lambda **how: self._staged().publish(**how),
             "note": lambda **how: self._staged().note(**how),
+            "overlays": lambda: self._staged().overlays(),
+            "merge": lambda: self._staged().merge(),
+            "merged": lambda: self._staged().merged(),
+            "seal": lambda: self._staged().seal(),
             "undo": lambda **how: self._staged().undo(**how),
             "finish": lambda: self._staged().finish(),
             "release": lambda: self._staged().release(),
@@ -77,6 +90,7 @@ class Server:
                 self._over = True
             if self._stage is not None:
                 self._stage.abandon()
+            self._guard.step_in()
 
     def _heard(self) -> bool:
         readable, _, _ = select.select([self._source], [], [], SILENCE_SECONDS)
@@ -89,7 +103,7 @@ class Server:
             if call is None:
                 raise AgentError(UNSUPPORTED, f"the agent has no call {frame.get('call')!r}")
             arguments = dict(frame.get("args") or {})
-            if call is digest_disk:
+            if call == self._differ.segments:
                 arguments["progress"] = lambda state: self._write({"id": number, "progress": state})
             self._write({"id": number, "ok": call(**arguments)})
         except Exception as error:  # noqa: BLE001 - whatever went wrong is the answer
@@ -101,17 +115,22 @@ class Server:
             write_all(self._out, pack_frame(message))
 
     def _lock_image(self, path: str) -> None:
-        """Keep every QEMU from writing this image until this process ends."""
+        """Keep every QEMU from writing this image until `unlock_images`, or until this process ends."""
         try:
-            self._locks.append(ImageLock(path))
+            self._locks[path] = ImageLock(path)
         except OSError as error:
             raise from_exception(error, f"opening {path}") from error
+
+    def _unlock_images(self) -> None:
+        """Let others write the images again."""
+        while self._locks:
+            self._locks.popitem()[1].release()
 
     def _begin(self, **how: Any) -> None:
         with self._beginning:
             if self._over:
                 raise AgentError(INTERRUPTED, "the controller is gone")
-            if self._stage is not None:
+            if self._stage is not None and not self._stage.is_over:
                 raise AgentError(UNSUPPORTED, "this agent has an operation already")
             self._stage = stage.Stage(**how)
 
@@ -119,26 +138,3 @@ class Server:
         if self._stage is None:
             raise AgentError(UNSUPPORTED, "this agent has no operation")
         return self._stage
-
-
-def digest_disk(
-    path: str, image_format: str, progress: Progress, ranges: Optional[List[List[int]]] = None
-) -> List[List[Any]]:
-    """The image's segments as [first byte, digest in hexadecimal]; `progress` hears how many bytes are done.
-
-    `ranges`: [start, end) pairs in bytes, each start at a segment's first byte; None is the whole disk.
-    """
-    answer: List[List[Any]] = []
-    done = 0
-    disk = image.open_for_reading(path, image_format)
-    try:
-        for start, end in ranges if ranges is not None else [[0, disk.size]]:
-            for at, value in zip(range(start, end, digest.SEGMENT), digest.segments(disk, start, end)):
-                answer.append([at, value.hex()])
-                done += min(digest.SEGMENT, end - at)
-                progress({"done": done})
-    except OSError as error:
-        raise from_exception(error, f"reading {path}") from error
-    finally:
-        disk.close()
-    return answer

@@ -16,13 +16,16 @@ import threading
 import time
 from typing import Any, Callable, Dict, List, Optional, Tuple, TypeVar, cast
 
-from . import image, journal, qemu
+from . import facts, image, journal, merge, qemu, reflink
 from .errors import EXISTS, IO, LOCKED, MISSING, UNSUPPORTED, AgentError, from_exception
-from .lock import OperationLock, holder_of, is_written
+from .lock import ImageLock, OperationLock, holder_of, is_written
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 
 _UNSETTLED = "an earlier attempt may have been committed; libvirt has to be asked first"
+
+_DEFINITIONS = "/etc/libvirt/qemu"
+"""Where libvirt keeps the definitions of its VMs."""
 
 _LOCK_DIRECTORIES = ("/run/lock", "/var/lock", "/run")
 """Where a lock may lie, the first that exists. One place for each host, so that the lock covers every pool."""
@@ -38,10 +41,14 @@ def journal_path(directory: str, name: str) -> str:
     return os.path.join(directory, f".kvm-clone-{key_of(name)}.journal")
 
 
+def lock_directory() -> str:
+    """Where locks lie on this host."""
+    return next(path for path in (*_LOCK_DIRECTORIES, "/tmp") if os.path.isdir(path))  # noqa: S108
+
+
 def lock_path(name: str) -> str:
     """Where the lock on operations on the VM `name` lies."""
-    directory = next(path for path in (*_LOCK_DIRECTORIES, "/tmp") if os.path.isdir(path))  # noqa: S108
-    return os.path.join(directory, f"kvm-clone-{key_of(name)}.lock")
+    return os.path.join(lock_directory(), f"kvm-clone-{key_of(name)}.lock")
 
 
 def _one_at_a_time(step: _Step) -> _Step:
@@ -67,12 +74,14 @@ class Stage:
         *,
         resume: bool = False,
         keep: bool = False,
+        finishing: bool = False,
     ) -> None:
         """Take the lock and begin the journal.
 
         An earlier attempt whose holder is dead is continued with `resume`, else undone first. `keep`: what is staged
-        outlives a controller that dies. Raises AgentError: locked; unsupported when an earlier attempt reached its
-        commit point and libvirt has to be asked what became of it (see `settle`).
+        outlives a controller that dies. `finishing`: the earlier attempt has committed, and what comes after that is
+        taken up. Raises AgentError: locked; unsupported when an earlier attempt reached its commit point and libvirt
+        has to be asked what became of it (see `settle`).
         """
         self.directory = directory
         self.name = name
@@ -81,14 +90,17 @@ class Stage:
         self._lock = OperationLock(lock_path(name), {"operation": operation, "pid": os.getpid(), **about})
         self._journal: Optional[journal.Journal] = None
         self._turn = threading.RLock()
+        self._held: List[ImageLock] = []
         try:
             path = journal_path(directory, name)
-            if resume:
+            if finishing:
+                self._finish_earlier(path)
+            elif resume:
                 self._go_on(path)
             else:
                 self._begin(path, about)
         except BaseException:
-            if self._journal is not None and not resume:
+            if self._journal is not None and not (resume or finishing):
                 self._journal.remove()  # there is nothing yet that it would have to undo
                 self._journal = None
             self.release()
@@ -103,7 +115,7 @@ class Stage:
         self._journal = journal.Journal(path)
         self._append(journal.BEGIN, operation=self.operation, name=self.name, started=time.time(), **about)
 
-    def _go_on(self, path: str) -> None:
+    def _open(self, path: str) -> List[journal.Record]:
         try:
             self._journal = journal.Journal(path, resume=True)
         except FileNotFoundError as error:
@@ -111,6 +123,14 @@ class Stage:
         records = self._journal.records
         if not records or records[0]["operation"] != self.operation:
             raise AgentError(LOCKED, f"another operation has taken the place of {self.operation}")
+        return records
+
+    def _finish_earlier(self, path: str) -> None:
+        if not has_committed(self._open(path)):
+            raise AgentError(UNSUPPORTED, _UNSETTLED)
+
+    def _go_on(self, path: str) -> None:
+        records = self._open(path)
         if in_commit(records):
             raise AgentError(UNSUPPORTED, _UNSETTLED)
         for disk in states(records).values():
@@ -135,7 +155,10 @@ class Stage:
     def _append(self, record: str, /, **fields: Any) -> None:
         if self._journal is None:
             raise AgentError(UNSUPPORTED, "the operation is over")
-        self._journal.append(record, **fields)
+        try:
+            self._journal.append(record, **fields)
+        except OSError as error:
+            raise from_exception(error, f"writing {self._journal.path}") from error
 
     def part_path(self, disk: str, final: str) -> str:
         """The temporary name of a disk, in the directory where it will live."""
@@ -143,18 +166,31 @@ class Stage:
 
     @_one_at_a_time
     def create(self, disk: str, final: str, spec: Dict[str, Any]) -> str:
-        """Make the empty staged image; its path. `spec`: format, size in bytes, options, mode, user, group."""
+        """Make the empty staged image; its path.
+
+        `spec`: format, size in bytes, options, mode, user, group; `backing`: path and format of the image that it is
+        an overlay on, if it is one; `copy_of`: the image whose blocks it shares at first, if it does.
+        """
         part = self.part_path(disk, final)
+        backing = spec.get("backing")
         try:
             if os.path.lexists(final):
                 raise AgentError(EXISTS, f"{final} is there already; it was left as it is")
             _unlink(part)
-            self._append(journal.CREATE, disk=disk, part=part, final=final, size=spec["size"], format=spec["format"])
-            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            if spec["format"] == image.RAW:
+            about = {"size": spec["size"], "format": spec["format"], "backing": _rests_on(backing)}
+            self._append(journal.CREATE, disk=disk, part=part, final=final, **about)
+            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                if spec.get("copy_of"):
+                    reflink.clone(spec["copy_of"], fd)
+            finally:
+                os.close(fd)
+            if spec.get("copy_of"):
+                qemu.resize(part, spec["format"], spec["size"])
+            elif spec["format"] == image.RAW:
                 os.truncate(part, spec["size"])
             else:
-                qemu.create(part, spec["format"], spec["size"], spec["options"])
+                qemu.create(part, spec["format"], spec["size"], spec["options"], backing and tuple(backing))
             _own(part, spec)
             journal.make_durable(os.path.dirname(part))
         except OSError as error:
@@ -164,6 +200,8 @@ class Stage:
     @_one_at_a_time
     def note(self, record: str, fields: Dict[str, Any]) -> None:
         """Journal that a step was taken (`copied`, `proven`) or is about to be (`define`), or is past (`committed`)."""
+        if record == journal.COMMITTED:
+            _make_definitions_durable()
         self._append(record, **fields)
 
     @_one_at_a_time
@@ -178,6 +216,56 @@ class Stage:
             journal.make_durable(os.path.dirname(final))
         except OSError as error:
             raise from_exception(error, f"giving {part} its final name {final}") from error
+
+    def _records(self) -> List[journal.Record]:
+        if self._journal is None:
+            raise AgentError(UNSUPPORTED, "the operation is over")
+        return self._journal.records
+
+    @property
+    def is_over(self) -> bool:
+        """Whether this process has nothing more to do with the operation."""
+        return self._journal is None
+
+    @_one_at_a_time
+    def overlays(self) -> List[Dict[str, Any]]:
+        """The overlays of the committed VM that are still there."""
+        return [overlay._asdict() for overlay in merge.overlays(self._records())]
+
+    @_one_at_a_time
+    def merge(self) -> None:
+        """Write every overlay into its base, and journal how those are then.
+
+        Until `merged`, no VM can start on the overlays or on what is below.
+        """
+        records = self._records()
+        found = merge.overlays(records)
+        for overlay in found:
+            self._held += merge.merge(overlay)
+        untouched = merge.is_as_committed(records)
+        images = {one.disk: [one.base, facts.fingerprint(one.base)] for one in found}
+        self._append(journal.MERGED, untouched=untouched, images=images)
+
+    @_one_at_a_time
+    def merged(self) -> None:
+        """Remove the merged overlays: libvirt's definition no longer names them."""
+        _make_definitions_durable()
+        for overlay in merge.overlays(self._records()):
+            _unlink(overlay.path)
+        self._let_go()
+
+    @_one_at_a_time
+    def seal(self) -> Optional[Dict[str, str]]:
+        """The fingerprint of each disk of the committed VM; None when somebody has written them since."""
+        records = self._records()
+        if not merge.is_untouched(records):
+            return None
+        return {disk: facts.fingerprint(path) for disk, (path, _) in merge.journalled_images(records).items()}
+
+    def _let_go(self) -> None:
+        for lock in self._held:
+            lock.release()
+        self._held = []
 
     @_one_at_a_time
     def undo(self, *, past_commit: bool = False) -> List[str]:
@@ -218,6 +306,7 @@ class Stage:
     @_one_at_a_time
     def release(self) -> None:
         """Let go of journal and lock, and leave everything as it is, for another run to go on with."""
+        self._let_go()
         if self._journal is not None:
             self._journal.close()
             self._journal = None
@@ -233,6 +322,7 @@ class DiskState:
         self.final: str = record["final"]
         self.size: int = record["size"]
         self.format: str = record["format"]
+        self.backing: Dict[str, str] = record.get("backing") or {}
         self.durable = 0
         self.identity: Optional[Tuple[int, int]] = None
 
@@ -243,6 +333,8 @@ class DiskState:
 
     def _is_whole(self, about: os.stat_result) -> bool:
         """Whether the file can be filled further: a crash or a hand may have cut it short or torn it."""
+        if self.backing and not _is_still(self.backing):
+            return False
         return about.st_size == self.size if self.format == image.RAW else qemu.is_sound(self.path, self.format)
 
     def as_dict(self) -> Dict[str, Any]:
@@ -258,6 +350,7 @@ class DiskState:
             "format": self.format,
             "durable": self.durable if self.durable and about and self._is_whole(about) else 0,
             "allocated": about.st_blocks * 512 if about else 0,
+            "backing": self.backing.get("path", ""),
         }
 
 
@@ -283,7 +376,7 @@ def in_commit(records: List[journal.Record]) -> bool:
 
 def has_committed(records: List[journal.Record]) -> bool:
     """Whether libvirt is known to have the definition."""
-    return in_commit(records) and records[-1]["record"] == journal.COMMITTED
+    return in_commit(records) and records[-1]["record"] in (journal.COMMITTED, journal.MERGED)
 
 
 def staged(directories: List[str], name: Optional[str] = None) -> List[Dict[str, Any]]:
@@ -317,6 +410,7 @@ def _summary(directory: str, path: str) -> Dict[str, Any]:
         "committed": has_committed(records),
         "remove": define.get("remove", []),
         "forget": define.get("forget", []),
+        "published": [state.final for state in states(records).values() if state.path == state.final],
         "disks": {disk: state.as_dict() for disk, state in states(records).items()},
     }
 
@@ -386,6 +480,15 @@ def _unlink_there(path: str) -> None:
     journal.make_durable(os.path.dirname(path))
 
 
+def _make_definitions_durable() -> None:
+    """Make sure that a power cut brings no definition back whose disks are about to go.
+
+    libvirt makes the file durable that it puts in place of another, and not the directory.
+    """
+    with contextlib.suppress(OSError):  # libvirt of another make keeps them elsewhere
+        journal.make_durable(_DEFINITIONS)
+
+
 def _replay_file(path: str) -> List[journal.Record]:
     with open(path, "rb") as file:
         return journal.replay(file.read())
@@ -403,7 +506,8 @@ def undo_all(records: List[journal.Record], *, past_commit: bool = False) -> Lis
             elif entry["record"] == journal.CREATE:
                 _unlink(entry["part"])
         except OSError as error:
-            left.append(str(from_exception(error, f"removing {error.filename}")))
+            path = entry["final" if entry["record"] == journal.PUBLISH else "part"]
+            left.append(str(from_exception(error, f"removing {path}")))
     return left
 
 
@@ -425,6 +529,21 @@ def _unlink_inode(path: str, identity: Tuple[int, int]) -> None:
     """Remove the file if it is the one that was published: another one of that name is not ours."""
     if _identity(path) == identity:
         _unlink(path)
+
+
+def _rests_on(backing: Optional[List[str]]) -> Optional[Dict[str, str]]:
+    """What the journal says of the image that an overlay rests on: path, format and fingerprint."""
+    if backing is None:
+        return None
+    return {"path": backing[0], "format": backing[1], "fingerprint": facts.fingerprint(backing[0])}
+
+
+def _is_still(backing: Dict[str, str]) -> bool:
+    """Whether the image that an overlay rests on is as it was: on another one the overlay says nothing."""
+    try:
+        return merge.unchanged(facts.fingerprint(backing["path"]), backing["fingerprint"])
+    except FileNotFoundError:
+        return False
 
 
 def _own(path: str, spec: Dict[str, Any]) -> None:

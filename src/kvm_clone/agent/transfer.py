@@ -139,17 +139,16 @@ class Sender:
             disk.close()
 
     def _extents(self, index: int, disk: Disk, job: Job, *, compressed: bool) -> Iterator[None]:
-        for start, end in job.ranges if job.ranges is not None else [[0, disk.size]]:
-            for extent in disk.extents(start, end):
-                if not job.fresh:  # QEMU stores compressed only what was never written
-                    extent = extent._replace(compressed=False)
-                if extent.kind != DATA_KIND:
-                    if not job.fresh:
-                        self._record(Record(ZERO, index, extent.offset, extent.length))
-                elif extent.compressed == compressed:
-                    for piece in split(extent, CHUNK if compressed else self._pacer.most):
-                        self._data(index, disk, piece)
-                        yield
+        for extent in disk.within(job.ranges if job.ranges is not None else [[0, disk.size]]):
+            if not job.fresh:  # QEMU stores compressed only what was never written
+                extent = extent._replace(compressed=False)
+            if extent.kind != DATA_KIND:
+                if not job.fresh:
+                    self._record(Record(ZERO, index, extent.offset, extent.length))
+            elif extent.compressed == compressed:
+                for piece in split(extent, CHUNK if compressed else self._pacer.most):
+                    self._data(index, disk, piece)
+                    yield
 
     def _data(self, index: int, disk: Disk, piece: Extent) -> None:
         self._pacer.wait(piece.length)
@@ -242,10 +241,10 @@ class Receiver:
     def _reach(self, record: Record) -> None:
         """Ranges come in order, so that everything before the last one's end is written.
 
-        Compressed ranges come before the others: until those begin, nothing can be said.
+        Of an image that is compressed in part, the compressed ranges come first: the plain ones before that point may
+        be missing yet, which a resumed copy finds by their digests.
         """
-        if not record.flags & COMPRESSED:
-            self._reached[record.disk] = max(self._reached[record.disk], record.offset + record.length)
+        self._reached[record.disk] = max(self._reached[record.disk], record.offset + record.length)
         self._unsettled += record.length if record.type == DATA else 0
         now = time.monotonic()
         enough = min(DURABLE_BYTES, max(DURABLE_LEAST, sum(disk.size for disk in self._open.values()) // DURABLE_PARTS))

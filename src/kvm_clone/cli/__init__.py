@@ -16,6 +16,7 @@ from kvm_clone.cli.config import config_app
 from kvm_clone.cli.context import Context
 from kvm_clone.cli.listing import list_command
 from kvm_clone.cli.status import cleanup_command, status_command
+from kvm_clone.cli.sync import split_verify, sync_command
 from kvm_clone.config import Output
 from kvm_clone.errors import ExitCode, KvmCloneError
 from kvm_clone.version import __version__
@@ -37,6 +38,12 @@ app.command(
     "kvm-clone clone root@10.0.0.1 ssh://root@10.0.0.2:2222 web --new-name web-copy --bandwidth-limit 100M\n\n"
     "kvm-clone clone localhost host-b -- '-odd name'",
 )(clone_command)
+app.command(
+    "sync",
+    epilog="Examples:\n\nkvm-clone sync host-a host-b web\n\n"
+    "kvm-clone sync host-a host-b web --create --track --quiesce require\n\n"
+    "kvm-clone sync host-a host-b web --dry-run",
+)(sync_command)
 app.command(
     "list",
     epilog="Examples:\n\nkvm-clone list host-a host-b\n\nkvm-clone list host-a --state running --output json",
@@ -80,7 +87,7 @@ def main() -> NoReturn:
     _open_missing_streams()
     shared = Context()
     try:
-        app(prog_name="kvm-clone", obj=shared)
+        app(split_verify(sys.argv[1:]), prog_name="kvm-clone", obj=shared)
     except KvmCloneError as error:
         output.report(error, as_json=_json_wanted(shared))
         sys.exit(error.exit_code)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvm_clone.cli import context, plans
-from kvm_clone.cli.clone import run_clone
+from kvm_clone.cli.clone import run_request
 from kvm_clone.config import Output
 
 
@@ -27,4 +27,4 @@ def apply_command(
     flags = context.connection_flags(ssh_config, ssh_key, ssh_option, output_format, log_level)
     settings = context.load(ctx, config, flags)
     request, facts = plans.read(file)
-    run_clone(settings, request, quiet=quiet, expected=facts)
+    run_request(settings, request, quiet=quiet, expected=facts)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from kvm_clone.api import Client, HostListing
 from kvm_clone.cli import context, output
-from kvm_clone.cli.clone import HOST_HELP
+from kvm_clone.cli.options import HOST_HELP
 from kvm_clone.config import Output, Settings
 from kvm_clone.domains import STATES, DiskUse, Listed
 from kvm_clone.errors import ExitCode, UsageError

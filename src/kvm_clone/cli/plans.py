@@ -12,19 +12,20 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from kvm_clone import plan as steps
+from kvm_clone import steps
 from kvm_clone.api import Client, Request
 from kvm_clone.cli import context, output
 from kvm_clone.config import Output, Settings
 from kvm_clone.errors import ExitCode, UsageError
 from kvm_clone.findings import Severity
-from kvm_clone.options import CloneOptions, Retry, Route
+from kvm_clone.options import CloneOptions, Options, Quiesce, Retry, Route, SyncOptions, Verify
 from kvm_clone.placement import PlannedDisk
-from kvm_clone.plan import Plan, Step
+from kvm_clone.plan import Plan
+from kvm_clone.steps import Step
 from kvm_clone.units import format_bytes
 from kvm_clone.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 """Of the saved document; another one is refused."""
 
 _STYLES = {Severity.BLOCKING: "bold red", Severity.WARNING: "yellow", Severity.INFO: ""}
@@ -32,30 +33,36 @@ _STYLES = {Severity.BLOCKING: "bold red", Severity.WARNING: "yellow", Severity.I
 
 def show(settings: Settings, request: Request, file: Path | None, *, dry_run: bool) -> int:
     """Plan, print what would be done, and save it to `file` if one is given; the exit code."""
-    plan = context.run(_plan(settings, request))
+    plan, delta = context.run(_plan(settings, request, measured=dry_run))
     refusal = plan.refusal()
     if file is not None and refusal is None:
-        _save(file, request, plan)
+        _save(file, document(request, plan, delta))
     if settings.output is Output.JSON:
-        output.print_json(document(request, plan))
+        output.print_json(document(request, plan, delta))
     else:
-        _print(plan)
+        _print(plan, delta)
         if file is not None and refusal is None and not dry_run:
             print(f"saved; run it with: kvm-clone apply {file}")
     return int(refusal.exit_code if refusal is not None else ExitCode.DONE)
 
 
-async def _plan(settings: Settings, request: Request) -> Plan:
+Delta = Mapping[str, int | None]
+"""Bytes that would be sent, by disk; None where only the run can tell. Empty where nobody asked."""
+
+
+async def _plan(settings: Settings, request: Request, *, measured: bool) -> tuple[Plan, Delta]:
     async with Client(context.ssh_options(settings), interactive=sys.stdin.isatty()) as client:
-        return await client.plan(request)
+        if measured and isinstance(request.options, SyncOptions):
+            return await client.measure(request)
+        return await client.plan(request), {}
 
 
-def document(request: Request, plan: Plan) -> dict[str, Any]:
+def document(request: Request, plan: Plan, delta: Delta) -> dict[str, Any]:
     """The stable form of a plan."""
     return {
         "format": FORMAT,
         "version": __version__,
-        "request": asdict(request),
+        "request": {"command": _command(request.options), **asdict(request)},
         "facts": plan.facts.digest,
         "name": plan.name,
         "action": plan.decision.action,
@@ -70,6 +77,8 @@ def document(request: Request, plan: Plan) -> dict[str, Any]:
                 "virtual_size": disk.image.virtual_size,
                 "data": disk.image.data,
                 "durable": disk.staged.durable if disk.staged else 0,
+                "replica": disk.base.path if disk.base else None,
+                "to_send": delta.get(disk.target),
             }
             for disk in plan.disks
         ],
@@ -93,7 +102,14 @@ def describe(step: Step) -> str:  # noqa: C901 - one line for each kind of step
             return f"{'take up' if disk.staged else 'make'} the staged image of {disk.target} ({disk.image.format})"
         case steps.CopyDisks(disks):
             return f"send the content of {_targets(disks)}"
-        case steps.ProveDisks(disks) | steps.VerifyExisting(disks):
+        case steps.BeginBackup(job, quiesce):
+            since = f", with what changed since {job.incremental}" if job.incremental else ""
+            return f"take one point in time of the running source (quiesce {quiesce}){since}"
+        case steps.EndBackup():
+            return "end the backup job and remove its scratch"
+        case steps.ProveDisks(disks, proof):
+            return f"digest {'what was sent of ' if proof is Verify.SENT else ''}{_targets(disks)} and compare"
+        case steps.VerifyExisting(disks):
             return f"digest {_targets(disks)} on both hosts and compare"
         case steps.CheckSource():
             return "make sure that the source has not changed"
@@ -105,7 +121,15 @@ def describe(step: Step) -> str:  # noqa: C901 - one line for each kind of step
             return "define the clone: the commit"
         case steps.RemoveReplaced(paths, _):
             return f"remove what only the replaced VM had{_listed(paths)}"
-        case steps.EndStage() | steps.FinishEarlier():
+        case steps.MergeDisks():
+            return "merge the overlays into the replica's images, and define it onto those"
+        case steps.SealReplica():
+            return "record how it is now"
+        case steps.DropCheckpoints(names):
+            return f"delete the source's checkpoint {', '.join(names)}"
+        case steps.TakeUpCommitted(directory):
+            return f"go on with what has committed in {directory}"
+        case steps.EndStage():
             return "remove the journal, and unlock"
 
 
@@ -117,10 +141,12 @@ def _listed(paths: tuple[str, ...]) -> str:
     return f": {', '.join(paths)}" if paths else ""
 
 
-def _print(plan: Plan) -> None:
+def _print(plan: Plan, delta: Delta) -> None:
     console = Console(highlight=False, soft_wrap=True)
     data = sum(disk.image.data for disk in plan.disks)
     console.print(Text(f"{plan.name}: {plan.decision.action}, {format_bytes(data)} of content, {plan.route} route "))
+    for target, size in delta.items():
+        console.print(Text(f"  {target}: {'what has changed' if size is None else format_bytes(size)} would be sent"))
     for finding in plan.findings:
         console.print(Text(f"  {finding.severity}: {finding.text}", style=_STYLES[finding.severity]))
         if finding.remedy:
@@ -131,9 +157,9 @@ def _print(plan: Plan) -> None:
         console.print(Text("this plan cannot be run", style="bold red"))
 
 
-def _save(file: Path, request: Request, plan: Plan) -> None:
+def _save(file: Path, saved: Mapping[str, Any]) -> None:
     try:
-        file.write_text(json.dumps(document(request, plan), indent=2) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write the plan to {file}: {error.strerror}", remedy="name another file") from error
 
@@ -151,7 +177,13 @@ def read(file: Path) -> tuple[Request, str]:
         raise UsageError(f"{file} is not a saved plan", remedy="make one with clone --plan-out") from error
 
 
+def _command(options: Options) -> str:
+    return "sync" if isinstance(options, SyncOptions) else "clone"
+
+
 def _request(saved: Mapping[str, Any]) -> Request:
     options = dict(saved["options"])
-    options |= {"route": Route(options["route"]), "retry": Retry(options["retry"])}
-    return Request(saved["source"], saved["destination"], saved["vm"], CloneOptions(**options))
+    for name, kind in (("route", Route), ("retry", Retry), ("verify", Verify), ("quiesce", Quiesce)):
+        options[name] = kind(options[name])
+    made = SyncOptions(**options) if saved["command"] == "sync" else CloneOptions(**options)
+    return Request(saved["source"], saved["destination"], saved["vm"], made)

@@ -134,7 +134,7 @@ def _line(one: Operation) -> str:
     age = format_duration(max(0.0, time.time() - one.changed))
     text = f"{one.operation}  {one.state}, {age} ago: {one.vm} from {one.source} to {one.destination} as {one.name}"
     if one.state == operations.KEPT:
-        text += f"; go on: kvm-clone clone {one.source} {one.destination} {one.vm} --resume"
+        text += f"; go on: kvm-clone {one.command} {one.source} {one.destination} {one.vm} --resume"
     return text
 
 
@@ -170,7 +170,7 @@ def _staged_line(data: StagedData) -> str:
         return f"{data.host}: {data.path}: {data.error}"
     state = "running" if data.active else "interrupted"
     text = f"{data.host}: {data.name} from {data.source}, {state}, {format_duration(data.age)} old"
-    drop = "" if data.active else f"; go on with clone --resume, or drop it: kvm-clone cleanup {data.host}"
+    drop = "" if data.active else f"; go on with {data.kind} --resume, or drop it: kvm-clone cleanup {data.host}"
     return f"{text}, {format_bytes(data.size)} staged in {data.directory}{drop}"
 
 

@@ -1,0 +1,115 @@
+"""After the commit of a sync: the overlays that hold what changed are written into the images that they rest on.
+
+The VM is defined onto its overlays by then, and reading through an overlay is right at every instant of the merge, so
+that it can be interrupted and repeated. While an overlay's lock is held no VM can start on it, and what it has is
+known to be in the image below.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any, Dict, List, NamedTuple
+
+from . import image, journal, qemu
+from .errors import IN_USE, AgentError
+from .facts import fingerprint
+from .lock import ImageLock
+
+_TRIES = 3
+"""How often a merge is taken up again because a VM was started and stopped on the overlay meanwhile."""
+
+_PATIENCE_SECONDS, _LOOK_SECONDS = 10.0, 0.2
+"""How long a merge waits for an image that is locked, and how often it tries: others look at it for a moment."""
+
+
+class Overlay(NamedTuple):
+    """An overlay at its final name, and the image that it rests on."""
+
+    disk: str
+    path: str
+    base: str
+    base_format: str
+
+
+def overlays(records: List[journal.Record]) -> List[Overlay]:
+    """The overlays that the journal's last `define` names and that are still there."""
+    define = _last(records, journal.DEFINE)
+    named = [Overlay(**one) for one in define.get("merge", [])]
+    return [one for one in named if os.path.lexists(one.path)]
+
+
+def merge(overlay: Overlay) -> List[ImageLock]:
+    """Write the overlay's content into its base, durably; the locks say that nobody has changed either since.
+
+    Raises AgentError: in-use when a VM runs on it.
+    """
+    for _ in range(_TRIES):
+        before = fingerprint(overlay.path)
+        _write_down(overlay)
+        image.settle(overlay.base)
+        locks = [ImageLock(overlay.path), ImageLock(overlay.base)]
+        if unchanged(before, fingerprint(overlay.path)):
+            return locks
+        for lock in locks:
+            lock.release()
+    raise AgentError(IN_USE, f"a VM is started on {overlay.path} again and again")
+
+
+def _write_down(overlay: Overlay) -> None:
+    if qemu.info(overlay.path, image.QCOW2, live=True).get("snapshots"):
+        raise AgentError(IN_USE, f"{overlay.path} has internal snapshots, which would be lost with it")
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return qemu.merge(overlay.path, overlay.base, overlay.base_format)
+        except AgentError as error:
+            if "lock" not in str(error):
+                raise
+            if time.monotonic() > deadline:
+                raise AgentError(IN_USE, f"another process uses {overlay.path}, or what it rests on") from error
+        time.sleep(_LOOK_SECONDS)
+
+
+def journalled_images(records: List[journal.Record]) -> Dict[str, List[str]]:
+    """Path and fingerprint of each disk of the committed VM, as the journal has them, by the disk's target."""
+    found: Dict[str, List[str]] = dict(_last(records, journal.DEFINE).get("images", {}))
+    found.update(_last(records, journal.MERGED).get("images", {}))
+    return found
+
+
+def is_untouched(records: List[journal.Record]) -> bool:
+    """Whether nobody has written the committed VM's disks since the journal says how they were."""
+    merged = _last(records, journal.MERGED)
+    if merged and not merged["untouched"]:
+        return False
+    return all(_is(path, then) for path, then in journalled_images(records).values())
+
+
+def is_as_committed(records: List[journal.Record]) -> bool:
+    """Whether nobody has written the committed VM's disks, overlays among them, until they are merged."""
+    merged = _last(records, journal.MERGED)
+    if merged and not merged["untouched"]:
+        return False
+    committed: Dict[str, List[str]] = _last(records, journal.DEFINE).get("images", {})
+    return all(_is(path, then) for path, then in committed.values())
+
+
+def _is(path: str, then: str) -> bool:
+    try:
+        return unchanged(fingerprint(path), then)
+    except FileNotFoundError:
+        return False
+
+
+def unchanged(one: str, other: str) -> bool:
+    """Whether inode, size and mtime are the same.
+
+    The device's number is another one after some reboots, and the ctime changes when libvirt gives a file to QEMU's
+    user.
+    """
+    return one.split(":")[1:4] == other.split(":")[1:4]
+
+
+def _last(records: List[journal.Record], kind: str) -> Dict[str, Any]:
+    return next((entry for entry in reversed(records) if entry["record"] == kind), {})

@@ -1,0 +1,176 @@
+"""Where the contents of two disks on two hosts differ: segments first, then the blocks of those that do.
+
+The disks are compared a window at a time, so that memory and traffic stay flat for disks of any size, and so that the
+agents still remember the blocks of a window when they are asked for: everything is read once.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvm_clone.agent.digest import BLOCK, SEGMENT, SIZE
+from kvm_clone.host import Host
+from kvm_clone.tasks import together
+
+Ranges = tuple[tuple[int, int], ...]
+"""[start, end) pairs in bytes, in order and apart."""
+
+_WINDOW = 256 * SEGMENT
+"""Bytes compared at a time: 16 GiB, whose blocks' digests take 8 MiB at each end."""
+
+_ASKED = 64
+"""Segments whose blocks are asked for in one call: an answer of less than 3 MiB."""
+
+_MOST_RANGES = 100_000
+"""More differences than this are told less finely: a list of them has to fit into one message."""
+
+OnDone = Callable[[int], None]
+"""Hears how many bytes have been compared at both ends."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A disk's content at one end: a path, or an NBD URI, and its format there."""
+
+    host: Host
+    path: str
+    format: str
+
+    async def ask(self, call: str, progress: Callable[[dict[str, Any]], None] | None, ranges: Ranges) -> dict[int, str]:
+        """The agent's answer, by segment."""
+        pairs = [list(pair) for pair in ranges]
+        answer = await self.host.call(call, progress, path=self.path, image_format=self.format, ranges=pairs)
+        return dict(map(tuple, answer))
+
+
+async def differing(one: Side, other: Side, ranges: Ranges, on_done: OnDone) -> Ranges:
+    """The parts of the ranges whose content differs, by whole blocks. Raises TransferError and its kinds."""
+    found: list[tuple[int, int]] = []
+    done = 0
+    for window in windows(ranges):
+        more = await _in_window(one, other, window, lambda count, before=done: on_done(before + count))  # type: ignore[misc]
+        for start, end in more:
+            add(found, start, end)
+        done += total(window)
+        on_done(done)
+        found = thinned(found)
+    return tuple(found)
+
+
+async def _in_window(one: Side, other: Side, window: Ranges, on_done: OnDone) -> list[tuple[int, int]]:
+    state = [0, 0]
+
+    def progress_of(end: int) -> Callable[[dict[str, Any]], None]:
+        def progress(answer: dict[str, Any]) -> None:
+            state[end] = answer["done"]
+            on_done(min(state))
+
+        return progress
+
+    ours, theirs = await together(
+        one.ask("digest", progress_of(0), window), other.ask("digest", progress_of(1), window)
+    )
+    segments = sorted(at for at in ours.keys() | theirs.keys() if ours.get(at) != theirs.get(at))
+    found: list[tuple[int, int]] = []
+    for first in range(0, len(segments), _ASKED):
+        wanted = within_segments(window, set(segments[first : first + _ASKED]))
+        ours, theirs = await together(one.ask("blocks", None, wanted), other.ask("blocks", None, wanted))
+        for start, end in differing_blocks(wanted, ours, theirs):
+            add(found, start, end)
+    return found
+
+
+def differing_blocks(ranges: Ranges, ours: dict[int, str], theirs: dict[int, str]) -> Iterator[tuple[int, int]]:
+    """The blocks of the ranges, none of which crosses segments, whose digests differ.
+
+    `ours`, `theirs`: by segment, the digests of the blocks that the ranges have in it, joined, in base64.
+    """
+    used: dict[int, int] = {}
+    mine = {at: base64.b64decode(text) for at, text in ours.items()}
+    other = {at: base64.b64decode(text) for at, text in theirs.items()}
+    for start, end in ranges:
+        segment = start - start % SEGMENT
+        for block in range(start, end, BLOCK):
+            at = used.get(segment, 0)
+            used[segment] = at + SIZE
+            if mine[segment][at : at + SIZE] != other[segment][at : at + SIZE]:
+                yield block, min(block + BLOCK, end)
+
+
+def windows(ranges: Ranges) -> Iterator[Ranges]:
+    """The ranges cut at segments' borders into lists that each span at most a window."""
+    window: list[tuple[int, int]] = []
+    for start, end in ranges:
+        while start < end:
+            if window and start >= window[0][0] - window[0][0] % SEGMENT + _WINDOW:
+                yield tuple(window)
+                window = []
+            first = window[0][0] if window else start
+            stop = min(end, first - first % SEGMENT + _WINDOW)
+            window.append((start, stop))
+            start = stop
+    if window:
+        yield tuple(window)
+
+
+def within_segments(ranges: Ranges, segments: set[int]) -> Ranges:
+    """The parts of the ranges that lie in these segments, cut at the segments' borders."""
+    return tuple(
+        (max(at, start), min(at + SEGMENT, end))
+        for start, end in ranges
+        for at in range(start - start % SEGMENT, end, SEGMENT)
+        if at in segments
+    )
+
+
+def add(found: list[tuple[int, int]], start: int, end: int) -> None:
+    """Append a range that comes after all others, joined to the last one if they touch."""
+    if found and found[-1][1] == start:
+        found[-1] = (found[-1][0], end)
+    else:
+        found.append((start, end))
+
+
+def thinned(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same ranges, those joined that are close together if there are too many."""
+    gap = BLOCK
+    while len(ranges) > _MOST_RANGES:
+        joined: list[tuple[int, int]] = []
+        for start, end in ranges:
+            if joined and start - joined[-1][1] <= gap:
+                joined[-1] = (joined[-1][0], end)
+            else:
+                joined.append((start, end))
+        ranges, gap = joined, 2 * gap
+    return ranges
+
+
+def aligned(ranges: Sequence[Sequence[int]], size: int) -> Ranges:
+    """The ranges widened to whole blocks of a disk of `size` bytes, and joined where they then touch."""
+    found: list[tuple[int, int]] = []
+    for start, end in ranges:
+        low, high = start - start % BLOCK, min(size, -(-end // BLOCK) * BLOCK)
+        if found and low <= found[-1][1]:
+            found[-1] = (found[-1][0], max(high, found[-1][1]))
+        elif low < high:
+            found.append((low, high))
+    return tuple(thinned(found))
+
+
+def total(ranges: Sequence[Sequence[int]]) -> int:
+    """Bytes in the ranges."""
+    return sum(end - start for start, end in ranges)
+
+
+def union(one: Ranges, other: Ranges) -> Ranges:
+    """Both, which are cut at blocks, joined where they touch."""
+    found: list[tuple[int, int]] = []
+    for start, end in sorted((*one, *other)):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((start, end))
+    return tuple(found)

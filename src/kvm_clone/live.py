@@ -1,0 +1,228 @@
+"""libvirt calls on a running domain: its backup job, its guest agent, its checkpoints. They block; none decides."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import libvirt
+import libvirt_qemu
+
+from kvm_clone import definition
+from kvm_clone.xmlspan import Document, escape
+
+SOCKETS = "/var/lib/libvirt/qemu"
+"""Where QEMU may make the socket of a backup job: libvirt gives this directory to QEMU's user."""
+
+OURS = "kvm-clone-"
+"""Begins the name of our sockets' files; a backup job with another one is another tool's."""
+
+CHECKPOINTS = "kvm-clone."
+"""Begins the names of our checkpoints."""
+
+_AGENT_SECONDS = 10
+"""How long a guest agent may take for one answer; fsfreeze can block for much longer."""
+
+_END_SECONDS = 30.0
+_AGENT_CHANNEL = "org.qemu.guest_agent.0"
+
+
+@dataclass(frozen=True)
+class Live:
+    """What is known of a running domain beyond its definition.
+
+    `paths`: its own disks' files by target, as QEMU has them open. `jobs`: the block jobs under way, by target.
+    `backup`: the backup job's socket or server, empty without a job. `agent`: whether a guest agent is connected.
+    """
+
+    paths: Mapping[str, str] = field(default_factory=dict)
+    jobs: tuple[str, ...] = ()
+    backup: str = ""
+    agent: bool = False
+
+    @property
+    def backup_is_ours(self) -> bool:
+        """Whether the backup job was begun by this program."""
+        return self.backup.startswith(f"{SOCKETS}/{OURS}")
+
+
+@dataclass(frozen=True)
+class BackupDisk:
+    """One disk of a backup job: its file for scratch, and whether a checkpoint can be kept of it (qcow2 only)."""
+
+    target: str
+    scratch: str
+    trackable: bool
+
+
+@dataclass(frozen=True)
+class BackupJob:
+    """A backup job to begin.
+
+    `incremental`: the checkpoint from which on a dirty bitmap is wanted, `checkpoint`: the one to make; both may be
+    empty.
+    """
+
+    socket: str
+    disks: tuple[BackupDisk, ...]
+    incremental: str = ""
+    checkpoint: str = ""
+
+
+def look(connection: libvirt.virConnect, name: str) -> Live:
+    """Look at a running domain. Raises libvirt.libvirtError."""
+    domain = connection.lookupByName(name)
+    xml = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_SECURE)
+    disks = definition.read_domain(xml).own_disks
+    jobs = [disk.target for disk in disks if disk.path and domain.blockJobInfo(disk.target)]
+    root = Document(xml).root
+    channels = [channel.find_attributes("target") for channel in root.find_all("devices", "channel")]
+    return Live(
+        {disk.target: disk.path or "" for disk in disks},
+        tuple(jobs),
+        _backup_server(domain),
+        any(one.get("name") == _AGENT_CHANNEL and one.get("state") == "connected" for one in channels),
+    )
+
+
+def _backup_server(domain: libvirt.virDomain) -> str:
+    try:
+        server = Document(domain.backupGetXMLDesc()).root.find_attributes("server")
+    except libvirt.libvirtError as error:
+        if error.get_error_code() in (libvirt.VIR_ERR_NO_DOMAIN_BACKUP, libvirt.VIR_ERR_NO_SUPPORT):
+            return ""
+        raise
+    return server.get("socket") or server.get("name") or "a push-mode job"
+
+
+def begin(connection: libvirt.virConnect, name: str, job: BackupJob) -> None:
+    """Begin the job: from here on the socket offers each disk as it is now. Raises libvirt.libvirtError."""
+    checkpoint = checkpoint_xml(job) if job.checkpoint else None
+    connection.lookupByName(name).backupBegin(backup_xml(job), checkpoint, 0)
+
+
+def backup_xml(job: BackupJob) -> str:
+    """The job as libvirt takes it (https://libvirt.org/formatbackup.html)."""
+    disks = []
+    for disk in job.disks:
+        mode = (
+            f' backupmode="incremental" incremental="{job.incremental}"' if job.incremental and disk.trackable else ""
+        )
+        disks.append(
+            f'<disk name="{disk.target}" backup="yes" type="file" exportname="{disk.target}"{mode}>'
+            f'<scratch file="{escape(disk.scratch, quote=chr(34))}"/></disk>'
+        )
+    server = f'<server transport="unix" socket="{escape(job.socket, quote=chr(34))}"/>'
+    return f'<domainbackup mode="pull">{server}<disks>{"".join(disks)}</disks></domainbackup>'
+
+
+def checkpoint_xml(job: BackupJob) -> str:
+    """The checkpoint that begins with the job (https://libvirt.org/formatcheckpoint.html)."""
+    disks = [f'<disk name="{one.target}" checkpoint="{"bitmap" if one.trackable else "no"}"/>' for one in job.disks]
+    return f"<domaincheckpoint><name>{job.checkpoint}</name><disks>{''.join(disks)}</disks></domaincheckpoint>"
+
+
+def end(connection: libvirt.virConnect, name: str) -> int:
+    """End our backup job, and no other; the bytes of scratch that it took. Raises libvirt.libvirtError."""
+    domain = connection.lookupByName(name)
+    if not domain.isActive() or not _backup_server(domain).startswith(f"{SOCKETS}/{OURS}"):
+        return 0
+    used = int(domain.jobStats().get("disk_temp_used", 0))
+    domain.abortJob()
+    deadline = time.monotonic() + _END_SECONDS
+    while domain.isActive() and _backup_server(domain):
+        if time.monotonic() > deadline:
+            raise libvirt.libvirtError("the backup job does not end")
+        time.sleep(0.05)
+    return used
+
+
+def freeze(connection: libvirt.virConnect, name: str) -> int:
+    """Freeze the guest's filesystems; how many. Raises libvirt.libvirtError, also when the guest takes too long."""
+    domain = connection.lookupByName(name)
+    with _impatient(domain):
+        return int(domain.fsFreeze())
+
+
+def may_be_frozen(error: libvirt.libvirtError, seconds: float) -> bool:
+    """Whether the guest may freeze although `freeze` failed so, after so many seconds.
+
+    It may when it has taken too long, or the connection broke. It does not when it said no, or could not be asked, as
+    libvirt finds out sooner; then it is perhaps frozen by somebody else, who wants it to stay so.
+    """
+    return error.get_error_domain() != libvirt.VIR_FROM_QEMU or seconds >= _AGENT_SECONDS
+
+
+def thaw(connection: libvirt.virConnect, name: str, count: int | None) -> None:
+    """Thaw the guest's filesystems and see that it says so. Raises libvirt.libvirtError.
+
+    `count`: how many were frozen, None if that is not known. Where it thaws another number, it is asked for its state;
+    always asking would be simpler, but libvirt calls a domain tainted whose agent was sent a command of one's own.
+    """
+    domain = connection.lookupByName(name)
+    with _impatient(domain):
+        if domain.fsThaw() == count or count is None:
+            return
+        answer = libvirt_qemu.qemuAgentCommand(domain, '{"execute": "guest-fsfreeze-status"}', _AGENT_SECONDS, 0)
+    status = json.loads(answer).get("return")
+    if status != "thawed":
+        raise libvirt.libvirtError(f"the guest agent says that the filesystems are {status}")
+
+
+@contextlib.contextmanager
+def _impatient(domain: libvirt.virDomain) -> Iterator[None]:
+    """With a limit to what libvirt waits for the guest agent, which it keeps for a domain until it is told another."""
+    domain.agentSetResponseTimeout(_AGENT_SECONDS, 0)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(libvirt.libvirtError):  # the domain may be off by now, and the limit with it
+            domain.agentSetResponseTimeout(libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK, 0)
+
+
+def delete_checkpoints(connection: libvirt.virConnect, name: str, wanted: tuple[str, ...]) -> list[str]:
+    """Delete these checkpoints, whose bitmaps go into the one before each; those that were there.
+
+    Raises libvirt.libvirtError.
+    """
+    domain = connection.lookupByName(name)
+    done = []
+    for checkpoint in wanted:
+        with contextlib.suppress(_NoSuchCheckpointError):
+            _delete(_find(domain, checkpoint))
+            done.append(checkpoint)
+    return done
+
+
+def _delete(checkpoint: libvirt.virDomainCheckpoint) -> None:
+    """Delete one; of one whose bitmap is lost, as after a power cut, what libvirt still knows of it."""
+    try:
+        checkpoint.delete(0)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() not in (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_ERR_CHECKPOINT_INCONSISTENT):
+            raise
+        checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+
+
+def changed_since(connection: libvirt.virConnect, name: str, checkpoint: str) -> dict[str, int]:
+    """How many bytes of each disk have changed since the checkpoint, by its target. Raises libvirt.libvirtError."""
+    found = connection.lookupByName(name).checkpointLookupByName(checkpoint)
+    root = Document(found.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE)).root
+    disks = [disk.attributes for disk in root.find_all("disks", "disk")]
+    return {disk["name"]: int(disk["size"]) for disk in disks if "size" in disk}
+
+
+class _NoSuchCheckpointError(Exception):
+    """It is gone already."""
+
+
+def _find(domain: libvirt.virDomain, checkpoint: str) -> libvirt.virDomainCheckpoint:
+    try:
+        return domain.checkpointLookupByName(checkpoint)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT:
+            raise _NoSuchCheckpointError from error
+        raise

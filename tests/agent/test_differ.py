@@ -1,0 +1,188 @@
+"""The digests that two hosts compare: segments, and the blocks of those that differ, from one reading."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvm_clone.agent import differ, digest, errors, image
+from kvm_clone.agent.differ import Differ
+from kvm_clone.agent.disk import MemoryDisk
+from kvm_clone.agent.errors import AgentError
+
+from .tools import KIB, MIB, make_overlay, make_qcow2, make_raw, noise
+
+BLOCK, SEGMENT = 16, 256
+
+Ranges = list[list[int]]
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Blocks of 16 bytes and segments of 256, so that little content has many."""
+    for cached in (digest._zero_blocks, digest._zeros):
+        cached.cache_clear()
+    for name, size in (("BLOCK", BLOCK), ("CHUNK", 64), ("SEGMENT", SEGMENT)):
+        monkeypatch.setattr(digest, name, size)
+    monkeypatch.setattr(MemoryDisk, "BLOCK", BLOCK)
+    yield
+    for cached in (digest._zero_blocks, digest._zeros):
+        cached.cache_clear()
+
+
+def naive(content: bytes, ranges: Ranges, block: int = BLOCK, segment: int = SEGMENT) -> dict[int, bytes]:
+    """By segment, the digests of the blocks that the ranges have in it, joined: the definition, word for word."""
+    found: dict[int, bytes] = {}
+    for start, end in ranges:
+        for at in range(start, end, block):
+            first = at - at % segment
+            found[first] = found.get(first, b"") + hashlib.sha256(content[at : min(at + block, end)]).digest()
+    return found
+
+
+def segments_of(blocks: dict[int, bytes]) -> list[list[Any]]:
+    return [[at, hashlib.sha256(one).hexdigest()] for at, one in sorted(blocks.items())]
+
+
+def blocks_of(blocks: dict[int, bytes]) -> list[list[Any]]:
+    return [[at, base64.b64encode(one).decode()] for at, one in sorted(blocks.items())]
+
+
+@st.composite
+def disks(draw: st.DrawFn) -> tuple[bytes, Ranges]:
+    """Content with holes and zeros, and ranges with gaps, cut at blocks or the disk's end."""
+    size = draw(st.integers(1, 1500))
+    content = bytearray(size)
+    for at in draw(st.sets(st.integers(0, size // BLOCK), max_size=20)):
+        content[at * BLOCK : (at + 1) * BLOCK] = noise(BLOCK, at)[: max(0, size - at * BLOCK)]
+    blocks = sorted(draw(st.sets(st.integers(0, (size - 1) // BLOCK))))
+    ranges: Ranges = []
+    for at in blocks:
+        if ranges and ranges[-1][1] == at * BLOCK:
+            ranges[-1][1] = min(size, (at + 1) * BLOCK)
+        else:
+            ranges.append([at * BLOCK, min(size, (at + 1) * BLOCK)])
+    return bytes(content), draw(st.sampled_from([ranges, [[0, size]]]))
+
+
+@pytest.mark.usefixtures("small_units")
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(disks())
+def test_segments_and_blocks_against_the_definition(tmp_path: Path, given_disk: tuple[bytes, Ranges]) -> None:
+    content, ranges = given_disk
+    expected = naive(content, ranges)
+    path = tmp_path / "disk"
+    path.write_bytes(content)
+    heard: list[int] = []
+    answering = Differ()
+    found = answering.segments(str(path), "raw", ranges, lambda state: heard.append(state["done"]))
+    assert found == segments_of(expected)
+    assert heard == sorted(heard)
+    assert not ranges or heard[-1] == sum(end - start for start, end in ranges)
+    assert answering.blocks(str(path), "raw", ranges) == blocks_of(expected)
+    assert Differ().blocks(str(path), "raw", ranges) == blocks_of(expected), "and without having heard of them"
+    memory = MemoryDisk(len(content))
+    for at in range(0, len(content), BLOCK):
+        if any(content[at : at + BLOCK]):
+            memory.write(at, memoryview(content[at : at + BLOCK]))
+    assert {one.offset: one.blocks for one in digest.segments(memory, ranges)} == expected, "holes or zeros"
+
+
+SIZE = digest.SEGMENT + 3 * MIB + 512
+WRITES = [(0, noise(70_000)), (MIB - 1, noise(2)), (digest.SEGMENT - 5, noise(10)), (SIZE - 1, b"\x01")]
+GAPS = [
+    [0, 128 * KIB],
+    [MIB, MIB + 64 * KIB],
+    [digest.SEGMENT - 64 * KIB, digest.SEGMENT + 64 * KIB],
+    [SIZE - SIZE % (64 * KIB), SIZE],
+]
+
+
+def test_every_kind_of_image_has_the_same_answers(tmp_path: Path) -> None:
+    raw = make_raw(tmp_path / "raw", SIZE, WRITES)
+    expected = naive(raw.read_bytes(), GAPS, digest.BLOCK, digest.SEGMENT)
+    base = make_raw(tmp_path / "base", MIB, [(0, noise(MIB, 5))])
+    over = make_overlay(tmp_path / "over", base, "raw", SIZE, [(0, raw.read_bytes()[:MIB]), *WRITES])
+    plain = make_qcow2(tmp_path / "plain", SIZE, WRITES)
+    for path, format_ in ((raw, "raw"), (plain, "qcow2"), (over, "qcow2")):
+        answering = Differ()
+        assert answering.segments(str(path), format_, GAPS, lambda _: None) == segments_of(expected)
+        assert answering.blocks(str(path), format_, GAPS) == blocks_of(expected)
+        with closing(image.open_for_reading(str(path), format_)) as disk:
+            assert [one.length for one in digest.segments(disk, GAPS)] == [
+                sum(min(end, stop) - max(start, low) for start, end in GAPS if start < stop and end > low)
+                for low, stop in ((0, digest.SEGMENT), (digest.SEGMENT, 2 * digest.SEGMENT))
+            ]
+
+
+@pytest.mark.usefixtures("small_units")
+def test_blocks_are_remembered_until_others_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(differ, "REMEMBERED", 3)
+    path = make_raw(tmp_path / "disk", 8 * SEGMENT, [(0, noise(8 * SEGMENT))])
+    content = path.read_bytes()
+    read: list[Ranges] = []
+    real = digest.segments
+
+    def counted(disk: Any, ranges: Any) -> Iterator[digest.Segment]:
+        read.append([list(pair) for pair in ranges])
+        return real(disk, ranges)
+
+    monkeypatch.setattr(digest, "segments", counted)
+    answering = Differ()
+    answering.segments(str(path), "raw", [[0, 8 * SEGMENT]], lambda _: None)
+    assert len(answering._blocks) == 3
+    read.clear()
+    late = [[5 * SEGMENT, 8 * SEGMENT]]
+    assert answering.blocks(str(path), "raw", late) == blocks_of(naive(content, late))
+    assert read == []
+    mixed = [[0, SEGMENT], [7 * SEGMENT, 8 * SEGMENT]]
+    assert answering.blocks(str(path), "raw", mixed) == blocks_of(naive(content, mixed))
+    assert read == [[[0, SEGMENT]]], "only what was forgotten is read again"
+
+
+@pytest.mark.usefixtures("small_units")
+def test_what_is_remembered_is_of_the_same_parts_and_the_same_image(tmp_path: Path) -> None:
+    one = make_raw(tmp_path / "one", SEGMENT, [(0, noise(SEGMENT))])
+    other = make_raw(tmp_path / "other", SEGMENT, [(0, noise(SEGMENT, 1))])
+    answering = Differ()
+    answering.segments(str(one), "raw", [[0, SEGMENT]], lambda _: None)
+    part = [[BLOCK, 3 * BLOCK]]
+    assert answering.blocks(str(one), "raw", part) == blocks_of(naive(one.read_bytes(), part))
+    assert answering.blocks(str(other), "raw", [[0, SEGMENT]]) == blocks_of(naive(other.read_bytes(), [[0, SEGMENT]]))
+
+
+@pytest.mark.usefixtures("small_units")
+def test_segments_are_always_read_anew(tmp_path: Path) -> None:
+    """A proof that came from memory would be none."""
+    path = make_raw(tmp_path / "disk", SEGMENT)
+    answering, whole = Differ(), [[0, SEGMENT]]
+    before = answering.segments(str(path), "raw", whole, lambda _: None)
+    path.write_bytes(noise(SEGMENT))
+    assert answering.segments(str(path), "raw", whole, lambda _: None) != before
+    assert answering.blocks(str(path), "raw", whole) == blocks_of(naive(noise(SEGMENT), whole))
+
+
+def test_nothing_asked_for_opens_nothing(tmp_path: Path) -> None:
+    answering = Differ()
+    assert answering.segments(str(tmp_path / "missing"), "raw", [], lambda _: None) == []
+    assert answering.blocks(str(tmp_path / "missing"), "raw", []) == []
+
+
+def test_an_image_that_is_not_there(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    acts: list[Callable[[], object]] = [
+        lambda: Differ().segments(missing, "raw", [[0, 1]], lambda _: None),
+        lambda: Differ().blocks(missing, "raw", [[0, 1]]),
+    ]
+    for act in acts:
+        with pytest.raises(AgentError, match=missing) as caught:
+            act()
+        assert caught.value.kind == errors.MISSING
