@@ -94,7 +94,7 @@ def _scratch(source: SourceFacts) -> tuple[dict[str, str], list[Finding]]:
     findings: list[Finding] = []
     for image in source.images:
         least = max(_LEAST_SCRATCH, image.allocated * _LEAST_SCRATCH_PERCENT // 100)
-        chosen = _roomiest(usable, free, posixpath.dirname(image.path), image.allocated)
+        chosen = _roomiest(usable, free, posixpath.dirname(image.path), max(image.allocated, least))
         if chosen is None or free[chosen.filesystem] < least:
             text = (
                 f"There is no room on {source.host.name} for what the guest writes to {image.target} while it is "

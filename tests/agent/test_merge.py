@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import facts, journal, stage
+from kvm_clone.agent import errors, facts, journal, merge, qemu, stage
 from kvm_clone.agent.errors import AgentError
 
 from .tools import need
@@ -140,3 +140,22 @@ def test_an_overlay_that_cannot_be_merged_stays(synced: Synced, spoil: Callable[
         synced.stage.merge()
     assert synced.overlay.read_bytes() == before
     assert [one["path"] for one in synced.stage.overlays()] == [str(synced.overlay)]
+
+
+def test_an_overlay_that_another_process_has_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in use, and nothing is merged; when the other has ended, it can be."""
+    monkeypatch.setattr(merge, "_PATIENCE_SECONDS", 0.5)
+    pool = tmp_path / "open"
+    pool.mkdir()
+    synced = Synced(pool, "raw")
+    other = qemu.open_nbd(str(synced.overlay), "qcow2", writable=True)
+    try:
+        with pytest.raises(AgentError) as caught:
+            synced.stage.merge()
+        assert caught.value.kind == errors.IN_USE
+        assert synced.reads(synced.base, "raw", "read -P 1 0 1M")
+    finally:
+        other.close()
+    synced.stage.merge()
+    assert synced.reads(synced.base, "raw", "read -P 2 0 64k")
+    synced.stage.release()

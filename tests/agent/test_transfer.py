@@ -39,6 +39,7 @@ from .tools import (
     ending,
     eventually,
     filled,
+    make_overlay,
     make_qcow2,
     make_raw,
     need,
@@ -617,3 +618,62 @@ def test_flags_of_a_record_survive_the_wire() -> None:
     assert unpack_record(record.pack()) == record
     with pytest.raises(ProtocolError):
         unpack_record(bytes(RECORD_HEADER.size))
+
+
+def over(directory: Path, base_format: str, size: int) -> tuple[Path, Job]:
+    """A base with stale content, shorter than what it is to become, and an empty overlay on it."""
+    stale = [(0, noise(MIB, 8)), (2 * MIB, noise(MIB, 9))]
+    base = make(directory / "base", base_format, 3 * MIB, stale)
+    return Path(base.path), Job(str(make_overlay(directory / "over", Path(base.path), base_format, size)), "qcow2")
+
+
+@pytest.mark.parametrize("base_format", ["raw", "qcow2"])
+@pytest.mark.parametrize("from_", ["raw", "qcow2", "compressed"])
+def test_what_differs_is_sent_into_an_overlay(from_: str, base_format: str, tmp_path: Path) -> None:
+    """Zeros are written where there is old data below, and what is below stays as it was."""
+    source = source_of(from_, tmp_path)
+    whole = content_of(source)
+    base, target = over(tmp_path, base_format, len(whole))
+    before = base.read_bytes()
+    there = content_of(target)
+    unit = 64 * KIB
+    differs = [
+        [at, min(at + unit, len(whole))] for at in range(0, len(whole), unit) if there[at:][:unit] != whole[at:][:unit]
+    ]
+    assert any(not any(whole[start:end]) for start, end in differs), "some of it is zeros over old data"
+    copy([source._replace(fresh=False, ranges=differs)], [target._replace(fresh=False)])
+    assert content_of(target) == whole
+    assert digests(target) == digests(source)
+    assert base.read_bytes() == before
+
+
+def test_nothing_lands_in_an_overlay_but_what_was_sent(tmp_path: Path) -> None:
+    source = make(tmp_path / "from", "raw", 3 * MIB, [(0, noise(3 * MIB, 5))])
+    _, target = over(tmp_path, "raw", 3 * MIB)
+    there = content_of(target)
+    assert copy([source._replace(fresh=False, ranges=[[MIB, MIB + 64 * KIB]])], [target]) == [64 * KIB]
+    assert content_of(target) == there[:MIB] + content_of(source)[MIB:][: 64 * KIB] + there[MIB + 64 * KIB :]
+    assert os.stat(target.path).st_blocks * 512 < MIB
+
+
+def test_zeros_over_zeros_leave_an_overlay_empty(tmp_path: Path) -> None:
+    source = make(tmp_path / "from", "raw", 3 * MIB, [])
+    base = make_raw(tmp_path / "base", 2 * MIB)
+    target = Job(str(make_overlay(tmp_path / "over", base, "raw", 3 * MIB)), "qcow2")
+    before = stored(target)
+    copy([source._replace(fresh=False)], [target])
+    assert stored(target) == before
+    assert content_of(target) == bytes(3 * MIB)
+
+
+def test_an_overlay_that_was_cut_off_is_filled_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "DURABLE_LEAST", 256 * KIB)
+    source = make(tmp_path / "from", "raw", 3 * MIB, [(0, noise(3 * MIB, 5))])
+    _, target = over(tmp_path, "raw", 3 * MIB)
+    content, _ = stream_of([source._replace(fresh=False)])
+    durable = max(receive(content, target, cut=len(content) // 2))
+    assert 0 < durable < 3 * MIB
+    there, whole = content_of(target), content_of(source)
+    assert there[:durable] == whole[:durable]
+    assert resume(source, target, durable) == 3 * MIB - durable
+    assert content_of(target) == whole

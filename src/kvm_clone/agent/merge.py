@@ -23,6 +23,10 @@ _PATIENCE_SECONDS, _LOOK_SECONDS = 10.0, 0.2
 """How long a merge waits for an image that is locked, and how often it tries: others look at it for a moment."""
 
 
+_LOCKED = ("lock", "another process")
+"""In the last line that qemu-img prints of an image that others have open."""
+
+
 class Overlay(NamedTuple):
     """An overlay at its final name, and the image that it rests on."""
 
@@ -48,7 +52,12 @@ def merge(overlay: Overlay) -> List[ImageLock]:
         before = fingerprint(overlay.path)
         _write_down(overlay)
         image.settle(overlay.base)
-        locks = [ImageLock(overlay.path), ImageLock(overlay.base)]
+        locks = [ImageLock(overlay.path)]
+        try:
+            locks.append(ImageLock(overlay.base))
+        except BaseException:
+            locks[0].release()
+            raise
         if unchanged(before, fingerprint(overlay.path)):
             return locks
         for lock in locks:
@@ -64,7 +73,7 @@ def _write_down(overlay: Overlay) -> None:
         try:
             return qemu.merge(overlay.path, overlay.base, overlay.base_format)
         except AgentError as error:
-            if "lock" not in str(error):
+            if not any(words in str(error) for words in _LOCKED):
                 raise
             if time.monotonic() > deadline:
                 raise AgentError(IN_USE, f"another process uses {overlay.path}, or what it rests on") from error
