@@ -112,6 +112,7 @@ def mark_of(lab: Lab, name: str) -> dict[str, str]:
     return dict(mark.attrib)
 
 
+@LONG
 def test_clone_is_crash_consistent_without_freezing(lab: Lab, files: Vm, tmp_path: Path) -> None:
     before = traces(lab, files.name)
     with Ticks(lab, "kc-a", files.serial) as ticks:
@@ -399,6 +400,7 @@ def test_source_without_power_during_a_tracking_sync(lab: Lab, counter: Vm, tmp_
     assert_ends_equal(lab, counter)
 
 
+@LONG
 def test_controller_killed_during_the_copy(lab: Lab, counter: Vm, tmp_path: Path) -> None:
     before = traces(lab, counter.name)
     with Ticks(lab, "kc-a", counter.serial) as ticks:
@@ -458,6 +460,7 @@ def test_network_cut_during_the_copy(lab: Lab, counter: Vm) -> None:
     assert traces(lab, counter.name) == before
 
 
+@LONG
 def test_stale_job_is_ended_by_the_next_run(lab: Lab, counter: Vm, tmp_path: Path) -> None:
     before = traces(lab, counter.name)
     with under_way(lab, "clone", counter.name, *SLOW, "--retries", "0") as child:

@@ -204,7 +204,7 @@ def test_verify_full_and_none(lab: Lab, source: Vm) -> None:
 
 
 def test_nothing_changed_sends_nothing_and_touches_nothing(lab: Lab, source: Vm) -> None:
-    for argv in ((), ("--idempotent",), ("--force",), ("--create",)):
+    for argv in ((), ("--idempotent",), ("--create",)):
         before = everything(lab)
         result = synced(lab, *argv)
         assert (result["changed"], result["bytes_sent"], result["bytes_compared"]) == (False, 0, 0)
