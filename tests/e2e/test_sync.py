@@ -280,7 +280,7 @@ def convert(lab: Lab, target: str, format_: str, cluster: str = "", name: str = 
     [
         ("vda", "raw", ""),
         pytest.param("vdb", "qcow2", "4k", marks=LONG),
-        ("vdb", "qcow2", "2M"),
+        pytest.param("vdb", "qcow2", "2M", marks=LONG),
         pytest.param("vda", "qcow2", "4k", marks=LONG),
     ],
 )
@@ -331,7 +331,8 @@ def test_a_size_that_is_no_multiple_of_anything(lab: Lab) -> None:
     assert image_of(lab, "kc-b", NAME, "vda")[0].stat().st_size == 8 * MIB + 5 * 512
 
 
-@pytest.mark.parametrize("disk", ["raw:16M:4M", pytest.param("qcow2:16M:4M", marks=LONG)])
+@LONG
+@pytest.mark.parametrize("disk", ["raw:16M:4M", "qcow2:16M:4M"])
 def test_a_shrunk_disk_is_refused_and_replaced_by_force(lab: Lab, disk: str) -> None:
     replicated(lab, disk, "raw:8M:1M")
     path, format_ = image_of(lab, "kc-a", NAME, "vda")
@@ -448,7 +449,7 @@ def test_a_vm_that_is_no_replica_is_left_alone(lab: Lab) -> None:
     lab.vm("kc-a", NAME, ["raw:8M:1M"], boot=False)
     lab.vm("kc-a", "another", ["raw:8M:1M"], boot=False)
     lab.vm("kc-b", NAME, ["raw:8M:1M"], boot=False)
-    for argv in ((), ("--force",), ("--idempotent",), ("--create",)):
+    for argv in ((), ("--idempotent", "--create"), ("--force",)):
         refused(lab, 4, *argv, says="no replica")
     assert kvm_clone(lab, "clone", "kc-a", "kc-b", "another").code == 0
     refused(lab, 4, "--target-name", "another", "--force", says="no replica")
@@ -505,8 +506,7 @@ def test_a_replica_that_was_used_is_overwritten_by_force_alone(
     use(lab)
     refused(lab, 4, says="--force")
     change_both(lab)
-    for argv in ((), ("--idempotent",), ("--create",)):
-        refused(lab, 4, *argv, says="--force")
+    refused(lab, 4, "--idempotent", "--create", says="--force")
     synced(lab, "--force")
     assert is_equal(lab)
     assert definition(lab, "kc-b", NAME).find("devices/rng") is None
@@ -529,7 +529,7 @@ def test_a_running_replica_is_stopped_by_force_alone(lab: Lab, source: Vm) -> No
     virsh(lab, "kc-b", "start", NAME)
     change_both(lab)
     before = lab.run("kc-b", "virsh", "domid", NAME).stdout
-    for argv in ((), ("--idempotent",), ("--create",)):
+    for argv in ((), ("--idempotent", "--create")):
         done = sync(lab, *argv)
         assert done.code == 4, done.err
         assert "running" in done.err + done.out
@@ -676,6 +676,7 @@ def test_force_starts_over(lab: Lab, source: Vm) -> None:
     assert_nothing_left(lab)
 
 
+@LONG
 def test_cleanup_leaves_the_replica(lab: Lab, source: Vm) -> None:
     big_change(lab)
     before, domains = contents(lab), picture(lab, "kc-b").domains
@@ -836,6 +837,7 @@ def test_no_replica_starts_on_what_is_being_written(lab: Lab, source: Vm, record
     virsh(lab, "kc-b", "start", NAME)
 
 
+@LONG
 def test_a_replica_that_is_started_before_the_merge_keeps_what_it_writes(lab: Lab, source: Vm) -> None:
     change_both(lab)
     with held(lab, "committed", "kc-a", "kc-b", NAME, "--output", "json", command="sync") as child:
@@ -880,8 +882,7 @@ def undefined(lab: Lab) -> None:
 @pytest.mark.parametrize(
     "use",
     [
-        *(pytest.param(one, marks=LONG) for one in (snapshot_outside, snapshot_inside, saved, undefined)),
-        linked,
+        *(pytest.param(one, marks=LONG) for one in (snapshot_outside, snapshot_inside, linked, saved, undefined)),
         renamed,
     ],
 )
