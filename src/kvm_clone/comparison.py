@@ -7,11 +7,13 @@ agents still remember the blocks of a window when they are asked for: everything
 from __future__ import annotations
 
 import base64
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvm_clone.agent.digest import BLOCK, SEGMENT, SIZE
+from kvm_clone.agent.digest import BLOCK, SEGMENT
+from kvm_clone.agent.hashing import KEY_BYTES, SHA256, SIZE
 from kvm_clone.host import Host
 from kvm_clone.tasks import together
 
@@ -19,16 +21,20 @@ Ranges = tuple[tuple[int, int], ...]
 """[start, end) pairs in bytes, in order and apart."""
 
 _WINDOW = 256 * SEGMENT
-"""Bytes compared at a time: 16 GiB, whose blocks' digests take 8 MiB at each end."""
+"""Bytes compared at a time: 16 GiB, whose blocks' digests take 4 MiB at each end."""
 
 _ASKED = 64
-"""Segments whose blocks are asked for in one call: an answer of less than 3 MiB."""
+"""Segments whose blocks are asked for in one call: an answer of less than 2 MiB."""
 
 _MOST_RANGES = 100_000
 """More differences than this are told less finely: a list of them has to fit into one message."""
 
 OnDone = Callable[[int], None]
 """Hears how many bytes have been compared at both ends."""
+
+
+_How = tuple[str, str]
+"""The function that both ends digest by, and a key for it in hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,14 @@ class Side:
     path: str
     format: str
 
-    async def ask(self, call: str, progress: Callable[[dict[str, Any]], None] | None, ranges: Ranges) -> dict[int, str]:
+    async def ask(
+        self, call: str, progress: Callable[[dict[str, Any]], None] | None, how: _How, ranges: Ranges
+    ) -> dict[int, str]:
         """The agent's answer, by segment."""
         pairs = [list(pair) for pair in ranges]
-        answer = await self.host.call(call, progress, path=self.path, image_format=self.format, ranges=pairs)
+        answer = await self.host.call(
+            call, progress, path=self.path, image_format=self.format, how=list(how), ranges=pairs
+        )
         return dict(map(tuple, answer))
 
 
@@ -50,8 +60,9 @@ async def differing(one: Side, other: Side, ranges: Ranges, on_done: OnDone) -> 
     """The parts of the ranges whose content differs, by whole blocks. Raises TransferError and its kinds."""
     found: list[tuple[int, int]] = []
     done = 0
+    how = await _agreed(one, other) if ranges else ("", "")
     for window in windows(ranges):
-        more = await _in_window(one, other, window, lambda count, before=done: on_done(before + count))  # type: ignore[misc]
+        more = await _in_window(one, other, how, window, lambda count, before=done: on_done(before + count))  # type: ignore[misc]
         for start, end in more:
             add(found, start, end)
         done += total(window)
@@ -60,7 +71,13 @@ async def differing(one: Side, other: Side, ranges: Ranges, on_done: OnDone) -> 
     return tuple(found)
 
 
-async def _in_window(one: Side, other: Side, window: Ranges, on_done: OnDone) -> list[tuple[int, int]]:
+async def _agreed(one: Side, other: Side) -> _How:
+    """The fastest function that both ends have, and a new key: what they hold was written before it."""
+    ours, theirs = await together(one.host.call("digests"), other.host.call("digests"))
+    return next((method for method in ours if method in theirs), SHA256), secrets.token_hex(KEY_BYTES)
+
+
+async def _in_window(one: Side, other: Side, how: _How, window: Ranges, on_done: OnDone) -> list[tuple[int, int]]:
     state = [0, 0]
 
     def progress_of(end: int) -> Callable[[dict[str, Any]], None]:
@@ -71,13 +88,13 @@ async def _in_window(one: Side, other: Side, window: Ranges, on_done: OnDone) ->
         return progress
 
     ours, theirs = await together(
-        one.ask("digest", progress_of(0), window), other.ask("digest", progress_of(1), window)
+        one.ask("digest", progress_of(0), how, window), other.ask("digest", progress_of(1), how, window)
     )
     segments = sorted(at for at in ours.keys() | theirs.keys() if ours.get(at) != theirs.get(at))
     found: list[tuple[int, int]] = []
     for first in range(0, len(segments), _ASKED):
         wanted = within_segments(window, set(segments[first : first + _ASKED]))
-        ours, theirs = await together(one.ask("blocks", None, wanted), other.ask("blocks", None, wanted))
+        ours, theirs = await together(one.ask("blocks", None, how, wanted), other.ask("blocks", None, how, wanted))
         for start, end in differing_blocks(wanted, ours, theirs):
             add(found, start, end)
     return found

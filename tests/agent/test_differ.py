@@ -17,25 +17,24 @@ from kvm_clone.agent import differ, digest, errors, image
 from kvm_clone.agent.differ import Differ
 from kvm_clone.agent.disk import MemoryDisk
 from kvm_clone.agent.errors import AgentError
+from kvm_clone.agent.hashing import SHA256, How
 
+from .naive_hash import BY_SHA256, naive_hash
 from .tools import KIB, MIB, make_overlay, make_qcow2, make_raw, noise
 
 BLOCK, SEGMENT = 16, 256
+
+HOW = [BY_SHA256.method, BY_SHA256.key.hex()]
 
 Ranges = list[list[int]]
 
 
 @pytest.fixture
-def small_units(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16 bytes and segments of 256, so that little content has many."""
-    for cached in (digest._zero_blocks, digest._zeros):
-        cached.cache_clear()
     for name, size in (("BLOCK", BLOCK), ("CHUNK", 64), ("SEGMENT", SEGMENT)):
         monkeypatch.setattr(digest, name, size)
     monkeypatch.setattr(MemoryDisk, "BLOCK", BLOCK)
-    yield
-    for cached in (digest._zero_blocks, digest._zeros):
-        cached.cache_clear()
 
 
 def naive(content: bytes, ranges: Ranges, block: int = BLOCK, segment: int = SEGMENT) -> dict[int, bytes]:
@@ -44,7 +43,7 @@ def naive(content: bytes, ranges: Ranges, block: int = BLOCK, segment: int = SEG
     for start, end in ranges:
         for at in range(start, end, block):
             first = at - at % segment
-            found[first] = found.get(first, b"") + hashlib.sha256(content[at : min(at + block, end)]).digest()
+            found[first] = found.get(first, b"") + naive_hash(BY_SHA256, content[at : min(at + block, end)])
     return found
 
 
@@ -83,17 +82,17 @@ def test_segments_and_blocks_against_the_definition(tmp_path: Path, given_disk: 
     path.write_bytes(content)
     heard: list[int] = []
     answering = Differ()
-    found = answering.segments(str(path), "raw", ranges, lambda state: heard.append(state["done"]))
+    found = answering.segments(str(path), "raw", HOW, ranges, lambda state: heard.append(state["done"]))
     assert found == segments_of(expected)
     assert heard == sorted(heard)
     assert not ranges or heard[-1] == sum(end - start for start, end in ranges)
-    assert answering.blocks(str(path), "raw", ranges) == blocks_of(expected)
-    assert Differ().blocks(str(path), "raw", ranges) == blocks_of(expected), "and without having heard of them"
+    assert answering.blocks(str(path), "raw", HOW, ranges) == blocks_of(expected)
+    assert Differ().blocks(str(path), "raw", HOW, ranges) == blocks_of(expected), "and without having heard of them"
     memory = MemoryDisk(len(content))
     for at in range(0, len(content), BLOCK):
         if any(content[at : at + BLOCK]):
             memory.write(at, memoryview(content[at : at + BLOCK]))
-    assert {one.offset: one.blocks for one in digest.segments(memory, ranges)} == expected, "holes or zeros"
+    assert {one.offset: one.blocks for one in digest.segments(memory, BY_SHA256, ranges)} == expected, "holes or zeros"
 
 
 SIZE = digest.SEGMENT + 3 * MIB + 512
@@ -114,10 +113,10 @@ def test_every_kind_of_image_has_the_same_answers(tmp_path: Path) -> None:
     plain = make_qcow2(tmp_path / "plain", SIZE, WRITES)
     for path, format_ in ((raw, "raw"), (plain, "qcow2"), (over, "qcow2")):
         answering = Differ()
-        assert answering.segments(str(path), format_, GAPS, lambda _: None) == segments_of(expected)
-        assert answering.blocks(str(path), format_, GAPS) == blocks_of(expected)
+        assert answering.segments(str(path), format_, HOW, GAPS, lambda _: None) == segments_of(expected)
+        assert answering.blocks(str(path), format_, HOW, GAPS) == blocks_of(expected)
         with closing(image.open_for_reading(str(path), format_)) as disk:
-            assert [one.length for one in digest.segments(disk, GAPS)] == [
+            assert [one.length for one in digest.segments(disk, BY_SHA256, GAPS)] == [
                 sum(min(end, stop) - max(start, low) for start, end in GAPS if start < stop and end > low)
                 for low, stop in ((0, digest.SEGMENT), (digest.SEGMENT, 2 * digest.SEGMENT))
             ]
@@ -131,20 +130,20 @@ def test_blocks_are_remembered_until_others_come(tmp_path: Path, monkeypatch: py
     read: list[Ranges] = []
     real = digest.segments
 
-    def counted(disk: Any, ranges: Any) -> Iterator[digest.Segment]:
+    def counted(disk: Any, how: How, ranges: Any) -> Iterator[digest.Segment]:
         read.append([list(pair) for pair in ranges])
-        return real(disk, ranges)
+        return real(disk, how, ranges)
 
     monkeypatch.setattr(digest, "segments", counted)
     answering = Differ()
-    answering.segments(str(path), "raw", [[0, 8 * SEGMENT]], lambda _: None)
+    answering.segments(str(path), "raw", HOW, [[0, 8 * SEGMENT]], lambda _: None)
     assert len(answering._blocks) == 3
     read.clear()
     late = [[5 * SEGMENT, 8 * SEGMENT]]
-    assert answering.blocks(str(path), "raw", late) == blocks_of(naive(content, late))
+    assert answering.blocks(str(path), "raw", HOW, late) == blocks_of(naive(content, late))
     assert read == []
     mixed = [[0, SEGMENT], [7 * SEGMENT, 8 * SEGMENT]]
-    assert answering.blocks(str(path), "raw", mixed) == blocks_of(naive(content, mixed))
+    assert answering.blocks(str(path), "raw", HOW, mixed) == blocks_of(naive(content, mixed))
     assert read == [[[0, SEGMENT]]], "only what was forgotten is read again"
 
 
@@ -153,10 +152,22 @@ def test_what_is_remembered_is_of_the_same_parts_and_the_same_image(tmp_path: Pa
     one = make_raw(tmp_path / "one", SEGMENT, [(0, noise(SEGMENT))])
     other = make_raw(tmp_path / "other", SEGMENT, [(0, noise(SEGMENT, 1))])
     answering = Differ()
-    answering.segments(str(one), "raw", [[0, SEGMENT]], lambda _: None)
+    answering.segments(str(one), "raw", HOW, [[0, SEGMENT]], lambda _: None)
     part = [[BLOCK, 3 * BLOCK]]
-    assert answering.blocks(str(one), "raw", part) == blocks_of(naive(one.read_bytes(), part))
-    assert answering.blocks(str(other), "raw", [[0, SEGMENT]]) == blocks_of(naive(other.read_bytes(), [[0, SEGMENT]]))
+    assert answering.blocks(str(one), "raw", HOW, part) == blocks_of(naive(one.read_bytes(), part))
+    assert answering.blocks(str(other), "raw", HOW, [[0, SEGMENT]]) == blocks_of(
+        naive(other.read_bytes(), [[0, SEGMENT]])
+    )
+
+
+@pytest.mark.usefixtures("small_units")
+def test_what_is_remembered_is_of_the_same_key(tmp_path: Path) -> None:
+    path = make_raw(tmp_path / "disk", SEGMENT, [(0, noise(SEGMENT))])
+    answering, whole = Differ(), [[0, SEGMENT]]
+    before = answering.segments(str(path), "raw", HOW, whole, lambda _: None)
+    other = [SHA256, bytes(32).hex()]
+    assert answering.blocks(str(path), "raw", other, whole) != answering.blocks(str(path), "raw", HOW, whole)
+    assert answering.segments(str(path), "raw", other, whole, lambda _: None) != before
 
 
 @pytest.mark.usefixtures("small_units")
@@ -164,23 +175,23 @@ def test_segments_are_always_read_anew(tmp_path: Path) -> None:
     """A proof that came from memory would be none."""
     path = make_raw(tmp_path / "disk", SEGMENT)
     answering, whole = Differ(), [[0, SEGMENT]]
-    before = answering.segments(str(path), "raw", whole, lambda _: None)
+    before = answering.segments(str(path), "raw", HOW, whole, lambda _: None)
     path.write_bytes(noise(SEGMENT))
-    assert answering.segments(str(path), "raw", whole, lambda _: None) != before
-    assert answering.blocks(str(path), "raw", whole) == blocks_of(naive(noise(SEGMENT), whole))
+    assert answering.segments(str(path), "raw", HOW, whole, lambda _: None) != before
+    assert answering.blocks(str(path), "raw", HOW, whole) == blocks_of(naive(noise(SEGMENT), whole))
 
 
 def test_nothing_asked_for_opens_nothing(tmp_path: Path) -> None:
     answering = Differ()
-    assert answering.segments(str(tmp_path / "missing"), "raw", [], lambda _: None) == []
-    assert answering.blocks(str(tmp_path / "missing"), "raw", []) == []
+    assert answering.segments(str(tmp_path / "missing"), "raw", HOW, [], lambda _: None) == []
+    assert answering.blocks(str(tmp_path / "missing"), "raw", HOW, []) == []
 
 
 def test_an_image_that_is_not_there(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     acts: list[Callable[[], object]] = [
-        lambda: Differ().segments(missing, "raw", [[0, 1]], lambda _: None),
-        lambda: Differ().blocks(missing, "raw", [[0, 1]]),
+        lambda: Differ().segments(missing, "raw", HOW, [[0, 1]], lambda _: None),
+        lambda: Differ().blocks(missing, "raw", HOW, [[0, 1]]),
     ]
     for act in acts:
         with pytest.raises(AgentError, match=missing) as caught:

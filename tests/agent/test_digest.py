@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent import digest, image
+from kvm_clone.agent import digest, hashing, image
 from kvm_clone.agent.disk import DATA, Disk, MemoryDisk
 from kvm_clone.agent.file import FileDisk
+from kvm_clone.agent.hashing import How
 from kvm_clone.agent.wire import CHUNK
 
+from .naive_hash import BY_POLY1305, BY_SHA256, naive_hash
 from .tools import KIB, MIB, Write, filled, make_qcow2, make_raw, noise
 
 
-def naive(content: bytes, block: int = digest.BLOCK) -> list[bytes]:
+def naive(content: bytes, block: int = digest.BLOCK, how: How = BY_SHA256) -> list[bytes]:
     """The definition, word for word."""
     answer = []
     for start in range(0, len(content), digest.SEGMENT):
         segment = content[start : start + digest.SEGMENT]
         blocks = [segment[at : at + block] for at in range(0, len(segment), block)]
-        answer.append(hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in blocks)).digest())
+        answer.append(hashlib.sha256(b"".join(naive_hash(how, part) for part in blocks)).digest())
     return answer
 
 
-def of(disk: Disk) -> list[bytes]:
+def of(disk: Disk, how: How = BY_SHA256) -> list[bytes]:
     with closing(disk):
-        return digests(disk)
+        return digests(disk, how)
 
 
-def digests(disk: Disk) -> list[bytes]:
-    return [segment.digest for segment in digest.segments(disk)]
+def digests(disk: Disk, how: How = BY_SHA256) -> list[bytes]:
+    return [segment.digest for segment in digest.segments(disk, how)]
 
 
 def memory(size: int, writes: Sequence[Write]) -> MemoryDisk:
@@ -46,20 +49,12 @@ def memory(size: int, writes: Sequence[Write]) -> MemoryDisk:
 
 
 @pytest.fixture
-def small_units(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16 bytes, chunks of 64 and segments of 256, so that little content has many."""
-    forget()
     monkeypatch.setattr(digest, "BLOCK", 16)
     monkeypatch.setattr(digest, "CHUNK", 64)
     monkeypatch.setattr(digest, "SEGMENT", 256)
     monkeypatch.setattr(MemoryDisk, "BLOCK", 16)
-    yield
-    forget()
-
-
-def forget() -> None:
-    digest._zero_blocks.cache_clear()
-    digest._zeros.cache_clear()
 
 
 SIZE = 3 * MIB + 512
@@ -127,8 +122,12 @@ def test_every_single_byte_counts(size: int) -> None:
 
 @pytest.mark.usefixtures("small_units")
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.integers(0, 15), st.lists(st.tuples(st.integers(0, 12), st.integers(1, 12), st.booleans()), max_size=12))
-def test_against_the_definition(tail: int, runs: list[tuple[int, int, bool]]) -> None:
+@given(
+    st.sampled_from([BY_POLY1305, BY_SHA256]),
+    st.integers(0, 15),
+    st.lists(st.tuples(st.integers(0, 12), st.integers(1, 12), st.booleans()), max_size=12),
+)
+def test_against_the_definition(how: How, tail: int, runs: list[tuple[int, int, bool]]) -> None:
     """Runs of (8 bytes of hole, 8 bytes of data or zeros), and a tail of holes."""
     writes: list[Write] = []
     position = 0
@@ -137,4 +136,19 @@ def test_against_the_definition(tail: int, runs: list[tuple[int, int, bool]]) ->
         writes.append((position, noise(8 * length, position) if data else bytes(8 * length)))
         position += 8 * length
     size = position + tail
-    assert of(memory(size, writes)) == naive(filled(size, writes), 16)
+    assert of(memory(size, writes), how) == naive(filled(size, writes), 16, how)
+
+
+def test_zeros_between_data_are_not_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk with one block of data costs one block."""
+    hashed: list[int] = []
+    real = hashing._sha256
+
+    def counted(keyed: Any, view: memoryview) -> bytes:
+        hashed.append(len(view))
+        return real(keyed, view)
+
+    monkeypatch.setattr(hashing, "_sha256", counted)
+    writes = [(5 * CHUNK + 3 * digest.BLOCK, noise(digest.BLOCK)), (7 * CHUNK + 100, noise(4 * KIB))]
+    assert of(memory(8 * CHUNK, writes)) == naive(filled(8 * CHUNK, writes))
+    assert sorted(hashed) == [digest.BLOCK] * 3, "the two with data, and zeros once"

@@ -27,6 +27,7 @@ from kvm_clone.agent import digest, errors, qemu, server, stage
 from kvm_clone.agent.transfer import Job, Sender
 from kvm_clone.agent.wire import MARKER, RECORD_HEADER, pack_frame, read_frame
 
+from .naive_hash import BY_SHA256, naive_hash
 from .tools import (
     KIB,
     MIB,
@@ -45,6 +46,8 @@ from .tools import (
 pytestmark = pytest.mark.timeout(60)
 
 Frame = dict[str, Any]
+HOW = [BY_SHA256.method, BY_SHA256.key.hex()]
+
 WHOLE = payload.preamble().encode() + payload.package()
 COMMANDS = {
     "argv": [sys.executable, "-I", "-c", payload.loader()],
@@ -520,7 +523,7 @@ def test_silence_counts_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_digests_with_progress(tmp_path: Path) -> None:
     disk = make_qcow2(tmp_path / "disk", 2 * digest.SEGMENT + MIB, [(digest.SEGMENT, b"x")])
     with control() as running:
-        args = {"path": str(disk), "image_format": "qcow2", "ranges": [[0, 2 * digest.SEGMENT + MIB]]}
+        args = {"path": str(disk), "image_format": "qcow2", "how": HOW, "ranges": [[0, 2 * digest.SEGMENT + MIB]]}
         running.write(pack_frame({"id": 9, "call": "digest", "args": args}))
         answers = [running.frame() for _ in range(4)]
         running.end()
@@ -531,7 +534,7 @@ def test_digests_with_progress(tmp_path: Path) -> None:
     ]
     assert answers[3]
     values = answers[3]["ok"]
-    empty = hashlib.sha256(hashlib.sha256(bytes(digest.BLOCK)).digest() * 1024).hexdigest()
+    empty = hashlib.sha256(naive_hash(BY_SHA256, bytes(digest.BLOCK)) * 1024).hexdigest()
     assert [(at, value == empty) for at, value in values] == [
         (0, True),
         (digest.SEGMENT, False),

@@ -21,6 +21,7 @@ from kvm_clone.agent.process import run
 from kvm_clone.agent.stage import Stage
 from kvm_clone.agent.transfer import Job, Receiver, Sender
 
+from .naive_hash import BY_SHA256
 from .tools import KIB, arriving, make_raw, noise, read, through_pipe
 
 pytestmark = pytest.mark.timeout(60)
@@ -160,8 +161,11 @@ class World:
             assert self.defined[1] == self.published
 
 
+HOW = [BY_SHA256.method, BY_SHA256.key.hex()]
+
+
 def digests(path: Path, end: int) -> list[list[Any]]:
-    return Differ().segments(str(path), "raw", [[0, end]], lambda _: None)
+    return Differ().segments(str(path), "raw", HOW, [[0, end]], lambda _: None)
 
 
 RUNS = st.lists(

@@ -31,6 +31,7 @@ from kvm_clone.agent.wire import (
     unpack_record,
 )
 
+from .naive_hash import BY_SHA256
 from .tools import (
     KIB,
     MIB,
@@ -92,7 +93,7 @@ def same(first: Job, second: Job, *, strict: bool = False) -> bool:
 def digests(job: Job) -> list[bytes]:
     disk = image.open_for_reading(job.path, job.format)
     try:
-        return [segment.digest for segment in digest.segments(disk)]
+        return [segment.digest for segment in digest.segments(disk, BY_SHA256)]
     finally:
         disk.close()
 

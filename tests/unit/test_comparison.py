@@ -18,7 +18,7 @@ from kvm_clone.comparison import Ranges
 from kvm_clone.host import Host
 
 BLOCK, SEGMENT, WINDOW = 4, 16, 48
-SIZE = hashlib.sha256().digest_size
+SIZE = 16
 MOST = 150
 """Bytes of the largest disk here: nine segments and a part of one, three windows and a part of one."""
 
@@ -111,19 +111,19 @@ def test_within_segments(sized: tuple[int, Ranges], numbers: set[int]) -> None:
     assert all(start // SEGMENT == (end - 1) // SEGMENT for start, end in found)
 
 
-def blocks_of(content: bytes, ranges: Ranges) -> dict[int, bytes]:
+def blocks_of(content: bytes, ranges: Ranges, key: bytes = b"") -> dict[int, bytes]:
     """By segment, the digests of the blocks that the ranges have in it, joined."""
     found: dict[int, bytes] = {}
     for start, end in ranges:
         for at in range(start, end, BLOCK):
             segment = at - at % SEGMENT
-            digest = hashlib.sha256(content[at : min(at + BLOCK, end)]).digest()
+            digest = hashlib.sha256(key + content[at : min(at + BLOCK, end)]).digest()[:SIZE]
             found[segment] = found.get(segment, b"") + digest
     return found
 
 
-def segments_of(content: bytes, ranges: Ranges) -> dict[int, str]:
-    return {at: hashlib.sha256(blocks).hexdigest() for at, blocks in blocks_of(content, ranges).items()}
+def segments_of(content: bytes, ranges: Ranges, key: bytes) -> dict[int, str]:
+    return {at: hashlib.sha256(blocks).hexdigest() for at, blocks in blocks_of(content, ranges, key).items()}
 
 
 def as_text(blocks: dict[int, bytes]) -> dict[int, str]:
@@ -165,21 +165,31 @@ def test_differing_blocks(disks: tuple[bytes, bytes, Ranges]) -> None:
 class Agent:
     """A host whose agent digests a disk in memory, and that counts what it is asked."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, methods: tuple[str, ...] = ("fast", "sha256")) -> None:
         self.content = content
+        self.methods = methods
+        self.heard: set[tuple[str, str]] = set()
         self.asked: dict[str, int] = {"digest": 0, "blocks": 0}
 
-    async def call(self, call: str, progress: Callable[[dict[str, Any]], None] | None, **how: Any) -> Any:
+    async def call(
+        self, call: str, progress: Callable[[dict[str, Any]], None] | None = None, /, **arguments: Any
+    ) -> Any:
         await asyncio.sleep(0)
-        ranges = tuple((start, end) for start, end in how["ranges"])
+        if call == "digests":
+            return list(self.methods)
+        ranges = tuple((start, end) for start, end in arguments["ranges"])
+        method, text = arguments["how"]
+        assert method in self.methods
+        self.heard.add((method, text))
+        key = method.encode() + bytes.fromhex(text)
         assert_in_order_and_apart(ranges, least_gap=0)
         assert len({at // SEGMENT for at in bytes_in(ranges)}) <= (WINDOW // SEGMENT if call == "digest" else 2)
         self.asked[call] += comparison.total(ranges)
         if progress is not None:
             progress({"done": comparison.total(ranges)})
         if call == "digest":
-            return [list(one) for one in segments_of(self.content, ranges).items()]
-        return [list(one) for one in as_text(blocks_of(self.content, ranges)).items()]
+            return [list(one) for one in segments_of(self.content, ranges, key).items()]
+        return [list(one) for one in as_text(blocks_of(self.content, ranges, key)).items()]
 
     @property
     def side(self) -> comparison.Side:
@@ -205,6 +215,31 @@ def test_differing_against_the_definition(disks: tuple[bytes, bytes, Ranges]) ->
     assert one.asked["digest"] == comparison.total(ranges), "everything is digested once"
     if not found:
         assert one.asked["blocks"] == 0
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "agreed"),
+    [
+        (("fast", "sha256"), ("fast", "sha256"), "fast"),
+        (("fast", "sha256"), ("sha256",), "sha256"),
+        (("sha256",), ("fast", "sha256"), "sha256"),
+        (("other", "fast", "sha256"), ("fast", "other", "sha256"), "other"),
+    ],
+)
+def test_both_ends_digest_by_what_both_have(ours: tuple[str, ...], theirs: tuple[str, ...], agreed: str) -> None:
+    content = bytes(range(50))
+    one, other = Agent(content, ours), Agent(content[:-1] + b"x", theirs)
+    assert compare(one, other, ((0, 50),))[0] == ((48, 50),)
+    assert one.heard == other.heard
+    assert {method for method, _ in one.heard} == {agreed}
+
+
+def test_each_comparison_has_a_key_of_its_own() -> None:
+    one, other = Agent(bytes(50)), Agent(bytes(50))
+    for count in (1, 2):
+        compare(one, other, ((0, 50),))
+        assert one.heard == other.heard
+        assert len(one.heard) == count
 
 
 @PROPERTY

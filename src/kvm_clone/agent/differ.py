@@ -4,67 +4,79 @@ from __future__ import annotations
 
 import base64
 from collections import OrderedDict
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 from . import digest, image
 from .disk import Ranges
 from .errors import from_exception
+from .hashing import How
 
 Progress = Callable[[Dict[str, Any]], None]
 
 REMEMBERED = 1024
-"""Segments whose blocks' digests are kept, 32 KiB each: so many may be asked for without reading them again."""
+"""Segments whose blocks' digests are kept, 16 KiB each: so many may be asked for without reading them again."""
 
 _Parts = Tuple[Tuple[int, int], ...]
+
+_How = Tuple[str, str]
+"""hashing.How in JSON: the method's name, and the key in hexadecimal."""
 
 
 class Differ:
     """Digests images, and remembers the blocks of the segments that it digested last."""
 
     def __init__(self) -> None:
-        self._blocks: OrderedDict[Tuple[str, _Parts], bytes] = OrderedDict()
+        self._blocks: OrderedDict[Tuple[str, _How, _Parts], bytes] = OrderedDict()
 
-    def segments(self, path: str, image_format: str, ranges: Ranges, progress: Progress) -> List[List[Any]]:
+    def segments(
+        self, path: str, image_format: str, how: Sequence[str], ranges: Ranges, progress: Progress
+    ) -> List[List[Any]]:
         """What was asked for of each segment, as [first byte, digest in hexadecimal].
 
-        `ranges`: see digest.segments. `progress` hears how many bytes are done.
+        `how`: the function's name and its key in hexadecimal. `ranges`: see digest.segments. `progress` hears how many
+        bytes are done.
         """
         answer: List[List[Any]] = []
         done = 0
-        for segment in self._digest(path, image_format, ranges):
+        for segment in self._digest(path, image_format, _how(how), ranges):
             answer.append([segment.offset, segment.digest.hex()])
             done += segment.length
             progress({"done": done})
         return answer
 
-    def blocks(self, path: str, image_format: str, ranges: Ranges) -> List[List[Any]]:
+    def blocks(self, path: str, image_format: str, how: Sequence[str], ranges: Ranges) -> List[List[Any]]:
         """The same by blocks, as [first byte, the blocks' digests joined, in base64]; the ranges touch few segments."""
-        wanted = _by_segment(ranges)
-        missing = [part for parts in wanted.values() if (path, parts) not in self._blocks for part in parts]
-        answer = {at: self._blocks[path, parts] for at, parts in wanted.items() if (path, parts) in self._blocks}
-        answer.update({segment.offset: segment.blocks for segment in self._digest(path, image_format, missing)})
+        wanted = {at: (path, _how(how), parts) for at, parts in _by_segment(ranges).items()}
+        missing = [part for key in wanted.values() if key not in self._blocks for part in key[-1]]
+        answer = {at: self._blocks[key] for at, key in wanted.items() if key in self._blocks}
+        answer.update({found.offset: found.blocks for found in self._digest(path, image_format, _how(how), missing)})
         return [[at, base64.b64encode(blocks).decode()] for at, blocks in sorted(answer.items())]
 
-    def _digest(self, path: str, image_format: str, ranges: Ranges) -> Iterator[digest.Segment]:
+    def _digest(self, path: str, image_format: str, how: _How, ranges: Ranges) -> Iterator[digest.Segment]:
         if not ranges:
             return
         wanted = _by_segment(ranges)
         try:
             disk = image.open_for_reading(path, image_format)
             try:
-                for segment in digest.segments(disk, ranges):
-                    self._remember((path, wanted[segment.offset]), segment.blocks)
+                for segment in digest.segments(disk, How(how[0], bytes.fromhex(how[1])), ranges):
+                    self._remember((path, how, wanted[segment.offset]), segment.blocks)
                     yield segment
             finally:
                 disk.close()
         except OSError as error:
             raise from_exception(error, f"reading {path}") from error
 
-    def _remember(self, key: Tuple[str, _Parts], blocks: bytes) -> None:
+    def _remember(self, key: Tuple[str, _How, _Parts], blocks: bytes) -> None:
         self._blocks[key] = blocks
         self._blocks.move_to_end(key)
         if len(self._blocks) > REMEMBERED:
             self._blocks.popitem(last=False)
+
+
+def _how(answer: Sequence[str]) -> _How:
+    method, key = answer
+    return method, key
 
 
 def _by_segment(ranges: Ranges) -> Dict[int, _Parts]:

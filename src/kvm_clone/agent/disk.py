@@ -41,8 +41,10 @@ class Extent(NamedTuple):
     def cut(self, start: int, end: int) -> Extent:
         """The part of this extent within [start, end), which must overlap it."""
         low, high = max(self.offset, start), min(self.end, end)
+        if high - low == self.length:
+            return self
         host = None if self.host is None else self.host + low - self.offset
-        return self._replace(offset=low, length=high - low, host=host)
+        return Extent(low, high - low, self.kind, host, self.compressed, self.layer)
 
 
 class Disk(abc.ABC):

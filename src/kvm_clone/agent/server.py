@@ -13,7 +13,7 @@ import select
 import threading
 from typing import Any, Callable, Dict, Optional
 
-from . import facts, guard, peer, stage
+from . import facts, guard, hashing, peer, stage
 from .differ import Differ
 from .errors import INTERRUPTED, UNSUPPORTED, AgentError, from_exception
 from .lock import ImageLock
@@ -47,6 +47,7 @@ class Server:
             "lock_image": self._lock_image,
             "unlock_images": self._unlock_images,
             "fingerprint": facts.fingerprint,
+            "digests": hashing.supported,
             "digest": self._differ.segments,
             "blocks": self._differ.blocks,
             "dirty": facts.dirty,
