@@ -86,6 +86,11 @@ class Arena:
         files = [str(self.outside(SOURCE, self.image)), str(self.outside(DESTINATION, copy))]
         run(["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", *files], environment(), LIMIT_SECONDS)
 
+    def resized(self, size: int, data: int) -> Arena:
+        """The same with a new VM, whose disk has `size` bytes, of them `data` of content."""
+        self.clear()
+        return Arena(self.lab, _make_vm(size, data))
+
     def make_running(self, name: str, disk: str) -> Path:
         """Make and start a VM on the source, in place of one of that name; its serial port's file."""
         made = _lab("vm", SOURCE, name, "--guest", "counter", "--disk", disk, "--disk", disk, "--start", "--json")
@@ -124,11 +129,10 @@ def arena(size: str, data: str, needed: int, *, keep: bool) -> Iterator[Arena]:
         free = shutil.disk_usage(STATE).free
         if free < needed:
             raise BenchError(
-                f"{STATE.parent} has {free >> 20} MiB free, {needed >> 20} are needed: try a smaller --data"
+                f"{STATE.parent} has {free >> 20} MiB free, {needed >> 20} are needed: try a smaller --data and --delta-data"
             )
         _lab("up")
-        made = _lab("vm", SOURCE, VM, "--no-boot-disk", "--disk", f"qcow2:{size}:{data}", "--json")
-        yield Arena(Lab(STATE), json.loads(made)["disks"]["vda"])
+        yield Arena(Lab(STATE), _make_vm(size, data))
     except LabError as error:
         raise BenchError(str(error)) from error
     finally:
@@ -137,6 +141,12 @@ def arena(size: str, data: str, needed: int, *, keep: bool) -> Iterator[Arena]:
             _lab("down")
             shutil.rmtree(STATE)
         os.close(mine)
+
+
+def _make_vm(size: object, data: object) -> str:
+    """Make the VM on the source, in place of one that is there; its image."""
+    made = _lab("vm", SOURCE, VM, "--no-boot-disk", "--disk", f"qcow2:{size}:{data}", "--json")
+    return str(json.loads(made)["disks"]["vda"])
 
 
 def _lab(*argv: str) -> str:

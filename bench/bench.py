@@ -1,7 +1,7 @@
 """Compare kvm-clone with the other ways to bring a disk from one host to another.
 
-Needs root, and room on /dev/shm for about twice the data. All methods copy the same qcow2 disk from kc-a to kc-b, one
-after the other in every round. Each copy is compared with the source: a wrong one ends the benchmark with exit code 1.
+Needs root, and room on /dev/shm for about twice the data, and for three times what is synced. All methods copy the same
+qcow2 disk from kc-a to kc-b, one after the other in every round. Each copy is compared with the source: a wrong one ends the benchmark with exit code 1.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import NoReturn
 
 import again
 import delta
-from arena import Arena, arena, size_in_bytes
+from arena import STATE, Arena, arena, size_in_bytes
 from methods import METHODS, Copied, Method
 from peaks import Watch
 from processes import ENDING_SIGNALS, BenchError, ignore_ending_signals
@@ -39,6 +40,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
     parser.add_argument("--no-again", dest="again", action="store_false", help="leave out the second runs")
     parser.add_argument("--no-delta", dest="delta", action="store_false", help="leave out what sync costs")
+    parser.add_argument("--delta-data", metavar="A,B", help=f"of the disks that are synced; default {_delta_default()}")
     parser.add_argument("--keep-lab", action="store_true", help="leave the lab up, with its VM")
     asked = parser.parse_args(argv)
     known = {method.name: method for method in METHODS}
@@ -50,15 +52,26 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     asked.methods = list(dict.fromkeys(known[name] for name in chosen))
     try:
         asked.size_bytes, asked.data_bytes = size_in_bytes(asked.size), size_in_bytes(asked.data)
+        asked.delta_bytes = _delta_sizes(asked.delta_data or _delta_default()) if asked.delta else []
     except BenchError as error:
         parser.error(str(error))
     return asked
 
 
+def _delta_default() -> str:
+    """The larger of two sizes if there is room for the source and two replicas: what is fixed counts for less in it."""
+    large, small = "3.5G", "1.5G"
+    return large if shutil.disk_usage(STATE.parent).free >= 3 * size_in_bytes(large) + _SLACK else small
+
+
+def _delta_sizes(text: str) -> list[int]:
+    return [size_in_bytes(one) for one in text.split(",")]
+
+
 def measure(asked: argparse.Namespace) -> tuple[Report, str]:
     """Run everything: the comparison, and the table of second runs. Raises BenchError."""
     runs: dict[Method, list[Copied]] = {method: [] for method in asked.methods}
-    needed = asked.data_bytes * 2 + _SLACK
+    needed = max(2 * asked.data_bytes, 3 * max(asked.delta_bytes, default=0)) + _SLACK
     with arena(asked.size, asked.data, needed, keep=asked.keep_lab) as place:
         for number in range(1, asked.rounds + 1):
             for method in asked.methods:
@@ -67,8 +80,9 @@ def measure(asked: argparse.Namespace) -> tuple[Report, str]:
                 print(f"round {number}: {method.name} {copied.seconds:.2f} s", file=sys.stderr, flush=True)
         peaks = {method: _peaks(place, method) for method in asked.methods if method.ours}
         second = again.measure(place, asked.rounds) if asked.again else ""
+        for data in asked.delta_bytes:
+            second += "\n" + delta.measure(place.resized(data * 2, data), asked.rounds, data)
         if asked.delta:
-            second += "\n" + delta.measure(place, asked.rounds, asked.data_bytes)
             second += "\n" + delta.measure_running(place, asked.rounds)
         place.clear()
     return Report(asked.size_bytes, asked.data_bytes, runs, peaks), second
