@@ -129,7 +129,8 @@ def arena(size: str, data: str, needed: int, *, keep: bool) -> Iterator[Arena]:
         free = shutil.disk_usage(STATE).free
         if free < needed:
             raise BenchError(
-                f"{STATE.parent} has {free >> 20} MiB free, {needed >> 20} are needed: try a smaller --data and --delta-data"
+                f"{STATE.parent} has {free >> 20} MiB free, {needed >> 20} are needed: "
+                "try a smaller --data and --delta-data"
             )
         _lab("up")
         yield Arena(Lab(STATE), _make_vm(size, data))

@@ -1,7 +1,8 @@
 """Compare kvm-clone with the other ways to bring a disk from one host to another.
 
 Needs root, and room on /dev/shm for about twice the data, and for three times what is synced. All methods copy the same
-qcow2 disk from kc-a to kc-b, one after the other in every round. Each copy is compared with the source: a wrong one ends the benchmark with exit code 1.
+qcow2 disk from kc-a to kc-b, one after the other in every round. Each copy is compared with the source: a wrong one
+ends the benchmark with exit code 1.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The fault matrix: whatever fails when a record has just been journalled, the same command then ends it well.
 
-KVM_CLONE_WRITE_MATRIX=1 writes what was seen to docs/faults.md; scripts/test then keeps to one process.
+KVM_CLONE_WRITE_MATRIX=1 writes what is seen of each cell to docs/faults.md.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import matrix
 import pytest
 from clonekit import (
     IMPATIENT,
@@ -31,6 +32,7 @@ from clonekit import (
     wipe,
 )
 from labclient import REPOSITORY, Lab, Vm
+from matrix import Shape
 
 pytestmark = pytest.mark.e2e
 
@@ -96,15 +98,6 @@ CELLS = [
     for fault in FAULTS
     if record in FAULTS[fault].at and (kind == "sync" or record != "merged")
 ]
-
-
-@pytest.fixture(scope="module")
-def seen() -> Iterator[dict[tuple[str, str, str], str]]:
-    """What came of each cell."""
-    found: dict[tuple[str, str, str], str] = {}
-    yield found
-    if os.environ.get("KVM_CLONE_WRITE_MATRIX") == "1":
-        (REPOSITORY / "docs/faults.md").write_text(as_markdown(found))
 
 
 @pytest.fixture(autouse=True)
@@ -186,14 +179,18 @@ def assert_old_or_new(lab: Lab, source: Vm, replica: Replica) -> None:
     ("kind", "record", "fault"),
     [pytest.param(*cell, marks=pytest.mark.fast if cell in FAST else ()) for cell in CELLS],
 )
-def test_the_same_command_ends_well_after(
-    lab: Lab, seen: dict[tuple[str, str, str], str], kind: str, record: str, fault: str
-) -> None:
+def test_the_same_command_ends_well_after(lab: Lab, kind: str, record: str, fault: str) -> None:
     if kind == "sync":
         first, again = sync_hit(lab, record, fault)
     else:
         first, again = clone_hit(lab, kind, record, fault)
-    seen[kind, record, fault] = outcome(first, again)
+    if os.environ.get("KVM_CLONE_WRITE_MATRIX") == "1":
+        matrix.note(
+            REPOSITORY / "docs/faults.md",
+            Shape(KINDS, RECORDS, tuple(FAULTS)),
+            (kind, record, fault),
+            outcome(first, again),
+        )
 
 
 def clone_hit(lab: Lab, kind: str, record: str, fault: str) -> tuple[Done, Done]:
@@ -254,31 +251,3 @@ def once_more(lab: Lab, command: str, first: Done) -> Done:
     again = kvm_clone(lab, command, *ARGV, "--wait")
     assert again.code == 0, first.err + again.err
     return again
-
-
-LEGEND = """# Fault matrix
-
-What was seen when a fault hit right after a record of the journal had become durable (`make test-faults`). After every
-cell: the old VM, if there was one, was untouched or completely replaced; a replica that was synced was bit by bit as
-before, or as its source through whatever its definition named; no VM was defined with incomplete disks; the same
-command with `--idempotent` ended with exit code 0 and a clone equal to its source; no staged file, journal, lock or
-process remained.
-
-| word | the run that was hit |
-|---|---|
-| goes on | ended with exit code 0 by itself |
-| resumed | failed; the next run went on with what was staged |
-| anew | failed; the next run copied everything |
-| complete | failed after its commit; the next run only tidied up |
-| | there is nothing of that kind to hit at that moment |
-"""
-
-
-def as_markdown(seen: dict[tuple[str, str, str], str]) -> str:
-    """The matrix as a document."""
-    text = LEGEND
-    for kind in KINDS:
-        text += f"\n## A {kind}\n\n| after | {' | '.join(FAULTS)} |\n|---|{'---|' * len(FAULTS)}\n"
-        for record in RECORDS:
-            text += f"| `{record}` | {' | '.join(seen.get((kind, record, fault), '') for fault in FAULTS)} |\n"
-    return text
