@@ -292,10 +292,15 @@ def remove(lab: Lab, host: str, *names: str) -> None:
     lab.run(host, "sh", "-c", script, "remove", *names)
 
 
-def wipe(lab: Lab) -> None:
-    """Remove every VM of the destination, and everything in its pool."""
+def wipe_vms(lab: Lab) -> None:
+    """Remove every VM of the destination."""
     names = lab.run("kc-b", "virsh", "list", "--all", "--name").stdout.split("\n")
     remove(lab, "kc-b", *filter(None, names))
+
+
+def wipe(lab: Lab) -> None:
+    """Remove every VM of the destination, and everything in its pool."""
+    wipe_vms(lab)
     lab.run("kc-b", "sh", "-c", f"find {IMAGES} -mindepth 1 -maxdepth 1 -exec rm -rf {{}} +")
 
 

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from clonekit import (
-    IMAGES,
     Done,
     assert_becomes,
     ended,
@@ -23,11 +17,10 @@ from clonekit import (
     wipe,
 )
 from labclient import Lab, Vm
+from pools import MIB, OWN, device, digest, in_pool, own_pool, pool_on
 
 pytestmark = pytest.mark.e2e
 
-MIB = 1 << 20
-OWN = f"{IMAGES}/own"
 SLOW = ("--pool", "own", "--bandwidth-limit", "5M", "--output", "json")
 """Keeps the copy going for a few seconds."""
 
@@ -44,23 +37,6 @@ def clean(lab: Lab) -> Iterator[None]:
     """Whatever a test leaves, the next one does not find."""
     yield
     wipe(lab)
-
-
-@contextmanager
-def own_pool(lab: Lab, mount: str) -> Iterator[None]:
-    """The pool `own` on kc-b, on what the command `mount DIRECTORY` puts there."""
-    script = f"mkdir {OWN}; {mount} {OWN}; rm -rf {OWN}/lost+found; virsh pool-create-as own dir --target {OWN}"
-    lab.run("kc-b", "sh", "-e", "-c", script)
-    try:
-        yield
-    finally:
-        remove(lab, "kc-b", "stored")
-        lab.run("kc-b", "sh", "-c", f"virsh pool-destroy own; umount {OWN}; rmdir {OWN}; true")
-
-
-def in_pool(lab: Lab) -> list[str]:
-    """The names in the pool, if there is one."""
-    return lab.run("kc-b", "ls", "-A", OWN, check=False).stdout.split()
 
 
 def clone(lab: Lab, *argv: str) -> Done:
@@ -80,12 +56,6 @@ def hit_in_the_copy(lab: Lab, hit: Callable[[], object]) -> Done:
     assert done.code == 6, done.err
     assert "Traceback" not in done.err
     return done
-
-
-def digest(lab: Lab, host: str, path: str) -> str:
-    """Of what the guest sees; asked on the host, which alone sees its mounts."""
-    script = 'qemu-img convert -O raw "$1" /run/content && sha256sum /run/content && rm /run/content'
-    return lab.run(host, "sh", "-c", script, "digest", path).stdout
 
 
 def assert_cloned(lab: Lab, source: Vm, done: Done) -> None:
@@ -121,59 +91,6 @@ def test_a_directory_that_turns_read_only(lab: Lab, source: Vm) -> None:
 
 
 # A device that breaks.
-
-
-class Device:
-    """A disk in memory whose writes fail from some moment on, for good: the loop device's file gets sealed."""
-
-    def __init__(self) -> None:
-        self._fd = os.memfd_create("device", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
-        self.file = Path(f"/proc/{os.getpid()}/fd/{self._fd}")
-        os.truncate(self._fd, 128 * MIB)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-    def format(self, *options: str) -> None:
-        """Make an ext4 filesystem that has everything but files and a journal in the first MiB."""
-        _run("mkfs.ext4", "-q", "-b", "4096", "-N", "64", *options, str(self.file))
-
-    def fail(self) -> None:
-        """Every write fails from now on."""
-        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
-
-    def fail_after(self, end: int) -> None:
-        """What lies behind is lost, and every write there fails from now on."""
-        os.truncate(self._fd, end)
-        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
-
-
-@contextmanager
-def device() -> Iterator[Device]:
-    made = Device()
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-@contextmanager
-def pool_on(lab: Lab, disk: Device) -> Iterator[None]:
-    """The pool `own` on the device."""
-    loop = _run("losetup", "--find", "--show", str(disk.file)).strip()
-    try:
-        with own_pool(lab, f"mount {loop}"):
-            _run("losetup", "--detach", loop)  # now it goes with its mount, whatever becomes of this process
-            yield
-    except BaseException:
-        subprocess.run(["losetup", "--detach", loop], capture_output=True, check=False)
-        raise
-
-
-def _run(*argv: str) -> str:
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def assert_told(done: Done) -> None:

@@ -608,6 +608,63 @@ def test_the_images_below_the_overlays_are_never_removed() -> None:
                 assert REPLICA_IMAGE.path not in step.paths
 
 
+# filesystems whose files can share blocks
+
+SHARING = (Directory(IMAGES, exists=True, writable=True, free=1 << 40, reflink=True),)
+SUCCESSOR = f"{IMAGES}/replica.{IDENTITY.operation}.qcow2"
+
+
+def test_a_copy_that_shares_its_blocks_takes_the_images_place() -> None:
+    plan = Case(existing=replica(FACTS), directories=SHARING).sync()
+    [disk] = plan.disks
+    assert of(plan) == [("vda", SUCCESSOR, REPLICA_IMAGE.path)]
+    assert disk.shares
+    assert (disk.format, disk.below) == ("qcow2", None)
+    kinds = [type(step) for step in plan.steps]
+    assert kinds == [steps.BeginStage, *FILLING, *(one for one in COMMIT if one is not steps.MergeDisks)]
+    assert steps.RemoveReplaced((REPLICA_IMAGE.path,), ()) in plan.steps
+    assert steps.DefineDomain((REPLICA_IMAGE.path,), ()) in plan.steps
+
+
+def test_the_copys_name_does_not_grow_with_each_sync() -> None:
+    image = replace(REPLICA_IMAGE, path=f"{IMAGES}/replica.0123456789ab.qcow2")
+    plan = Case(existing=replica(FACTS, image), directories=SHARING).sync()
+    assert of(plan) == [("vda", SUCCESSOR, image.path)]
+
+
+def test_some_disks_share_and_others_get_an_overlay() -> None:
+    two = Case(
+        ONE_DISK + LOG, directories=(*SHARING, Directory("/elsewhere", exists=True, writable=True, free=1 << 40))
+    )
+    plan = replace(two, existing=replica(two.facts(), REPLICA_IMAGE, REPLICA_LOG)).sync()
+    assert [(disk.target, disk.shares, disk.format) for disk in plan.disks] == [
+        ("vda", True, "qcow2"),
+        ("vdb", False, "qcow2"),
+    ]
+    assert steps.MergeDisks in [type(step) for step in plan.steps]
+    assert steps.RemoveReplaced((REPLICA_IMAGE.path,), ()) in plan.steps, "and not what the overlay rests on"
+
+
+SHARED_PART = staged_disk(final=f"{IMAGES}/replica.earlier.qcow2")
+
+
+@pytest.mark.parametrize(
+    ("kept", "used"),
+    [
+        (SHARED_PART, True),
+        (replace(SHARED_PART, backing=REPLICA_IMAGE.path), False),
+        (replace(SHARED_PART, format="raw"), False),
+        (replace(SHARED_PART, size=GIB // 2), False),
+        (replace(SHARED_PART, durable=0), False),
+    ],
+)
+def test_what_an_attempt_has_of_a_copy_that_shares(kept: StagedDisk, used: bool) -> None:
+    attempt = staged(kind=SYNC, disks={"vda": kept})
+    plan = Case(existing=replica(FACTS), staged=attempt, directories=SHARING).sync(retry=Retry.RESUME)
+    assert of(plan) == [("vda", kept.final if used else plan.disks[0].final, REPLICA_IMAGE.path)]
+    assert (plan.disks[0].staged == kept) == used
+
+
 def test_where_the_journal_lies() -> None:
     plan = case(replica(FACTS), None).sync()
     assert plan.steps[0] == steps.BeginStage(IMAGES, resume=False)
