@@ -262,5 +262,5 @@ def _steps(plan: Plan, directory: str) -> tuple[Step, ...]:
     steps += content_steps(plan)
     steps += map(PublishDisk, plan.disks)
     forget = existing.beside if removed else ()
-    steps += [DefineDomain(removed, forget), MergeDisks(), RemoveReplaced(removed, forget)]
-    return (*steps, *last_steps(plan))
+    merging = [MergeDisks()] if kept else []
+    return (*steps, DefineDomain(removed, forget), *merging, RemoveReplaced(removed, forget), *last_steps(plan))

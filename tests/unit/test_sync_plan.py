@@ -536,6 +536,7 @@ COMMIT: list[type[Step]] = [
     steps.SealReplica,
     steps.EndStage,
 ]
+WITHOUT_OVERLAYS = [step for step in COMMIT if step is not steps.MergeDisks]
 ELSEWHERE = replace(ATTEMPT, directory="/elsewhere", defining=True)
 
 STEPS: dict[str, tuple[Callable[[], Plan], list[type[Step]]]] = {
@@ -621,7 +622,7 @@ def test_a_copy_that_shares_its_blocks_takes_the_images_place() -> None:
     assert disk.shares
     assert (disk.format, disk.below) == ("qcow2", None)
     kinds = [type(step) for step in plan.steps]
-    assert kinds == [steps.BeginStage, *FILLING, *(one for one in COMMIT if one is not steps.MergeDisks)]
+    assert kinds == [steps.BeginStage, *FILLING, *WITHOUT_OVERLAYS]
     assert steps.RemoveReplaced((REPLICA_IMAGE.path,), ()) in plan.steps
     assert steps.DefineDomain((REPLICA_IMAGE.path,), ()) in plan.steps
 
@@ -678,7 +679,7 @@ def test_a_replica_without_disks() -> None:
     given = replace(bare, existing=replace(replica(bare.facts()), images=()))
     plan = given.sync(retry=Retry.FORCE)
     assert plan.refusal() is None
-    assert [type(step) for step in plan.steps] == [steps.BeginStage, steps.CheckSource, *COMMIT]
+    assert [type(step) for step in plan.steps] == [steps.BeginStage, steps.CheckSource, *WITHOUT_OVERLAYS]
 
 
 # identity
