@@ -134,7 +134,6 @@ def test_clone_is_frozen_for_a_moment(lab: Lab, files: Vm, tmp_path: Path) -> No
         seen = ticks.wait()
         result = copied(lab, "clone", files, "--quiesce", "require")
         ticks.wait()
-        print("PAUSE", ticks.longest_pause(), result["frozen_seconds"], result["seconds"])
         assert ticks.longest_pause() < LONGEST_PAUSE
     assert traces(lab, files.name) == before
     assert result["consistency"] == "filesystem"
@@ -159,7 +158,6 @@ def test_counters_of_a_clone_and_of_syncs_are_of_one_moment(lab: Lab, counter: V
             assert result["bytes_compared"] >= 48 << 20
             assert set(by_target(result, "method").values()) == {"digests"}
             counts.append(counted(lab, counter.name, tmp_path / number))
-        print("PAUSE", ticks.longest_pause())
         assert ticks.longest_pause() < LONGEST_PAUSE
     assert counts == sorted(set(counts))
     assert traces(lab, counter.name) == before
@@ -182,7 +180,6 @@ def test_sync_takes_what_a_bitmap_names(lab: Lab, counter: Vm, tmp_path: Path) -
             assert [result["checkpoint"]] == ours(lab, counter.name) != [last["checkpoint"]]
             counted(lab, counter.name, tmp_path / number)
             last = result
-        print("PAUSE", ticks.longest_pause())
         assert ticks.longest_pause() < LONGEST_PAUSE
     done = kvm_clone(lab, "sync", "kc-a", "kc-b", counter.name, "--untrack")
     assert done.code == 0, done.err
