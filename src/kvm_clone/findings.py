@@ -17,7 +17,7 @@ class Severity(StrEnum):
 EXISTS, LOCKED = "domain-exists", "locked"
 """The blocking findings with exit codes of their own."""
 
-EXISTS_CODES = frozenset({EXISTS, "interrupted-attempt", "not-a-replica", "replica-changed", "replica-running"})
+EXISTS_CODES = frozenset({EXISTS, "not-a-replica", "replica-changed", "replica-running"})
 """What is at the destination stands in the way, and a flag can say what is to become of it."""
 
 

@@ -602,7 +602,9 @@ def test_the_end_leaves_what_may_be_committed(name: str, tmp_path: Path) -> None
         (found,) = running.call("staged", directories=[str(tmp_path)], name=name)["ok"]
         assert (found["operation"], found["defining"], found["committed"]) == ("0f", True, False)
         assert "ok" in running.call("settle", directory=str(tmp_path), name=name, committed=True)
-        assert "ok" in running.call("finish_earlier", directory=str(tmp_path), name=name)
+        where = {"directory": str(tmp_path), "name": name, "operation": "0f", "about": {}}
+        assert "ok" in running.call("stage", **where, finishing=True)
+        assert "ok" in running.call("finish")
         running.end()
     assert {entry.name for entry in tmp_path.iterdir()} == {"vda", "vdb"}
 

@@ -96,7 +96,7 @@ class World:
             stage.settle(str(self.pool), "web", committed=committed)
             self.step()
             if committed:
-                stage.finish(str(self.pool), "web")
+                Stage(str(self.pool), "web", found["operation"], {}, finishing=True).finish()
                 return
         elif self.defined:
             return

@@ -60,7 +60,6 @@ class Server:
             "staged": stage.staged,
             "settle": stage.settle,
             "recover": stage.recover,
-            "finish_earlier": stage.finish,
             "remove_files": stage.remove_files,
             "backing_files": facts.backing_files,
             "stage": self._begin,

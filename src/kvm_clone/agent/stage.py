@@ -447,20 +447,6 @@ def settle(directory: str, name: str, *, committed: bool) -> None:
         lock.release()
 
 
-def finish(directory: str, name: str) -> None:
-    """Remove the journal of an operation that has committed, and staged files that were not part of its result."""
-    path = journal_path(directory, name)
-    lock = OperationLock(lock_path(name), {"finishing": name, "pid": os.getpid()})
-    try:
-        records = _replay_file(path)
-        if has_committed(records):
-            for disk in states(records).values():
-                _unlink(disk.part)
-            _unlink(path)
-    finally:
-        lock.release()
-
-
 def remove_files(paths: List[str]) -> List[Dict[str, str]]:
     """Remove files; for each its `path` and what came of it: `removed`, `missing`, or the `error`."""
     done = []
