@@ -18,7 +18,7 @@ from typing import Any
 
 import libvirt
 
-from kvm_clone import decide, domains, replica, rewrite, vms
+from kvm_clone import decide, domains, replica, rewrite, steps, vms
 from kvm_clone.agent import journal
 from kvm_clone.backup import Backup, Guarding, Taken
 from kvm_clone.content import Content, Totals, Transfer
@@ -29,29 +29,6 @@ from kvm_clone.ownership import Provenance
 from kvm_clone.placement import PlannedDisk
 from kvm_clone.plan import Plan
 from kvm_clone.progress import Note, OnEvent, Phase, PhaseStarted
-from kvm_clone.steps import (
-    BeginBackup,
-    BeginStage,
-    CheckSource,
-    CopyDisks,
-    CreateDisk,
-    DefineDomain,
-    DiscardStage,
-    DropCheckpoints,
-    EndBackup,
-    EndStage,
-    MergeDisks,
-    ProveDisks,
-    PublishDisk,
-    RemoveExisting,
-    RemoveReplaced,
-    SealReplica,
-    SettleStage,
-    Step,
-    StopDomain,
-    TakeUpCommitted,
-    VerifyExisting,
-)
 from kvm_clone.version import __version__
 
 log = logging.getLogger(__name__)
@@ -158,7 +135,7 @@ class Run:
         await asyncio.wait([work])
 
     async def _steps(self) -> None:
-        if any(isinstance(step, CopyDisks) for step in self._plan.steps):
+        if any(isinstance(step, steps.CopyDisks) for step in self._plan.steps):
             self._content.prepare()  # logging in and loading agents takes longer than most steps before the copy
         for step in self._plan.steps:
             if self._state.pending:
@@ -171,67 +148,71 @@ class Run:
                 raise
             self._on_step(type(step).__name__, "done", time.monotonic() - started)
 
-    async def _take(self, step: Step) -> None:
+    async def _take(self, step: steps.Step) -> None:
         match step:
-            case BeginStage() | TakeUpCommitted() | SettleStage() | DiscardStage() | EndStage():
+            case steps.BeginStage() | steps.TakeUpCommitted() | steps.EndStage():
                 await self._take_staging(step)
-            case BeginBackup() | CopyDisks() | ProveDisks() | EndBackup() | CheckSource() | VerifyExisting():
+            case steps.SettleStage() | steps.DiscardStage():
+                await self._take_staging(step)
+            case steps.BeginBackup() | steps.CopyDisks() | steps.ProveDisks() | steps.EndBackup():
                 await self._take_content(step)
-            case CreateDisk(disk):
+            case steps.CheckSource() | steps.VerifyExisting():
+                await self._take_content(step)
+            case steps.CreateDisk(disk):
                 await self._create(disk)
-            case PublishDisk(disk):
+            case steps.PublishDisk(disk):
                 await self._call("publish", disk=disk.target, final=disk.final)
-            case RemoveExisting():
+            case steps.RemoveExisting():
                 await self._remove_existing()
-            case StopDomain():
+            case steps.StopDomain():
                 await self._stop_domain()
-            case DefineDomain(remove, forget):
+            case steps.DefineDomain(remove, forget):
                 await self._define(remove, forget)
             case _:
                 await self._take_after_commit(step)
 
-    async def _take_staging(self, step: Step) -> None:
+    async def _take_staging(self, step: steps.Step) -> None:
         match step:
-            case SettleStage(directory, committed):
+            case steps.SettleStage(directory, committed):
                 await self._call("settle", directory=directory, name=self._plan.name, committed=committed)
-            case DiscardStage(directory):
+            case steps.DiscardStage(directory):
                 await self._call("recover", directory=directory, name=self._plan.name)
-            case BeginStage(directory, resume):
+            case steps.BeginStage(directory, resume):
                 await self._begin(directory, resume)
-            case TakeUpCommitted(directory):
+            case steps.TakeUpCommitted(directory):
                 await self._take_up(directory)
-            case EndStage(directories):
+            case steps.EndStage(directories):
                 await self._end(directories)
 
-    async def _take_content(self, step: Step) -> None:
+    async def _take_content(self, step: steps.Step) -> None:
         match step:
-            case BeginBackup(job, quiesce, stale):
+            case steps.BeginBackup(job, quiesce, stale):
                 patience = LOCK_PATIENCE_SECONDS if self._plan.continues else 0.0
                 guard = Guarding(self._plan.identity.operation, patience)
                 self._content.origins = await self._backup.begin(job, quiesce, stale, guard)
-            case CopyDisks(disks):
+            case steps.CopyDisks(disks):
                 self._say(Phase.COPY, f"{self._plan.route} route: {self._plan.route_reason}")
                 await self._content.copy(self._staged(disks))
-            case ProveDisks(disks, proof):
+            case steps.ProveDisks(disks, proof):
                 self._say(Phase.PROVE, "digesting the disks on both hosts")
                 await self._content.prove(self._staged(disks), proof)
-            case EndBackup():
+            case steps.EndBackup():
                 await self._backup.end()
-            case CheckSource(disks):
+            case steps.CheckSource(disks):
                 await self._check_source(disks)
-            case VerifyExisting(disks):
+            case steps.VerifyExisting(disks):
                 self._say(Phase.PROVE, "digesting the finished clone and its source")
                 await self._content.verify(disks)
 
-    async def _take_after_commit(self, step: Step) -> None:
+    async def _take_after_commit(self, step: steps.Step) -> None:
         match step:
-            case MergeDisks():
+            case steps.MergeDisks():
                 await self._merge()
-            case RemoveReplaced(paths, forget):
+            case steps.RemoveReplaced(paths, forget):
                 await self._after_commit(self._remove_replaced(paths, forget))
-            case SealReplica():
+            case steps.SealReplica():
                 await self._after_commit(replica.seal(self._destination, self._libvirt, self._plan.name))
-            case DropCheckpoints(names):
+            case steps.DropCheckpoints(names):
                 await self._after_commit(self._backup.drop(names))
 
     def _say(self, phase: Phase, text: str) -> None:
@@ -470,7 +451,7 @@ class Run:
 
     async def _undo(self) -> list[str]:
         if self._destination.lost:
-            directory = next(step.directory for step in self._plan.steps if isinstance(step, BeginStage))
+            directory = next(step.directory for step in self._plan.steps if isinstance(step, steps.BeginStage))
             self._destination = await self._reconnect()
             return await once_free(  # type: ignore[no-any-return]
                 self._destination,
