@@ -142,6 +142,8 @@ class Content:
         if disk.base is not None:
             ranges = await self._delta(disk, part)
             self._sent[disk.target] = ranges
+            if disk.staged is not None and disk.below is not None:
+                await self._count_kept(disk, part, ranges)
             return Work(disk, origin, part, ranges, left=total(ranges))
         if disk.staged is not None:
             return await self._resumed(disk, part)
@@ -154,6 +156,17 @@ class Content:
             return hint
         ranges = hint if hint is not None else _whole(disk)
         return await self._differing(disk, part, disk.format, ranges, Phase.COMPARE)
+
+    async def _count_kept(self, disk: PlannedDisk, part: str, ranges: Ranges) -> None:
+        """Count what an interrupted attempt has brought into the overlay; `ranges` is what remains to be sent."""
+
+        async def held(ranges: Ranges) -> int:
+            how = {"image_format": disk.format, "ranges": [list(one) for one in ranges], "own": True}
+            return int(await self.destination.call("data_in", path=part, **how))
+
+        everything, again = await together(held(_whole(disk)), held(ranges))
+        self.totals.resent += again
+        self.totals.reused += everything - again
 
     async def _resumed(self, disk: PlannedDisk, part: str) -> Work:
         """Digest what is there on both hosts, and plan to send the rest and what differs."""

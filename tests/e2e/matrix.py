@@ -69,5 +69,7 @@ def as_markdown(seen: Mapping[Cell, str], shape: Shape) -> str:
     for kind in shape.kinds:
         text += f"\n## A {kind}\n\n| after | {' | '.join(shape.faults)} |\n|---|{'---|' * len(shape.faults)}\n"
         for record in shape.records:
-            text += f"| `{record}` | {' | '.join(seen.get((kind, record, fault), '') for fault in shape.faults)} |\n"
+            outcomes = [seen.get((kind, record, fault), "") for fault in shape.faults]
+            if any(outcomes):
+                text += f"| `{record}` | {' | '.join(outcomes)} |\n"
     return text

@@ -640,6 +640,7 @@ def test_an_interrupted_sync_goes_on(lab: Lab, source: Vm, kill: bool, flag: str
     result = synced(lab, flag)
     assert sum(disk["to_send"] for disk in shown["disks"]) == result["bytes_sent"]
     assert 0 < result["bytes_sent"] <= 6 * MIB
+    assert result["bytes_reused"] + result["bytes_sent"] == 8 * MIB + 64 * KIB
     assert is_equal(lab)
     assert picture(lab, "kc-b").domains == old
     assert len(names(lab)) == 2

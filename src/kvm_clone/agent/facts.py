@@ -73,12 +73,16 @@ def _alone(image_info: Dict[str, Any]) -> bool:
     return not (image_info.get("backing-filename") or image_info.get("encrypted") or specific.get("data-file"))
 
 
-def data_in(path: str, image_format: str, ranges: Optional[List[List[int]]] = None) -> int:
-    """How many bytes of the image's content in [start, end) pairs (None: in all) are not known to be zero."""
+def data_in(path: str, image_format: str, ranges: Optional[List[List[int]]] = None, own: bool = False) -> int:
+    """How many bytes of the image's content in [start, end) pairs (None: in all) are not known to be zero.
+
+    `own`: only what lies in the image itself, and not in one that it rests on.
+    """
     opened = image.open_for_reading(path, image_format)
     try:
         parts = ranges if ranges is not None else [[0, opened.size]]
-        return sum(extent.length for extent in opened.within(parts) if extent.kind == DATA)
+        data = (extent for extent in opened.within(parts) if extent.kind == DATA)
+        return sum(extent.length for extent in data if not (own and extent.layer))
     finally:
         opened.close()
 
