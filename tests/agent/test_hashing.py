@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _hashlib
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -22,7 +23,8 @@ from .tools import noise
 BOTH = (BY_POLY1305, BY_SHA256)
 
 needs_poly1305 = pytest.mark.skipif(
-    hashing.POLY1305 not in hashing.supported(), reason="this Python's OpenSSL has no Poly1305"
+    hashing.POLY1305 not in hashing.supported() and os.environ.get("CI") != "true",
+    reason="this Python's OpenSSL has no Poly1305",
 )
 
 
