@@ -162,7 +162,8 @@ def _print(result: Result) -> None:
         print(f"  {disk.target}: {disk.destination} ({disk.format}, {format_bytes(disk.virtual_size)}{sent})")
     if result.consistency != "offline":
         frozen = f", its filesystems frozen for {result.frozen_seconds:.2f} s" if result.frozen_seconds else ""
-        print(f"  copied while it ran: {result.consistency}-consistent{frozen}")
+        scratch = format_bytes(result.scratch_bytes)
+        print(f"  copied while it ran: {result.consistency}-consistent{frozen}; its backup job took {scratch} of scratch")
     if result.hint and not result.hint.startswith("the source is") and synced:
         print(f"  no dirty bitmap was used: {result.hint}")
     if result.bytes_reused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -104,7 +105,8 @@ def describe(step: Step) -> str:  # noqa: C901 - one line for each kind of step
             return f"send the content of {_targets(disks)}"
         case steps.BeginBackup(job, quiesce):
             since = f", with what changed since {job.incremental}" if job.incremental else ""
-            return f"take one point in time of the running source (quiesce {quiesce}){since}"
+            where = ", ".join(sorted({posixpath.dirname(disk.scratch) for disk in job.disks}))
+            return f"take one point in time of the running source (quiesce {quiesce}){since}; scratch in {where}"
         case steps.EndBackup():
             return "end the backup job and remove its scratch"
         case steps.ProveDisks(disks, proof):
@@ -118,9 +120,9 @@ def describe(step: Step) -> str:  # noqa: C901 - one line for each kind of step
         case steps.StopDomain():
             return "stop the existing VM"
         case steps.DefineDomain():
-            return "define the clone: the commit"
+            return "define the VM: the commit"
         case steps.RemoveReplaced(paths, _):
-            return f"remove what only the replaced VM had{_listed(paths)}"
+            return f"remove what only the VM as it was had{_listed(paths)}"
         case steps.MergeDisks():
             return "merge the overlays into the replica's images, and define it onto those"
         case steps.SealReplica():
