@@ -163,7 +163,7 @@ def _print(result: Result) -> None:
     if result.consistency != "offline":
         frozen = f", its filesystems frozen for {result.frozen_seconds:.2f} s" if result.frozen_seconds else ""
         scratch = format_bytes(result.scratch_bytes)
-        print(f"  copied while it ran: {result.consistency}-consistent{frozen}; its backup job took {scratch} of scratch")
+        print(f"  copied while it ran: {result.consistency}-consistent{frozen}; {scratch} of scratch used")
     if result.hint and not result.hint.startswith("the source is") and synced:
         print(f"  no dirty bitmap was used: {result.hint}")
     if result.bytes_reused:
