@@ -133,11 +133,12 @@ _WAIT_SECONDS = 2.0
 
 @dataclass
 class _Watched:
-    """A request, who hears of it, and the facts that are expected at its first try."""
+    """A request, who hears of it, and the facts that are expected at its first try, if it is a saved plan's."""
 
     request: Request
     on_event: OnEvent
     expected: str | None = None
+    saved: bool = False
 
     def check(self, facts: Facts) -> None:
         """Raises RefusedError when a saved plan rests on other facts."""
@@ -232,7 +233,7 @@ class Client:
         started = time.monotonic()
         try:
             async with asyncio.timeout(request.options.timeout):
-                plan, outcome = await self._persist(_Watched(request, on_event, expected))
+                plan, outcome = await self._persist(_Watched(request, on_event, expected, expected is not None))
         except TimeoutError as error:
             raise TransferError(
                 f"the operation was not done within {request.options.timeout:g} s",
@@ -282,7 +283,7 @@ class Client:
             except TransferError as error:
                 own_operation = attempt.kept or own_operation
                 if not error.interrupted or not own_operation or tries_left <= 0:
-                    _add_way_on(error, watched.request, own_operation)
+                    _add_way_on(error, watched, own_operation)
                     raise
                 watched.on_event(Note(f"{error}; going on in {delay:.0f} s", warning=True))
                 await asyncio.sleep(delay)
@@ -292,7 +293,7 @@ class Client:
                     raise
                 if tries_left <= 0:
                     interrupted = InterruptedTransferError(str(error), subject=error.subject)
-                    _add_way_on(interrupted, watched.request, own_operation)
+                    _add_way_on(interrupted, watched, own_operation)
                     raise interrupted from error
                 watched.on_event(Note(f"{error}; trying again in {delay:.0f} s", warning=True))
                 await asyncio.sleep(delay)
@@ -448,11 +449,13 @@ def _is_only_a_start(plan: Plan, request: Request) -> bool:
     return plan.decision.action is Action.STOP_REPLICA
 
 
-def _add_way_on(error: TransferError, request: Request, kept: str | None) -> None:
+def _add_way_on(error: TransferError, watched: _Watched, kept: str | None) -> None:
     """Say how to go on with what is kept, and how to drop it."""
     if kept and error.interrupted:
-        way = f"what was copied is kept on {request.destination}: run the same command with --resume or --idempotent"
-        error.remedy = f"{way}; or drop it: kvm-clone cleanup {request.destination}"
+        there = watched.request.destination
+        same = "the command that made the plan, without --plan-out," if watched.saved else "the same command"
+        way = f"what was copied is kept on {there}: run {same} with --resume or --idempotent"
+        error.remedy = f"{way}; or drop it: kvm-clone cleanup {there}"
 
 
 def _identity(facts: Facts) -> Identity:

@@ -26,7 +26,7 @@ from kvm_clone.host import AgentCallError, Host, once_free
 from kvm_clone.live import BackupJob
 from kvm_clone.options import Quiesce
 from kvm_clone.progress import Note, OnEvent
-from kvm_clone.running import stale_scratch
+from kvm_clone.running import stale_files
 from kvm_clone.units import format_bytes
 
 _WATCH_SECONDS = 1.0
@@ -87,7 +87,7 @@ class Backup:
         await once_free(self._host, "guard", patience=guarding.patience, **watched)
         self._guarded = True
         await self._call("ending an interrupted backup job", live.end)
-        await self._host.call("remove_files", paths=stale_scratch(self._source))
+        await self._host.call("remove_files", paths=stale_files(self._source))
         await self._delete(stale)
         self._job = job
         frozen = await self._freeze(quiesce)
@@ -209,13 +209,13 @@ class Backup:
                     )
 
     async def end(self) -> None:
-        """End the job and remove its scratch; without a job nothing."""
+        """End the job, and remove scratch and socket, which a killed QEMU leaves; without a job nothing."""
         if self._frozen:
             await self._thaw_what_may_be()
         if self._job is not None:
             self.taken.scratch = await self._call("ending the backup job", live.end)
             job, self._job = self._job, None
-            await self._host.call("remove_files", paths=[disk.scratch for disk in job.disks])
+            await self._host.call("remove_files", paths=[job.socket, *(disk.scratch for disk in job.disks)])
         if self._guarded:
             self._guarded = False
             await self._host.call("unguard")

@@ -6,6 +6,7 @@ log: what can be gone on with is known by the journal at the destination alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -39,12 +40,14 @@ class OperationLog:
         self._write(event="end", state=state, text=text)
 
     def _write(self, **entry: Any) -> None:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": time.time(), **entry}) + "\n")
-        except OSError:
-            return
+        _append(self._path, **entry)
+
+
+def _append(path: Path, **entry: Any) -> None:
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time(), **entry}) + "\n")
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,9 @@ def _entries(path: Path) -> Iterator[dict[str, Any]]:
             yield entry
 
 
-def forget(operation: str) -> None:
-    """Remove the log."""
-    (directory() / f"{operation}.log").unlink(missing_ok=True)
+def end(operation: str, state: str, text: str) -> None:
+    """Write into the log of an operation whose process is gone what has become of it since."""
+    _append(directory() / f"{operation}.log", event="end", state=state, text=text)
 
 
 def _started(pid: int) -> str | None:

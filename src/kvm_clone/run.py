@@ -345,12 +345,9 @@ class Run:
             )
 
     async def _remove_replaced(self, paths: tuple[str, ...], forget: tuple[str, ...]) -> None:
-        self._state.removed += await self._on_libvirt(
-            "tidying up after the old VM", domains.forget_state, self._plan.name, forget, paths
+        self._state.removed += await vms.remove_replaced(
+            self._destination, self._libvirt, self._plan.name, paths, forget
         )
-        # Others may have come to use them since the plan, or since the run that is being finished.
-        still = await vms.unused(self._destination, self._libvirt, paths)
-        self._state.removed += await vms.remove_files(self._destination, still)
 
     async def _remove_existing(self) -> None:
         name = self._plan.name

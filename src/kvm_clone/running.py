@@ -118,14 +118,19 @@ def _scratch_prefix(source: SourceFacts) -> str:
     return f".kvm-clone-{source.domain.uuid}-"
 
 
-def stale_scratch(source: SourceFacts) -> list[str]:
-    """Scratch of the domain's earlier backup jobs: a host that lost its power keeps it."""
-    return [
+def _socket(source: SourceFacts) -> str:
+    return posixpath.join(live.SOCKETS, f"{live.OURS}{source.domain.uuid}.sock")
+
+
+def stale_files(source: SourceFacts) -> list[str]:
+    """What the domain's earlier backup jobs may have left: a host without power, or a killed QEMU, removes nothing."""
+    scratch = [
         posixpath.join(directory.path, name)
         for directory in source.directories.values()
         for name in sorted(directory.names)
         if name.startswith(_scratch_prefix(source)) and name.endswith(_SCRATCH)
     ]
+    return [_socket(source), *scratch]
 
 
 def _roomiest(usable: list[Directory], free: dict[int, int], own: str, wanted: int) -> Directory | None:
@@ -157,7 +162,7 @@ def backup_job(facts: Facts, options: Options, name: str, operation: str, since:
     )
     tracked = options.track and any(disk.trackable for disk in disks)
     return BackupJob(
-        f"{live.SOCKETS}/{live.OURS}{operation}.sock",
+        _socket(facts.source),
         disks,
         incremental=since if since in facts.source.domain.checkpoints else "",
         checkpoint=f"{chain_of(facts, name)}{operation}" if tracked else "",

@@ -12,7 +12,7 @@ from typing import Any
 import libvirt
 
 from kvm_clone import domains, replica, vms
-from kvm_clone.errors import KvmCloneError
+from kvm_clone.errors import KvmCloneError, RefusedError, TransferError
 from kvm_clone.host import Host
 
 
@@ -21,7 +21,7 @@ class StagedData:
     """One operation's journal and staged files. `size` in bytes on disk, `age` in seconds since it last changed.
 
     `kind`: clone or sync. `committed`: libvirt is known to have had the definition. `published`: the files that have
-    their final names already.
+    their final names already. `remove`, `forget`: files, and snapshots or checkpoints, of the VM that it replaces.
     """
 
     host: str
@@ -38,6 +38,8 @@ class StagedData:
     kind: str = "clone"
     committed: bool = False
     published: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
+    forget: tuple[str, ...] = ()
 
 
 async def find(host: Host, connection: libvirt.virConnect, more: frozenset[str] = frozenset()) -> list[StagedData]:
@@ -66,16 +68,18 @@ def _data(host: str, answer: Mapping[str, Any]) -> StagedData:
         committed=answer["committed"],
         kind=answer.get("kind", "clone"),
         published=tuple(answer["published"]),
+        remove=tuple(answer["remove"]),
+        forget=tuple(answer["forget"]),
     )
 
 
 async def remove(host: Host, connection: libvirt.virConnect, data: StagedData) -> str:
     """Undo the operation, or finish it if it has committed; what was done.
 
-    Raises KvmCloneError: LockedError when it is running.
+    Raises LockedError when it is running, RefusedError for what cannot be told to be safe, TransferError and its kinds.
     """
     if data.error:
-        raise KvmCloneError(f"{data.path} on {host.name} was left as it is: {data.error}", subject=data.path)
+        raise RefusedError(f"{data.path} on {host.name} was left as it is: {data.error}", subject=data.path)
     where = {"directory": data.directory, "name": data.name}
     if data.defining:
         with domains.failing_as(f"asking {host.name} for {data.name!r}", data.name):
@@ -87,7 +91,7 @@ async def remove(host: Host, connection: libvirt.virConnect, data: StagedData) -
             return await _finish(host, connection, data)
     left = await host.call("recover", **where)
     if left:
-        raise KvmCloneError(f"{data.name} on {host.name}: {'; '.join(left)}", subject=data.path)
+        raise TransferError(f"{data.name} on {host.name}: {'; '.join(left)}", subject=data.path)
     return "removed"
 
 
@@ -97,6 +101,7 @@ async def _finish(host: Host, connection: libvirt.virConnect, data: StagedData) 
     await host.call("stage", **where, finishing=True)
     try:
         await replica.merge(host, connection, data.name)
+        await vms.remove_replaced(host, connection, data.name, data.remove, data.forget)
         await replica.seal(host, connection, data.name)
         await host.call("finish")
     finally:
@@ -116,4 +121,4 @@ async def _check_unused(host: Host, connection: libvirt.virConnect, data: Staged
         remedy = "define it again, or remove the journal and those files by hand"
     else:
         return
-    raise KvmCloneError(f"{data.path} on {host.name} was left as it is: {why}", subject=data.path, remedy=remedy)
+    raise RefusedError(f"{data.path} on {host.name} was left as it is: {why}", subject=data.path, remedy=remedy)

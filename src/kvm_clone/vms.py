@@ -58,6 +58,19 @@ async def remove_files(host: Host, paths: tuple[str, ...]) -> list[str]:
     return removed
 
 
+async def remove_replaced(
+    host: Host, connection: libvirt.virConnect, name: str, paths: tuple[str, ...], forget: tuple[str, ...]
+) -> list[str]:
+    """Remove what only a VM that was replaced had: these files, snapshots and checkpoints; what was removed.
+
+    Raises TransferError.
+    """
+    with domains.failing_as(f"tidying up after the old {name} on {host.name}", name):
+        removed = await asyncio.to_thread(domains.forget_state, connection, name, forget, paths)
+    # Others may have come to use them since the plan, or since the run that is being finished.
+    return removed + await remove_files(host, await unused(host, connection, paths))
+
+
 async def cleanup(host: Host, connection: libvirt.virConnect, name: str, *, stop: bool) -> list[str]:
     """See api.Client.cleanup_vm."""
     found = await existing(host, connection, name)

@@ -75,6 +75,17 @@ def test_status_shows_the_operation_and_its_log(lab: Lab, interrupted: str) -> N
     assert unknown.code == 2
 
 
+def test_the_way_on_names_the_clone(lab: Lab, vm: Vm) -> None:
+    argv = ("kc-a", "kc-b", "kept", "--new-name", "kept-2", "--bandwidth-limit", "4M")
+    with running(lab, *argv) as child:
+        wait_for_copy(lab)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(60) == 130
+    assert "kvm-clone clone kc-a kc-b kept --new-name kept-2 --resume" in status(lab).out
+    assert kvm_clone(lab, "cleanup").code == 0
+    assert "interrupted" not in status(lab).out
+
+
 def test_status_of_a_host_shows_what_is_staged(lab: Lab, interrupted: str) -> None:
     done = status(lab, "-F", str(lab.ssh_config), "--host", "kc-b", "--host", "kc-a", "--output", "json")
     assert done.code == 0, done.err
@@ -101,6 +112,8 @@ def test_cleanup_removes_what_is_staged_and_nothing_else(lab: Lab, interrupted: 
         assert "kept" in done.out
         assert [name for name, _, _ in picture(lab, "kc-b").files if "kvm-clone" in name] == [stranger.name]
         assert "nothing to remove" in kvm_clone(lab, "cleanup", "kc-b").out
+        assert f"{interrupted}  failed" in status(lab).out, "there is nothing to go on with"
+        assert "cleaned up" in status(lab, interrupted).out
     finally:
         stranger.unlink()
 
@@ -123,16 +136,19 @@ def test_cleanup_keeps_a_clone_that_had_committed(lab: Lab, vm: Vm) -> None:
         "import sys; sys.path.insert(0, sys.argv[1]); from kvm_clone.agent import journal, stage\n"
         "log = journal.Journal(stage.journal_path(sys.argv[2], 'kept'))\n"
         "log.append('begin', operation=sys.argv[3], name='kept', started=0)\n"
-        "log.append('define', uuid='', remove=[], forget=[])\n"
+        "log.append('define', uuid='', remove=[sys.argv[2] + '/replaced.raw'], forget=[])\n"
     )
     source = str(Path(__file__).parents[2] / "src")
     lab.run("kc-b", "/usr/bin/python3", "-c", _without_controller(script), source, IMAGES, operation)
+    replaced = lab.outside("kc-b", f"{IMAGES}/replaced.raw")
+    replaced.write_bytes(b"of the VM that was replaced")
     before = picture(lab, "kc-b")
     done = kvm_clone(lab, "cleanup", "kc-b")
     assert "had committed" in done.out, done.err
     after = picture(lab, "kc-b")
     assert after.domains == before.domains
-    assert len(before.files) == len(after.files) + 1
+    assert len(before.files) == len(after.files) + 2
+    assert not replaced.exists()
     remove(lab, "kc-b", "kept")
 
 

@@ -207,7 +207,7 @@ def test_what_can_be_tracked(format_: str, options: tuple[tuple[str, str], ...],
 def test_the_job() -> None:
     given = facts(TWO, domain={"checkpoints": ("kvm-clone.x.before",)})
     job = job_of(given, TRACK, "kvm-clone.x.before")
-    assert job.socket == f"/var/lib/libvirt/qemu/kvm-clone-{IDENTITY.operation}.sock"
+    assert job.socket == f"/var/lib/libvirt/qemu/kvm-clone-{UUID}.sock"
     assert [(disk.target, disk.trackable) for disk in job.disks] == [("vda", True), ("vdb", False)]
     assert job.incremental == "kvm-clone.x.before"
     assert job.checkpoint == f"{chain_of(given, 'web')}{IDENTITY.operation}"

@@ -440,6 +440,8 @@ def settle(directory: str, name: str, *, committed: bool) -> None:
         log = journal.Journal(journal_path(directory, name), resume=True)
         try:
             if in_commit(log.records):
+                if committed:
+                    _make_definitions_durable()
                 log.append(journal.COMMITTED if committed else journal.WITHDRAWN)
         finally:
             log.close()

@@ -125,7 +125,8 @@ def run_request(settings: Settings, request: Request, *, quiet: bool, expected: 
         if retry is Retry.NONE:
             print("skipped", file=sys.stderr)
             return
-        run_request(settings, replace(request, options=replace(request.options, retry=retry)), quiet=quiet)
+        again = replace(request, options=replace(request.options, retry=retry))
+        run_request(settings, again, quiet=quiet, expected=expected)
         return
     if settings.output is Output.JSON:
         output.print_json(asdict(result))

@@ -88,7 +88,7 @@ def ssh_options(settings: config.Settings) -> SshOptions:
 
 
 class InterruptedByUserError(KvmCloneError):
-    """Ctrl-C, after everything was rolled back."""
+    """Ctrl-C; what was copied is kept, or was rolled back."""
 
     exit_code = ExitCode.CANCELLED
 
@@ -119,7 +119,7 @@ async def _with_signals(work: Coroutine[Any, Any, Result]) -> Result:
     except asyncio.CancelledError:
         if not received:
             raise
-        remedy = "run the same command again, with --resume or --idempotent to go on with what was copied"
+        remedy = "run the same command again; --resume goes on with what a clone or sync has kept"
         text = f"stopped by {received[0].name}"
         kind = InterruptedByUserError if received[0] is signal.SIGINT else TransferError
         raise kind(text, remedy=remedy) from None

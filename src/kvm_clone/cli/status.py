@@ -58,7 +58,9 @@ def cleanup_command(
     ctx: typer.Context,
     hosts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[HOST]...", help="By default the destinations of this machine's own operations."),
+        typer.Argument(
+            metavar="[HOST]...", help="By default the destinations of this machine's interrupted operations."
+        ),
     ] = None,
     older_than: Annotated[
         str | None, typer.Option("--older-than", metavar="TIME", help="Only what has not changed for so long: 7d, 12h.")
@@ -77,6 +79,8 @@ def cleanup_command(
     age = _age(older_than)
     named = hosts or sorted({one.destination for one in operations.operations() if one.state == operations.KEPT})
     listings = context.run(_clean(settings, named, age, dry_run=dry_run))
+    if not dry_run:
+        _note_ends(listings, everything=older_than is None)
     if settings.output is Output.JSON:
         output.print_json({"dry_run": dry_run, "hosts": [_host(one) for one in listings]})
     else:
@@ -87,6 +91,21 @@ def cleanup_command(
         if not any(listing.staged for listing in listings):
             print("nothing to remove")
     _exit_with_errors(listings)
+
+
+def _note_ends(listings: list[StagedListing], *, everything: bool) -> None:
+    """Write into this machine's logs what cannot be gone on with any more.
+
+    `everything`: what is not staged on a host now is nowhere.
+    """
+    for listing in listings:
+        done = {data.operation for data in listing.staged if data.path in listing.done}
+        failed = {data.operation for data in listing.staged} - done
+        for one in operations.operations():
+            if one.state != operations.KEPT or one.destination != listing.host or one.operation in failed:
+                continue
+            if one.operation in done or (everything and not listing.errors):
+                operations.end(one.operation, operations.FAILED, "cleaned up: nothing of it is staged any more")
 
 
 def _age(text: str | None) -> float:
@@ -134,8 +153,14 @@ def _line(one: Operation) -> str:
     age = format_duration(max(0.0, time.time() - one.changed))
     text = f"{one.operation}  {one.state}, {age} ago: {one.vm} from {one.source} to {one.destination} as {one.name}"
     if one.state == operations.KEPT:
-        text += f"; go on: kvm-clone {one.command} {one.source} {one.destination} {one.vm} --resume"
+        text += f"; go on: kvm-clone {one.command} {one.source} {one.destination} {one.vm}{_named(one)} --resume"
     return text
+
+
+def _named(one: Operation) -> str:
+    if one.name == one.vm:
+        return ""
+    return f" {'--target-name' if one.command == 'sync' else '--new-name'} {one.name}"
 
 
 def _entry(entry: dict[str, Any]) -> str:
