@@ -2,15 +2,15 @@
 
     KvmCloneError                1  a bug, when nothing below fits
     ├── UsageError               2  the command line or the configuration cannot be understood
-    ├── RefusedError             3  a blocking finding of the plan; nothing was written
-    ├── DomainExistsError        4  the destination has a VM of that name
+    ├── RefusedError             3  a blocking finding of the plan; nothing was written, or it was undone
+    ├── DomainExistsError        4  the destination has a VM of that name, or an attempt at one
     ├── ConnectError             5  a host cannot be reached or libvirt there cannot be opened
     │   ├── AuthenticationError  5  the host refused our key
     │   └── HostKeyError         5  the host's key is unknown or has changed
     ├── TransferError            6  the copy failed; it was rolled back
     │   └── InterruptedTransferError  6  it was interrupted; it was kept for the next try, if that was not declined
-    ├── VerificationError        7  source and destination differ after the copy
-    └── LockedError              8  another operation works on the same destination VM
+    ├── VerificationError        7  source and destination differ after the copy, or in a finished clone
+    └── LockedError              8  another operation works on the same destination VM, or reads the same running one
 
 Ctrl-C ends with 130 and is not an exception of ours: it is the cancellation of the task.
 """

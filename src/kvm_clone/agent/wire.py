@@ -33,7 +33,7 @@ FRAME_LIMIT = 64 * 1024 * 1024
 """Bytes; a longer frame is a sign of a broken stream, not of a big message."""
 
 CHUNK = 1024 * 1024
-"""Bytes. The most content in one data record, and the unit that is digested. One pipe buffer's worth."""
+"""Bytes. The most content in one data record. One pipe buffer's worth."""
 
 FRAME_HEADER = struct.Struct(">I")
 RECORD_HEADER = struct.Struct(">IBBHQQ")

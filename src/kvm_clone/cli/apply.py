@@ -14,7 +14,7 @@ from kvm_clone.config import Output
 
 def apply_command(
     ctx: typer.Context,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A plan that `clone --plan-out` has saved.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A plan that --plan-out of clone or sync has saved.")],
     ssh_config: context.SshConfigOption = None,
     ssh_key: context.SshKeyOption = None,
     ssh_option: context.SshOptionOption = None,
