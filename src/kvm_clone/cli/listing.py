@@ -37,7 +37,7 @@ def list_command(
 ) -> None:
     """List the VMs of several hosts, all asked at once.
 
-    A host that cannot be asked has an error in its place; the others still show, and the exit code is 5.
+    A host that cannot be asked has an error in its place, whose exit code counts; the others still show.
     """
     wanted = _state(state)
     flags = context.connection_flags(ssh_config, ssh_key, ssh_option, output_format, log_level)
