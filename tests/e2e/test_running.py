@@ -595,14 +595,15 @@ def _restart(lab: Lab, vm: Vm, chance: random.Random) -> None:
 def _kill_in_the_midst(lab: Lab, vm: Vm, chance: random.Random) -> None:
     track = chance.choice([(), ("--track",)])
     point = chance.choice(["begin", "begun", "define", ""])
-    with under_way(lab, "sync", vm.name, "--idempotent", *track, *SLOW, point=point) as child:
+    with under_way(lab, "sync", vm.name, "--idempotent", "--wait", *track, *SLOW, point=point) as child:
         if not point:
             time.sleep(chance.uniform(1, 6))
         child.kill()
 
 
 def _lose_power(lab: Lab, vm: Vm, chance: random.Random) -> None:
-    with under_way(lab, "sync", vm.name, "--idempotent", "--track", "--retries", "0", *SLOW, *IMPATIENT) as child:
+    argv = ("--idempotent", "--wait", "--track", "--retries", "0", *SLOW, *IMPATIENT)
+    with under_way(lab, "sync", vm.name, *argv) as child:
         time.sleep(chance.uniform(1, 6))
         lab.power("off", "kc-a")
         child.communicate(timeout=60)
