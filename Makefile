@@ -4,8 +4,8 @@
 
 help:
 	@echo "make demo      a clone between two real hosts on this machine, from nothing"
-	@echo "make test      every test, real hosts included"
-	@echo "make test-faults  the whole fault matrix, half an hour"
+	@echo "make test      the tests, real hosts included: ten minutes"
+	@echo "make test-faults  the whole fault matrix and the long tests: an hour"
 	@echo "make check     ruff, strict mypy, format, shellcheck"
 	@echo "make format    format the code"
 	@echo "make bench     kvm-clone beside scp, rsync, nbdcopy and others"
