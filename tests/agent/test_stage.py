@@ -15,6 +15,7 @@ import pytest
 
 from kvm_clone.agent import errors, journal, qemu, stage
 from kvm_clone.agent.errors import AgentError
+from kvm_clone.agent.lock import WriterLock
 from kvm_clone.agent.stage import Stage
 
 from .tools import KIB, MIB, ending, eventually, lacking, need, processes, python
@@ -660,6 +661,24 @@ def test_a_resumed_attempt_is_not_resumed_in_the_midst_of_its_commit(pool: Path)
     assert contents(pool) == before
     stage.settle(str(pool), NAME, committed=False)
     end_it(resumed(pool), pool)
+
+
+def test_a_receiver_that_outlives_its_operation_is_waited_for(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staged = begin(pool)
+    part = staged.create("vda", str(pool / "vda.img"), RAW)
+    staged.release()
+    writer = WriterLock(part)
+    threading.Timer(0.3, writer.release).start()
+    resumed(pool).release()
+    writer = WriterLock(part)
+    monkeypatch.setattr(stage, "_LINGERING", 0.1)
+    left = contents(pool)
+    with pytest.raises(AgentError, match="receiver of the interrupted attempt still writes") as caught:
+        resumed(pool)
+    assert caught.value.kind == errors.LOCKED
+    assert contents(pool) == left
+    writer.release()
+    resumed(pool).undo()
 
 
 def test_resume_leaves_a_file_that_took_the_place_of_ours(pool: Path) -> None:

@@ -22,6 +22,9 @@ from .lock import ImageLock, OperationLock, holder_of, is_written
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 
+_LINGERING = 10.0
+"""Seconds that a receiver may take to notice that its controller was killed."""
+
 _UNSETTLED = "an earlier attempt may have been committed; libvirt has to be asked first"
 
 _DEFINITIONS = "/etc/libvirt/qemu"
@@ -134,8 +137,7 @@ class Stage:
         if in_commit(records):
             raise AgentError(UNSUPPORTED, _UNSETTLED)
         for disk in states(records).values():
-            if is_written(disk.path):
-                raise AgentError(LOCKED, f"the receiver of the interrupted attempt still writes {disk.path}")
+            _wait_for_receiver(disk.path)
             self._retract(disk)
             if disk.format == image.QCOW2 and os.path.exists(disk.part):
                 qemu.repair(disk.part, disk.format)
@@ -413,6 +415,15 @@ def _summary(directory: str, path: str) -> Dict[str, Any]:
         "published": [state.final for state in states(records).values() if state.path == state.final],
         "disks": {disk: state.as_dict() for disk, state in states(records).items()},
     }
+
+
+def _wait_for_receiver(path: str) -> None:
+    """Wait until nobody writes the staged file. Raises AgentError (locked)."""
+    deadline = time.monotonic() + _LINGERING
+    while is_written(path):
+        if time.monotonic() >= deadline:
+            raise AgentError(LOCKED, f"the receiver of the interrupted attempt still writes {path}")
+        time.sleep(0.05)
 
 
 def recover(directory: str, name: str) -> List[str]:
