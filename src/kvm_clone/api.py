@@ -110,12 +110,16 @@ class Result:
 
 @dataclass(frozen=True)
 class StagedListing:
-    """What one host has staged; `done` says by a journal's path what `cleanup` did with it."""
+    """What one host has staged; `done` says by a journal's path what `cleanup` did with it.
+
+    `jobs`: the VMs there whose backup job of ours nobody reads any more.
+    """
 
     host: str
     staged: tuple[StagedData, ...] = field(default_factory=tuple)
     done: Mapping[str, str] = field(default_factory=dict)
     errors: tuple[KvmCloneError, ...] = field(default_factory=tuple)
+    jobs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -369,7 +373,8 @@ class Client:
     ) -> list[StagedListing]:
         """Remove what interrupted operations have staged and left unchanged for `older_than` seconds.
 
-        Nothing without our mark, and nothing of a running operation, is removed.
+        Nothing without our mark, and nothing of a running operation, is removed. Backup jobs of ours that nobody reads
+        any more are ended.
         """
         for host in hosts:
             ssh.parse_address(host)
@@ -379,8 +384,10 @@ class Client:
         try:
             async with self._connected(name) as [(host, connection)]:
                 found = await staging.find(host, connection)
+                jobs = await staging.abandoned_jobs(host, connection)
+                names = tuple(job.name for job in jobs)
                 if dry_run:
-                    return StagedListing(name, tuple(data for data in found if data.age >= older_than))
+                    return StagedListing(name, tuple(data for data in found if data.age >= older_than), jobs=names)
                 wanted = [data for data in found if data.age >= older_than and not data.active]
                 done: dict[str, str] = {}
                 errors: list[KvmCloneError] = []
@@ -389,7 +396,12 @@ class Client:
                         done[data.path] = await staging.remove(host, connection, data)
                     except KvmCloneError as error:
                         errors.append(error)
-                return StagedListing(name, tuple(wanted), done, tuple(errors))
+                for job in jobs:
+                    try:
+                        await staging.end_job(host, connection, job)
+                    except KvmCloneError as error:
+                        errors.append(error)
+                return StagedListing(name, tuple(wanted), done, tuple(errors), names)
         except KvmCloneError as error:
             return StagedListing(name, errors=(error,))
 

@@ -12,13 +12,24 @@ import libvirt
 import libvirt_qemu
 
 from kvm_clone import definition
-from kvm_clone.xmlspan import Document, escape
+from kvm_clone.xmlspan import Document, Node, escape
 
 SOCKETS = "/var/lib/libvirt/qemu"
 """Where QEMU may make the socket of a backup job: libvirt gives this directory to QEMU's user."""
 
 OURS = "kvm-clone-"
 """Begins the name of our sockets' files; a backup job with another one is another tool's."""
+
+SCRATCH_MARK = "/.kvm-clone-"
+"""Begins the name of our scratch files."""
+
+_NO_JOB = (
+    libvirt.VIR_ERR_NO_DOMAIN_BACKUP,
+    libvirt.VIR_ERR_NO_SUPPORT,
+    libvirt.VIR_ERR_NO_DOMAIN,
+    libvirt.VIR_ERR_OPERATION_INVALID,
+)
+"""What libvirt says of a domain without a backup job: none, a driver without any, gone, or shut off meanwhile."""
 
 CHECKPOINTS = "kvm-clone."
 """Begins the names of our checkpoints."""
@@ -88,13 +99,44 @@ def look(connection: libvirt.virConnect, name: str) -> Live:
     )
 
 
+@dataclass(frozen=True)
+class OurJob:
+    """A backup job of ours that is under way: of which domain, and its socket and scratch files."""
+
+    uuid: str
+    name: str
+    files: tuple[str, ...]
+
+
+def our_jobs(connection: libvirt.virConnect) -> list[OurJob]:
+    """The backup jobs of ours, of all domains. Raises libvirt.libvirtError."""
+    found = []
+    for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+        job = _backup(domain)
+        if job is not None and _server(job).startswith(f"{SOCKETS}/{OURS}"):
+            scratch = [one.find_attributes("scratch").get("file", "") for one in job.find_all("disks", "disk")]
+            files = (_server(job), *(path for path in scratch if SCRATCH_MARK in path))
+            found.append(OurJob(domain.UUIDString(), domain.name(), files))
+    return found
+
+
 def _backup_server(domain: libvirt.virDomain) -> str:
+    job = _backup(domain)
+    return "" if job is None else _server(job)
+
+
+def _backup(domain: libvirt.virDomain) -> Node | None:
+    """The backup job as libvirt describes it, if there is one."""
     try:
-        server = Document(domain.backupGetXMLDesc()).root.find_attributes("server")
+        return Document(domain.backupGetXMLDesc()).root
     except libvirt.libvirtError as error:
-        if error.get_error_code() in (libvirt.VIR_ERR_NO_DOMAIN_BACKUP, libvirt.VIR_ERR_NO_SUPPORT):
-            return ""
+        if error.get_error_code() in _NO_JOB:
+            return None
         raise
+
+
+def _server(job: Node) -> str:
+    server = job.find_attributes("server")
     return server.get("socket") or server.get("name") or "a push-mode job"
 
 

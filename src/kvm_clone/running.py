@@ -115,7 +115,7 @@ def _scratch(source: SourceFacts) -> tuple[dict[str, str], list[Finding]]:
 
 def _scratch_prefix(source: SourceFacts) -> str:
     """One domain has one backup job at most, so that its scratch needs no other name."""
-    return f".kvm-clone-{source.domain.uuid}-"
+    return f"{live.SCRATCH_MARK.lstrip('/')}{source.domain.uuid}-"
 
 
 def _socket(source: SourceFacts) -> str:

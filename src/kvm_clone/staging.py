@@ -11,9 +11,10 @@ from typing import Any
 
 import libvirt
 
-from kvm_clone import domains, replica, vms
+from kvm_clone import domains, live, replica, vms
 from kvm_clone.errors import KvmCloneError, RefusedError, TransferError
 from kvm_clone.host import Host
+from kvm_clone.tasks import together
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,25 @@ async def remove(host: Host, connection: libvirt.virConnect, data: StagedData) -
     if left:
         raise TransferError(f"{data.name} on {host.name}: {'; '.join(left)}", subject=data.path)
     return "removed"
+
+
+async def abandoned_jobs(host: Host, connection: libvirt.virConnect) -> list[live.OurJob]:
+    """The backup jobs of ours on the host that nobody reads any more. Raises TransferError."""
+    with domains.failing_as(f"asking libvirt on {host.name} for backup jobs", host.name):
+        jobs = await asyncio.to_thread(live.our_jobs, connection)
+    readers = await together(*(host.call("reader", domain=job.uuid) for job in jobs))
+    return [job for job, reader in zip(jobs, readers, strict=True) if not reader]
+
+
+async def end_job(host: Host, connection: libvirt.virConnect, job: live.OurJob) -> None:
+    """End such a job. Raises LockedError when somebody has begun to read the VM meanwhile, TransferError."""
+    await host.call("guard", domain=job.uuid, socket=job.files[0], operation="cleanup")
+    try:
+        with domains.failing_as(f"ending the backup job of {job.name} on {host.name}", job.name):
+            await asyncio.to_thread(live.end, connection, job.name)
+        await host.call("remove_files", paths=list(job.files))
+    finally:
+        await host.call("unguard")
 
 
 async def _finish(host: Host, connection: libvirt.virConnect, data: StagedData) -> str:

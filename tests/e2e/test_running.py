@@ -471,6 +471,21 @@ def test_stale_job_is_ended_by_the_next_run(lab: Lab, counter: Vm, tmp_path: Pat
 
 
 @LONG
+def test_stale_job_is_ended_by_cleanup(lab: Lab, counter: Vm) -> None:
+    before = traces(lab, counter.name)
+    with under_way(lab, "clone", counter.name, *SLOW, point="begun") as child:
+        assert "nothing to remove" in kvm_clone(lab, "cleanup", "kc-a").out
+        kill(lab, "kc-a", agents(lab, "kc-a")[0])
+        child.kill()
+    assert f"the backup job of {counter.name}: would be ended" in kvm_clone(lab, "cleanup", "kc-a", "--dry-run").out
+    assert traces(lab, counter.name).job
+    done = kvm_clone(lab, "cleanup", "kc-a", "--output", "json")
+    assert (done.code, done.document["hosts"][0]["jobs"]) == (0, [counter.name]), done.err
+    assert traces(lab, counter.name) == before
+    assert kvm_clone(lab, "cleanup", "kc-b").code == 0
+
+
+@LONG
 def test_one_operation_at_a_time_on_a_running_source(lab: Lab, counter: Vm, tmp_path: Path) -> None:
     with under_way(lab, "clone", counter.name, *SLOW, point="begun") as child:
         said = failed(lab, "clone", counter, 8, "--new-name", "live-other")

@@ -88,7 +88,9 @@ def cleanup_command(
             for data in listing.staged:
                 done = "would be removed" if dry_run else listing.done.get(data.path, "left as it is")
                 print(f"{data.host}: {data.name or data.path}, {format_bytes(data.size)}: {done}")
-        if not any(listing.staged for listing in listings):
+            for name in listing.jobs:
+                print(f"{listing.host}: the backup job of {name}: {'would be ended' if dry_run else 'ended'}")
+        if not any(listing.staged or listing.jobs for listing in listings):
             print("nothing to remove")
     _exit_with_errors(listings)
 
@@ -180,13 +182,15 @@ def _document(one: Operation) -> dict[str, Any]:
 def _host(listing: StagedListing) -> dict[str, Any]:
     staged = [{**asdict(data), "done": listing.done.get(data.path, "")} for data in listing.staged]
     errors = [output.error_document(error) for error in listing.errors]
-    return {"host": listing.host, "staged": staged, "errors": errors}
+    return {"host": listing.host, "staged": staged, "jobs": list(listing.jobs), "errors": errors}
 
 
 def _print_host(listing: StagedListing) -> None:
     for data in listing.staged:
         print(_staged_line(data))
-    if not listing.staged and not listing.errors:
+    for name in listing.jobs:
+        print(f"{listing.host}: nobody reads the backup job of {name}; end it: kvm-clone cleanup {listing.host}")
+    if not (listing.staged or listing.jobs or listing.errors):
         print(f"{listing.host}: nothing staged")
 
 
