@@ -29,9 +29,12 @@ from kvm_clone.progress import Note, OnEvent
 from kvm_clone.running import stale_files
 from kvm_clone.units import format_bytes
 
-_WATCH_SECONDS = 1.0
+_WATCH_SECONDS = 0.5
 _LEAST_FREE = 32 << 20
 """Bytes that have to stay free where scratch lies: with none left QEMU would fail the guest's own writes."""
+
+_LOOKS_AHEAD = 4
+"""So many times what was used up since the last look has to stay free as well: a guest may write faster yet."""
 
 _THAW_SECONDS = 30.0
 _THAW_PAUSE = 0.5
@@ -75,6 +78,7 @@ class Backup:
         self._on_event = on_event
         self._job: BackupJob | None = None
         self._guarded = False
+        self._can_thaw = False
         self._frozen = False
         self.taken = Taken()
 
@@ -84,7 +88,7 @@ class Backup:
         """Begin the job; where each disk is read. Raises LockedError, RefusedError, TransferError and its kinds."""
         name = self._source.domain.name
         watched = {"domain": self._source.domain.uuid, "socket": job.socket, "operation": guarding.operation}
-        await once_free(self._host, "guard", patience=guarding.patience, **watched)
+        self._can_thaw = bool(await once_free(self._host, "guard", patience=guarding.patience, **watched))
         self._guarded = True
         await self._call("ending an interrupted backup job", live.end)
         await self._host.call("remove_files", paths=stale_files(self._source))
@@ -92,15 +96,26 @@ class Backup:
         self._job = job
         frozen = await self._freeze(quiesce)
         started = time.monotonic()
+        lasted = False
         try:
             self._job = await self._start(job)
         finally:
             if frozen:
-                await self._thaw(frozen)
+                lasted = await self._thaw(frozen)
                 self.taken.frozen = time.monotonic() - started
-        self.taken.consistency = Consistency.FILESYSTEM if frozen else Consistency.CRASH
+        self.taken.consistency = Consistency.FILESYSTEM if lasted else Consistency.CRASH
+        if frozen and not lasted:
+            self._thawed_early(quiesce)
         self._on_event(Note(f"{name} is copied while it runs: {self._describe()}"))
         return {disk.target: await self._origin(disk) for disk in self._job.disks}
+
+    def _thawed_early(self, quiesce: Quiesce) -> None:
+        """The guest was thawed by somebody else, perhaps before the point in time."""
+        name = self._source.domain.name
+        text = f"the guest of {name} was thawed before it was asked to: the copy is crash-consistent"
+        if quiesce is Quiesce.REQUIRE:
+            raise RefusedError(text, subject=name, remedy="run the command again, or use --quiesce auto")
+        self._on_event(Note(text, warning=True))
 
     def _describe(self) -> str:
         if self.taken.consistency is Consistency.FILESYSTEM:
@@ -127,6 +142,12 @@ class Backup:
         if quiesce is Quiesce.OFF or not self._source.live.agent:
             return 0
         name = self._source.domain.name
+        if not self._can_thaw:
+            text = f"{self._host.name} has no virsh, by which the guest of {name} would be thawed if this process died"
+            if quiesce is Quiesce.REQUIRE:
+                raise RefusedError(text, subject=name, remedy=f"install libvirt-clients on {self._host.name}")
+            self._on_event(Note(f"{text}: it is not frozen, and the copy is crash-consistent", warning=True))
+            return 0
         await self._host.call("freezing", frozen=True)
         self._frozen = True
         started = time.monotonic()
@@ -157,12 +178,15 @@ class Backup:
         except TransferError as error:
             self._on_event(Note(f"{error}; {error.remedy}", warning=True))
 
-    async def _thaw(self, count: int | None) -> None:
-        """Thaw the guest, whatever happens. `count`: how many filesystems were frozen, None if that is not known."""
+    async def _thaw(self, count: int | None) -> bool:
+        """Thaw the guest, whatever happens; whether it was frozen until now.
+
+        `count`: how many filesystems were frozen, None if that is not known.
+        """
         name, deadline = self._source.domain.name, time.monotonic() + _THAW_SECONDS
         while True:
             try:
-                await to_its_end(live.thaw, self._libvirt, name, count)
+                lasted = bool(await to_its_end(live.thaw, self._libvirt, name, count))
                 break
             except libvirt.libvirtError as error:
                 if time.monotonic() < deadline:
@@ -174,6 +198,7 @@ class Backup:
                     remedy=f"thaw it: virsh domfsthaw {name}",
                 ) from error
         await self._thawed()
+        return lasted
 
     async def _thawed(self) -> None:
         self._frozen = False
@@ -196,11 +221,14 @@ class Backup:
 
     async def watch(self) -> None:
         """Return never; raise InterruptedTransferError when scratch runs out, before the guest feels it."""
+        before: dict[str, int] = {}
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             for directory in {posixpath.dirname(disk.scratch) for disk in (self._job.disks if self._job else ())}:
                 free = int(await self._host.call("free", path=directory))
-                if free < _LEAST_FREE:
+                used = before.get(directory, free) - free
+                before[directory] = free
+                if free < max(_LEAST_FREE, _LOOKS_AHEAD * used):
                     raise InterruptedTransferError(
                         f"{directory} on {self._host.name} has only {format_bytes(free)} left for what the guest "
                         "writes meanwhile; the copy was ended before that could hurt it",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvm_clone.agent.digest import BLOCK, SEGMENT
+from kvm_clone.agent.disk import thinned
 from kvm_clone.agent.hashing import KEY_BYTES, SHA256, SIZE
 from kvm_clone.host import Host
 from kvm_clone.tasks import together
@@ -25,9 +26,6 @@ _WINDOW = 256 * SEGMENT
 
 _ASKED = 64
 """Segments whose blocks are asked for in one call: an answer of less than 2 MiB."""
-
-_MOST_RANGES = 100_000
-"""More differences than this are told less finely: a list of them has to fit into one message."""
 
 OnDone = Callable[[int], None]
 """Hears how many bytes have been compared at both ends."""
@@ -67,7 +65,7 @@ async def differing(one: Side, other: Side, ranges: Ranges, on_done: OnDone) -> 
             add(found, start, end)
         done += total(window)
         on_done(done)
-        found = thinned(found)
+        found = thinned(found, BLOCK)
     return tuple(found)
 
 
@@ -151,20 +149,6 @@ def add(found: list[tuple[int, int]], start: int, end: int) -> None:
         found.append((start, end))
 
 
-def thinned(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same ranges, those joined that are close together if there are too many."""
-    gap = BLOCK
-    while len(ranges) > _MOST_RANGES:
-        joined: list[tuple[int, int]] = []
-        for start, end in ranges:
-            if joined and start - joined[-1][1] <= gap:
-                joined[-1] = (joined[-1][0], end)
-            else:
-                joined.append((start, end))
-        ranges, gap = joined, 2 * gap
-    return ranges
-
-
 def aligned(ranges: Sequence[Sequence[int]], size: int) -> Ranges:
     """The ranges widened to whole blocks of a disk of `size` bytes, and joined where they then touch."""
     found: list[tuple[int, int]] = []
@@ -174,7 +158,7 @@ def aligned(ranges: Sequence[Sequence[int]], size: int) -> Ranges:
             found[-1] = (found[-1][0], max(high, found[-1][1]))
         elif low < high:
             found.append((low, high))
-    return tuple(thinned(found))
+    return tuple(thinned(found, BLOCK))
 
 
 def total(ranges: Sequence[Sequence[int]]) -> int:
@@ -190,4 +174,20 @@ def union(one: Ranges, other: Ranges) -> Ranges:
             found[-1] = (found[-1][0], max(end, found[-1][1]))
         else:
             found.append((start, end))
+    return tuple(found)
+
+
+def common(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> Ranges:
+    """The parts that both have; each is in order and apart."""
+    found: list[tuple[int, int]] = []
+    ours, theirs = iter(one), iter(other)
+    a, b = next(ours, None), next(theirs, None)
+    while a is not None and b is not None:
+        start, end = max(a[0], b[0]), min(a[1], b[1])
+        if start < end:
+            found.append((start, end))
+        if a[1] <= b[1]:
+            a = next(ours, None)
+        else:
+            b = next(theirs, None)
     return tuple(found)

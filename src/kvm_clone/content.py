@@ -13,7 +13,7 @@ from typing import Any
 
 from kvm_clone import transport
 from kvm_clone.agent import journal
-from kvm_clone.comparison import Ranges, Side, differing, total, union
+from kvm_clone.comparison import Ranges, Side, aligned, common, differing, total, union
 from kvm_clone.errors import VerificationError
 from kvm_clone.host import Host
 from kvm_clone.options import Route, Verify
@@ -152,10 +152,10 @@ class Content:
     async def _delta(self, disk: PlannedDisk, part: str) -> Ranges:
         """Where an overlay on an older state differs from the source: by a bitmap, else by comparing everything."""
         hint = self.origin(disk).hint
-        if hint is not None and disk.staged is None:
-            return hint
-        ranges = hint if hint is not None else _whole(disk)
-        return await self._differing(disk, part, disk.format, ranges, Phase.COMPARE)
+        if hint is not None and self.is_hinted(disk):
+            doubtful = await self._without_a_bit(disk, part)
+            return union(hint, await self._differing(disk, part, disk.format, doubtful, Phase.COMPARE))
+        return await self._differing(disk, part, disk.format, _whole(disk), Phase.COMPARE)
 
     async def _count_kept(self, disk: PlannedDisk, part: str, ranges: Ranges) -> None:
         """Count what an interrupted attempt has brought into the overlay; `ranges` is what remains to be sent."""
@@ -167,6 +167,18 @@ class Content:
         everything, again = await together(held(_whole(disk)), held(ranges))
         self.totals.resent += again
         self.totals.reused += everything - again
+
+    async def _without_a_bit(self, disk: PlannedDisk, part: str) -> Ranges:
+        """Where the source is known to be zero and the replica is not.
+
+        QEMU sets no bit for what an image loses when it is made smaller, nor when it then grows again.
+        """
+        origin = self.origin(disk)
+        zero, data = await together(
+            self.source.call("ranges_of", path=origin.path, image_format=origin.format, data=False),
+            self.destination.call("ranges_of", path=part, image_format=disk.format, data=True),
+        )
+        return aligned(common(zero, data), disk.image.virtual_size)
 
     async def _resumed(self, disk: PlannedDisk, part: str) -> Work:
         """Digest what is there on both hosts, and plan to send the rest and what differs."""
@@ -252,12 +264,16 @@ class Content:
             await self._prove_again(again)
         for disk, _ in disks:
             await self._note(journal.PROVEN, disk=disk.target)
-        self.totals.proof = proof if any(self._is_hinted(disk) for disk, _ in disks) else Verify.FULL
+        self.totals.proof = proof if any(self.is_hinted(disk) for disk, _ in disks) else Verify.FULL
         self.totals.prove_seconds = time.monotonic() - started
 
-    def _is_hinted(self, disk: PlannedDisk) -> bool:
-        """Whether a bitmap said what was sent: the rest was not compared."""
-        return disk.base is not None and self.origin(disk).hint is not None
+    def is_hinted(self, disk: PlannedDisk) -> bool:
+        """Whether a bitmap says what is sent, and the rest is not compared.
+
+        It says what the replica lacks, and not what an interrupted attempt has written beside it: the source may have
+        gone back to an older state since.
+        """
+        return disk.base is not None and disk.staged is None and self.origin(disk).hint is not None
 
     def _to_prove(self, disk: PlannedDisk, proof: Verify) -> Ranges:
         return self._sent[disk.target] if disk.base is not None and proof is Verify.SENT else _whole(disk)

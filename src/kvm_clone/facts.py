@@ -96,6 +96,11 @@ class SourceFacts:
         return ";".join([f"xml={xml}", *(f"{image.target}={image.fingerprint}" for image in self.images)])
 
 
+def files_in(fingerprint: str) -> dict[str, str]:
+    """The files' own fingerprints in a source's, by the disks' targets."""
+    return dict(part.split("=", 1) for part in fingerprint.split(";")[1:] if "=" in part)
+
+
 @dataclass(frozen=True)
 class Existing:
     """The VM of the wanted name that the destination has.

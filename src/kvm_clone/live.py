@@ -198,8 +198,10 @@ def may_be_frozen(error: libvirt.libvirtError, seconds: float) -> bool:
     return error.get_error_domain() != libvirt.VIR_FROM_QEMU or seconds >= _AGENT_SECONDS
 
 
-def thaw(connection: libvirt.virConnect, name: str, count: int | None) -> None:
-    """Thaw the guest's filesystems and see that it says so. Raises libvirt.libvirtError.
+def thaw(connection: libvirt.virConnect, name: str, count: int | None) -> bool:
+    """Thaw the guest's filesystems and see that it says so; whether all were frozen until now.
+
+    Raises libvirt.libvirtError.
 
     `count`: how many were frozen, None if that is not known. Where it thaws another number, it is asked for its state;
     always asking would be simpler, but libvirt calls a domain tainted whose agent was sent a command of one's own.
@@ -207,11 +209,12 @@ def thaw(connection: libvirt.virConnect, name: str, count: int | None) -> None:
     domain = connection.lookupByName(name)
     with _impatient(domain):
         if domain.fsThaw() == count or count is None:
-            return
+            return True
         answer = libvirt_qemu.qemuAgentCommand(domain, '{"execute": "guest-fsfreeze-status"}', _AGENT_SECONDS, 0)
     status = json.loads(answer).get("return")
     if status != "thawed":
         raise libvirt.libvirtError(f"the guest agent says that the filesystems are {status}")
+    return False
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ async def merge(host: Host, connection: libvirt.virConnect, name: str) -> None:
         raise _kept(host, name, "it has other disks than those that the sync gave it")
     await _check_alone(host, connection, domain, bases)
     if used & bases.keys():
+        await _forget_older_memory(connection, name, bases)
         await host.call("merge")
         merged = merge_down((await _at_rest(host, connection, name)).xml, bases)
         with domains.failing_as(f"defining {name} onto its merged disks", name):
@@ -40,6 +41,13 @@ async def merge(host: Host, connection: libvirt.virConnect, name: str) -> None:
         # The overlays are about to go: nothing may name them any more.
         assert not {disk.path for disk in read_domain(merged).disks} & bases.keys()
     await host.call("merged")
+
+
+async def _forget_older_memory(connection: libvirt.virConnect, name: str, bases: Mapping[str, Base]) -> None:
+    """Remove a managed save from before the commit: a VM that is resumed from it writes below the overlays."""
+    with domains.failing_as(f"removing the saved state of {name}", name):
+        below = tuple(base.path for base in bases.values())
+        await asyncio.to_thread(domains.forget_state, connection, name, (), below)
 
 
 async def _at_rest(host: Host, connection: libvirt.virConnect, name: str) -> Domain:

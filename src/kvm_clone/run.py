@@ -125,7 +125,7 @@ class Run:
 
     def _outcome(self) -> Outcome:
         state, content = self._state, self._content
-        hinted = frozenset(target for target, origin in content.origins.items() if origin.hint is not None)
+        hinted = frozenset(disk.target for disk in self._plan.disks if content.is_hinted(disk))
         return Outcome(content.totals, self._backup.taken, hinted, tuple(state.warnings), tuple(state.removed))
 
     async def _stop(self, work: asyncio.Task[None]) -> None:

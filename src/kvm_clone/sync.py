@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from kvm_clone.agent.image import QCOW2
@@ -17,7 +17,7 @@ from kvm_clone.checks import host_findings, source_findings, space_findings
 from kvm_clone.decide import SYNC, Action, Decision, unfinished
 from kvm_clone.definition import FORMATS
 from kvm_clone.domains import SHUT_OFF
-from kvm_clone.facts import Existing, Facts, ImageFacts, Staged
+from kvm_clone.facts import Existing, Facts, ImageFacts, Staged, files_in
 from kvm_clone.findings import EXISTS, Finding, Severity, block
 from kvm_clone.options import Retry, SyncOptions, Verify
 from kvm_clone.placement import PlannedDisk, place, stage_directory
@@ -237,11 +237,31 @@ def _since(facts: Facts, name: str) -> tuple[str, str]:
         return "", "the source is shut off"
     if not existing.unused:
         return "", "the replica was used since"
+    if not mark.verified:
+        return "", "the replica's state was not proven"
+    if moved := _moved(facts, existing, mark.fingerprint):
+        return "", f"{moved} is another file than at the last sync"
     if not mark.checkpoint.startswith(chain_of(facts, name)):
         return "", f"the checkpoint {mark.checkpoint} is of another chain"
     if mark.checkpoint not in facts.source.domain.checkpoints:
         return "", f"the source lacks the checkpoint {mark.checkpoint}"
     return mark.checkpoint, ""
+
+
+def _moved(facts: Facts, existing: Existing, fingerprint: str) -> str:
+    """The first disk of the replica that the source has in another file by now; nothing when there is none.
+
+    A bitmap goes with its file: what it says of one disk is nothing that the replica of another one lacks.
+    """
+    then = files_in(fingerprint)
+    ours = {image.target for image in existing.images}
+    moved = (image.target for image in facts.source.images if image.target in ours and not _is_same(image, then))
+    return next(moved, "")
+
+
+def _is_same(image: ImageFacts, then: Mapping[str, str]) -> bool:
+    """Whether the image is in the same file, by its inode: a device's number is another one after some reboots."""
+    return image.target in then and then[image.target].split(":")[1:2] == image.fingerprint.split(":")[1:2] != []
 
 
 def _steps(plan: Plan, directory: str) -> tuple[Step, ...]:

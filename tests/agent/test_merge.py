@@ -124,6 +124,26 @@ def test_a_grown_overlay_grows_what_is_below(synced: Synced) -> None:
     assert synced.reads(synced.base, synced.format, f"read -P 8 {2 * SIZE - 65536} 64k")
 
 
+def test_an_image_that_was_written_since_its_overlay_was_made_is_not_merged_into(synced: Synced) -> None:
+    """A guest that was resumed from an older saved state writes below the overlay."""
+    synced.crash()
+    synced.write(synced.base, "write -P 7 2M 64k", synced.format)
+    before = synced.base.read_bytes()
+    with pytest.raises(AgentError, match="do not fit together") as caught:
+        synced.stage.merge()
+    assert caught.value.kind == errors.IN_USE
+    assert synced.base.read_bytes() == before
+    assert synced.overlay.exists()
+
+
+def test_a_merge_that_was_cut_off_is_repeated_whatever_it_has_written(synced: Synced) -> None:
+    synced.stage.merge()
+    synced.crash()
+    synced.write(synced.base, "write -P 1 0 4k", synced.format)  # as if the merge had come so far
+    synced.stage.merge()
+    assert synced.reads(synced.base, synced.format, "read -P 2 0 64k")
+
+
 def _snapshot(synced: Synced) -> None:
     subprocess.run(["qemu-img", "snapshot", "-c", "one", synced.overlay], check=True)
 

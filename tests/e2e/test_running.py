@@ -237,6 +237,14 @@ def _cut_power_later(lab: Lab, vm: Vm) -> None:
     _cut_power(lab, vm)
 
 
+def _restore_into_another_file(lab: Lab, vm: Vm) -> None:
+    """The copy has the bitmap too."""
+    power_off(lab, vm)
+    path = vm.disks["vdb"]
+    lab.run("kc-a", "sh", "-ec", 'cp -p "$1" "$1.copy"; mv "$1.copy" "$1"', "restore", path)
+    power_on(lab, vm)
+
+
 def _use_replica(lab: Lab, vm: Vm) -> None:
     path = disks_of(lab, "kc-b", vm.name)["vdb"][0]
     lab.run("kc-b", "qemu-io", "-f", "qcow2", "-c", "write -P 7 5M 64k", path)
@@ -249,6 +257,7 @@ LOSSES = {
     "power cut": (_cut_power, "bitmap"),
     "power cut later": (_cut_power_later, "bitmap"),
     "replica used": (_use_replica, "used"),
+    "another file": (_restore_into_another_file, "vdb is another file"),
 }
 
 
@@ -265,12 +274,58 @@ def test_a_bitmap_is_only_a_hint(lab: Lab, counter: Vm, tmp_path: Path, loss: st
     assert "bitmap" not in by_target(result, "method").values()
     counted(lab, counter.name, tmp_path / "1")
     assert [result["checkpoint"]] == ours(lab, counter.name) != [first["checkpoint"]]
-    print("WARN", loss, result["hint"], result["warnings"])
     again = copied(lab, "sync", counter, "--track", "--verify", "full")
     assert set(by_target(again, "method").values()) == {"bitmap"}, again["hint"]
     assert not again["warnings"]
     counted(lab, counter.name, tmp_path / "2")
     assert [again["checkpoint"]] == ours(lab, counter.name)
+
+
+@LONG
+def test_what_a_disk_lost_while_it_was_smaller_is_no_secret_of_its_bitmap(lab: Lab) -> None:
+    """QEMU sets no bit for it."""
+    vm = lab.vm("kc-a", "live-smaller", ["qcow2:24M:2M", "qcow2:24M:2M"], boot=True, guest="counter")
+    disk = vm.disks["vdb"]
+    lab.run("kc-a", "qemu-io", "-f", "qcow2", "-c", "write -P 9 20M 1M", disk)
+    try:
+        power_on(lab, vm)
+        copied(lab, "clone", vm, "--track")
+        there = disks_of(lab, "kc-b", vm.name)["vdb"][0]
+        assert "failed" not in lab.run("kc-b", "qemu-io", "-f", "qcow2", "-c", "read -P 9 20M 1M", there).stdout
+        power_off(lab, vm)
+        lab.run("kc-a", "qemu-img", "resize", "-q", "--shrink", "-f", "qcow2", disk, "18M")
+        lab.run("kc-a", "qemu-img", "resize", "-q", "-f", "qcow2", disk, "24M")
+        power_on(lab, vm)
+        result = copied(lab, "sync", vm, "--track")
+        assert set(by_target(result, "method").values()) == {"bitmap"}, result["hint"]
+        assert "failed" not in lab.run("kc-b", "qemu-io", "-f", "qcow2", "-c", "read -P 0 20M 1M", there).stdout
+    finally:
+        remove(lab, "kc-a", vm.name)
+
+
+@LONG
+def test_a_sync_that_is_gone_on_with_trusts_no_bitmap(lab: Lab, counter: Vm) -> None:
+    copied(lab, "clone", counter, "--track")
+    with under_way(lab, "sync", counter.name, "--track", *SLOW) as child:
+        wait_for_durable(lab, "vdb", 1 << 20)
+        child.kill()
+    result = copied(lab, "sync", counter, "--track", "--idempotent", "--wait")
+    assert by_target(result, "method")["vdb"] == "digests"
+    assert result["bytes_compared"] >= by_target(result, "virtual_size")["vdb"]
+    assert_ends_equal(lab, counter)
+
+
+@LONG
+def test_a_guest_that_could_not_be_thawed_is_not_frozen(lab: Lab, files: Vm) -> None:
+    lab.run("kc-a", "mount", "--bind", "/dev/null", "/usr/bin/virsh")
+    try:
+        result = copied(lab, "clone", files)
+        assert result["consistency"] == "crash"
+        assert result["frozen_seconds"] == 0
+        said = failed(lab, "clone", files, 3, "--quiesce", "require", "--force")
+        assert "libvirt-clients" in said
+    finally:
+        lab.run("kc-a", "umount", "/usr/bin/virsh")
 
 
 @LONG
@@ -459,8 +514,8 @@ def test_network_cut_during_the_copy(lab: Lab, counter: Vm) -> None:
 
 @LONG
 def test_stale_job_is_ended_by_the_next_run(lab: Lab, counter: Vm, tmp_path: Path) -> None:
-    before = traces(lab, counter.name)
     """Neither the controller nor the source's agent has lived to end it."""
+    before = traces(lab, counter.name)
     with under_way(lab, "clone", counter.name, *SLOW, point="begun") as child:
         kill(lab, "kc-a", agents(lab, "kc-a")[0])
         child.kill()

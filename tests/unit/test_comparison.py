@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvm_clone import comparison
+from kvm_clone.agent import disk as agent_disk
 from kvm_clone.comparison import Ranges
 from kvm_clone.host import Host
 
@@ -264,12 +265,21 @@ def test_union(both: tuple[Ranges, Ranges]) -> None:
 
 
 @PROPERTY
+@given(st.integers(0, MOST).flatmap(lambda size: st.tuples(block_ranges(size), block_ranges(size))))
+def test_common(both: tuple[Ranges, Ranges]) -> None:
+    found = comparison.common(*both)
+    assert bytes_in(found) == bytes_in(both[0]) & bytes_in(both[1])
+    assert found == comparison.common(both[1], both[0])
+    assert all(start < end for start, end in found)
+
+
+@PROPERTY
 @given(sized_ranges, st.integers(1, 20))
 def test_thinned(sized: tuple[int, Ranges], most: int) -> None:
     _, ranges = sized
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(comparison, "_MOST_RANGES", most)
-        found = comparison.thinned(list(ranges))
+        patched.setattr(agent_disk, "MOST_RANGES", most)
+        found = agent_disk.thinned(list(ranges), BLOCK)
     assert len(found) <= most
     assert bytes_in(ranges) <= bytes_in(found)
     assert_in_order_and_apart(found)
@@ -281,12 +291,12 @@ def test_thinned(sized: tuple[int, Ranges], most: int) -> None:
 
 def test_thinned_joins_the_closest_first() -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(comparison, "_MOST_RANGES", 2)
-        assert comparison.thinned([(0, 4), (8, 12), (100, 104)]) == [(0, 12), (100, 104)]
+        patched.setattr(agent_disk, "MOST_RANGES", 2)
+        assert agent_disk.thinned([(0, 4), (8, 12), (100, 104)], BLOCK) == [(0, 12), (100, 104)]
 
 
 def test_a_great_many_differences_are_told_less_finely(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "_MOST_RANGES", 3)
+    monkeypatch.setattr(agent_disk, "MOST_RANGES", 3)
     one = bytes(MOST)
     other = bytes(1 if at % 8 == 0 else 0 for at in range(MOST))
     found, _ = compare(Agent(one), Agent(other), ((0, MOST),))

@@ -468,11 +468,14 @@ def test_every_code_of_sync_is_in_the_tables() -> None:
 
 CHAIN = running_source.chain_of(FACTS, "web")
 CHECKPOINT = f"{CHAIN}before"
-TRACKED: dict[str, Any] = {"checkpoint": CHECKPOINT}
+BEFORE = "xml=older;vda=9:2:8:7:6"
+"""A source whose disk was in the same file, on a device that had another number, and has been written since."""
+
+TRACKED: dict[str, Any] = {"checkpoint": CHECKPOINT, "fingerprint": BEFORE}
 
 
-def tracked(checkpoints: tuple[str, ...] = (CHECKPOINT,), **changes: Any) -> Case:
-    how = running()
+def tracked(checkpoints: tuple[str, ...] = (CHECKPOINT,), devices: str = ONE_DISK, **changes: Any) -> Case:
+    how = running(devices)
     how["domain"] = {"state": "running", "checkpoints": checkpoints}
     return Case(**{**how, **changes})
 
@@ -483,8 +486,33 @@ HINTS: dict[str, tuple[Case, Existing, str, str]] = {
     "never tracked": (tracked(), replica(FACTS), "", "without --track"),
     "at rest": (Case(), replica(FACTS, **TRACKED), "", "shut off"),
     "the replica was used": (tracked(), written(**TRACKED), "", "used"),
-    "of another replica": (tracked((OTHER_CHAIN,)), replica(FACTS, checkpoint=OTHER_CHAIN), "", "another chain"),
+    "of another replica": (
+        tracked((OTHER_CHAIN,)),
+        replica(FACTS, checkpoint=OTHER_CHAIN, fingerprint=BEFORE),
+        "",
+        "another chain",
+    ),
     "gone": (tracked(()), replica(FACTS, **TRACKED), "", "lacks the checkpoint"),
+    "never proven": (tracked(), replica(FACTS, **TRACKED, verified=False), "", "not proven"),
+    "another file": (
+        tracked(),
+        replica(FACTS, **{**TRACKED, "fingerprint": "xml=older;vda=1:3:8:7:6"}),
+        "",
+        "vda is another file",
+    ),
+    "a disk that had another name": (
+        tracked(),
+        replica(FACTS, **{**TRACKED, "fingerprint": "xml=older;vdb=1:2:8:7:6"}),
+        "",
+        "vda is another file",
+    ),
+    "a mark that says nothing of files": (tracked(), replica(FACTS, **{**TRACKED, "fingerprint": "older"}), "", "vda"),
+    "a disk that the replica lacks": (
+        tracked(devices=ONE_DISK + LOG),
+        replica(FACTS, **TRACKED),
+        CHECKPOINT,
+        "",
+    ),
 }
 
 

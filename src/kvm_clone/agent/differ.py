@@ -47,8 +47,10 @@ class Differ:
     def blocks(self, path: str, image_format: str, how: Sequence[str], ranges: Ranges) -> List[List[Any]]:
         """The same by blocks, as [first byte, the blocks' digests joined, in base64]; the ranges touch few segments."""
         wanted = {at: (path, _how(how), parts) for at, parts in _by_segment(ranges).items()}
-        missing = [part for key in wanted.values() if key not in self._blocks for part in key[-1]]
-        answer = {at: self._blocks[key] for at, key in wanted.items() if key in self._blocks}
+        # Looked up once: another call may make room for its own meanwhile.
+        held = {at: self._blocks.get(key) for at, key in wanted.items()}
+        missing = [part for at, blocks in held.items() if blocks is None for part in wanted[at][-1]]
+        answer = {at: blocks for at, blocks in held.items() if blocks is not None}
         answer.update({found.offset: found.blocks for found in self._digest(path, image_format, _how(how), missing)})
         return [[at, base64.b64encode(blocks).decode()] for at, blocks in sorted(answer.items())]
 

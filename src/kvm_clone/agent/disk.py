@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import os
-from typing import Dict, Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from .stream import Incoming
 from .wire import write_all
@@ -119,6 +119,23 @@ def intersect(extents: Iterable[Extent], ranges: Ranges) -> Iterator[Extent]:
             if end > extent.end:
                 break
             start, end = next(remaining, (0, 0))
+
+
+MOST_RANGES = 100_000
+"""More ranges than this are told less finely: a list of them has to fit into one message."""
+
+
+def thinned(ranges: List[Tuple[int, int]], gap: int) -> List[Tuple[int, int]]:
+    """The same ranges; if there are too many, those joined that are at most `gap` bytes apart, or more if need be."""
+    while len(ranges) > MOST_RANGES:
+        joined: List[Tuple[int, int]] = []
+        for start, end in ranges:
+            if joined and start - joined[-1][1] <= gap:
+                joined[-1] = (joined[-1][0], end)
+            else:
+                joined.append((start, end))
+        ranges, gap = joined, 2 * gap
+    return ranges
 
 
 class MemoryDisk(Disk):

@@ -11,10 +11,11 @@ import re
 import shutil
 import stat
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from . import image, nbd, qemu, reflink
-from .disk import DATA
+from .digest import BLOCK
+from .disk import DATA, thinned
 from .errors import AgentError
 from .process import run
 
@@ -87,6 +88,26 @@ def data_in(path: str, image_format: str, ranges: Optional[List[List[int]]] = No
         opened.close()
 
 
+def ranges_of(path: str, image_format: str, data: bool) -> List[List[int]]:
+    """Where the image is known to be zero, or with `data` where it is not, as [start, end) pairs in bytes.
+
+    Where there are very many, what lies between them is counted in.
+    """
+    opened = image.open_for_reading(path, image_format)
+    found: List[Tuple[int, int]] = []
+    try:
+        for extent in opened.extents():
+            if (extent.kind == DATA) is not data:
+                continue
+            if found and found[-1][1] == extent.offset:
+                found[-1] = (found[-1][0], extent.end)
+            else:
+                found.append((extent.offset, extent.end))
+    finally:
+        opened.close()
+    return [list(pair) for pair in thinned(found, BLOCK)]
+
+
 def free(path: str) -> int:
     """Bytes that the path's filesystem has room for."""
     space = os.statvfs(path)
@@ -97,7 +118,7 @@ def dirty(uri: str, bitmap: str) -> List[List[int]]:
     """The [start, end) pairs in bytes that a dirty bitmap of an NBD export names. Raises AgentError (missing)."""
     export = nbd.connect(uri, nbd.DIRTY_BITMAP + bitmap)
     try:
-        return [list(pair) for pair in export.dirty()]
+        return [list(pair) for pair in thinned(list(export.dirty()), BLOCK)]
     finally:
         export.close()
 

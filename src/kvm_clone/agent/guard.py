@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from typing import Optional
 
@@ -40,13 +41,15 @@ class Guard:
         self._socket = ""
         self._frozen = False
 
-    def watch(self, domain: str, socket: str, operation: str) -> None:
+    def watch(self, domain: str, socket: str, operation: str) -> bool:
         """Take the lock on backups of the domain (by its UUID), before its job begins on the socket.
 
-        Raises AgentError (locked) while another operation of ours has a job.
+        The answer: whether a guest could be thawed from here, which needs virsh. Raises AgentError (locked) while
+        another operation of ours has a job.
         """
         self._lock = OperationLock(_lock_path(domain), {"operation": operation, "pid": os.getpid()})
         self._domain, self._socket = domain, socket
+        return shutil.which("virsh") is not None
 
     def freezing(self, frozen: bool) -> None:
         """The guest's filesystems are about to be frozen, or have been thawed."""

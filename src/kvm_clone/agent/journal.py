@@ -20,13 +20,14 @@ CREATE = "create"  # a staged file is about to be made: disk, part, final, size 
 DURABLE = "durable"  # all content before the byte `end` is durable in the staged file: disk, end
 COPIED = "copied"  # a staged file holds all content, durably: disk, bytes
 PROVEN = "proven"  # both ends' digests agreed: disk
-PUBLISH = "publish"  # a staged file is about to get its final name: disk, part, final, device, inode
+PUBLISH = "publish"  # a staged file is about to get its final name: disk, part, final, identity (see agent/stage.py)
 RETRACT = "retract"  # a published file is about to get its staged name back: disk
 DEFINE = (
     "define"  # the definition is about to be given to libvirt: the commit point: uuid, remove, forget, merge, images
 )
 WITHDRAWN = "withdrawn"  # libvirt does not have the definition, and will not get this one
 COMMITTED = "committed"  # libvirt has the definition
+MERGING = "merging"  # the images below the overlays are as they were when those were made, and are about to be written
 MERGED = "merged"  # the overlays are in the images below, which libvirt may be told to use: untouched, images
 
 Record = Dict[str, Any]

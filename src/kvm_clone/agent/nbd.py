@@ -306,11 +306,18 @@ def connect(uri: str, context: str = ALLOCATION) -> NbdDisk:
     (path,) = urllib.parse.parse_qs(parts.query)["socket"]
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connection.connect(path)
+        _reach(connection, path)
         return NbdDisk(connection, urllib.parse.unquote(parts.path[1:]), context)
     except BaseException:
         connection.close()
         raise
+
+
+def _reach(connection: socket.socket, path: str) -> None:
+    try:
+        connection.connect(path)
+    except (FileNotFoundError, ConnectionRefusedError) as error:  # a guest that powers off takes the job with it
+        raise ConnectionResetError(errno.ECONNRESET, f"there is no NBD server behind {path}") from error
 
 
 def uri(path: str, export: str) -> str:

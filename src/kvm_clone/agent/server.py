@@ -57,6 +57,7 @@ class Server:
             "freezing": self._guard.freezing,
             "unguard": self._guard.done,
             "data_in": facts.data_in,
+            "ranges_of": facts.ranges_of,
             "staged": stage.staged,
             "settle": stage.settle,
             "recover": stage.recover,

@@ -14,13 +14,16 @@ import os
 import pwd
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional, Tuple, TypeVar, cast
+from typing import Any, Callable, Dict, List, Optional, TypeVar, cast
 
 from . import facts, image, journal, merge, qemu, reflink
-from .errors import EXISTS, IO, LOCKED, MISSING, UNSUPPORTED, AgentError, from_exception
+from .errors import EXISTS, IN_USE, IO, LOCKED, MISSING, UNSUPPORTED, AgentError, from_exception
 from .lock import ImageLock, OperationLock, holder_of, is_written
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
+
+_PAST_COMMIT = (journal.COMMITTED, journal.MERGING, journal.MERGED)
+"""What is journalled when libvirt is known to have the definition."""
 
 _LINGERING = 10.0
 """Seconds that a receiver may take to notice that its controller was killed."""
@@ -147,7 +150,7 @@ class Stage:
 
         The file's identity says how far an earlier run came with it: the record alone says nothing of that.
         """
-        if disk.identity is not None and _identity(disk.final) == disk.identity:
+        if disk.is_published:
             self._append(journal.RETRACT, disk=disk.disk)
             if not os.path.lexists(disk.part):
                 os.link(disk.final, disk.part)
@@ -211,8 +214,7 @@ class Stage:
         """Give the staged file its final name, which nothing may have. Raises AgentError (exists)."""
         part = self.part_path(disk, final)
         try:
-            about = os.stat(part)
-            self._append(journal.PUBLISH, disk=disk, part=part, final=final, device=about.st_dev, inode=about.st_ino)
+            self._append(journal.PUBLISH, disk=disk, part=part, final=final, identity=_identity(part))
             os.link(part, final)  # unlike rename, never replaces what is there
             os.unlink(part)
             journal.make_durable(os.path.dirname(final))
@@ -242,6 +244,9 @@ class Stage:
         """
         records = self._records()
         found = merge.overlays(records)
+        if not any(entry["record"] == journal.MERGING for entry in records):
+            _check_below(found, states(records))
+            self._append(journal.MERGING)
         for overlay in found:
             self._held += merge.merge(overlay)
         untouched = merge.is_as_committed(records)
@@ -326,12 +331,17 @@ class DiskState:
         self.format: str = record["format"]
         self.backing: Dict[str, str] = record.get("backing") or {}
         self.durable = 0
-        self.identity: Optional[Tuple[int, int]] = None
+        self.identity: Optional[str] = None
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the file has its final name, which may have become somebody else's."""
+        return self.identity is not None and _has_identity(self.final, self.identity)
 
     @property
     def path(self) -> str:
-        """Where the file lies: the final name may have become somebody else's."""
-        return self.final if self.identity is not None and _identity(self.final) == self.identity else self.part
+        """Where the file lies."""
+        return self.final if self.is_published else self.part
 
     def _is_whole(self, about: os.stat_result) -> bool:
         """Whether the file can be filled further: a crash or a hand may have cut it short or torn it."""
@@ -366,7 +376,7 @@ def states(records: List[journal.Record]) -> Dict[str, DiskState]:
         elif record == journal.DURABLE:
             found[entry["disk"]].durable = max(found[entry["disk"]].durable, entry["end"])
         elif record == journal.PUBLISH:
-            found[entry["disk"]].identity = (entry["device"], entry["inode"])
+            found[entry["disk"]].identity = entry["identity"]
     return found
 
 
@@ -378,7 +388,7 @@ def in_commit(records: List[journal.Record]) -> bool:
 
 def has_committed(records: List[journal.Record]) -> bool:
     """Whether libvirt is known to have the definition."""
-    return in_commit(records) and records[-1]["record"] in (journal.COMMITTED, journal.MERGED)
+    return in_commit(records) and records[-1]["record"] in _PAST_COMMIT
 
 
 def staged(directories: List[str], name: Optional[str] = None) -> List[Dict[str, Any]]:
@@ -501,7 +511,7 @@ def undo_all(records: List[journal.Record], *, past_commit: bool = False) -> Lis
     for entry in reversed(records):
         try:
             if entry["record"] == journal.PUBLISH:
-                _unlink_inode(entry["final"], (entry["device"], entry["inode"]))
+                _unlink_published(entry["final"], entry["identity"])
             elif entry["record"] == journal.CREATE:
                 _unlink(entry["part"])
         except OSError as error:
@@ -515,18 +525,25 @@ def _unlink(path: str) -> None:
         _unlink_there(path)
 
 
-def _identity(path: str) -> Optional[Tuple[int, int]]:
-    """Device and inode, None for a file that is not there."""
+def _identity(path: str) -> str:
+    """By which a file is known again, for nobody writes it before the commit: inode, size and mtime.
+
+    Not the device, whose number is another one after some reboots.
+    """
+    about = os.lstat(path)
+    return f"{about.st_ino}:{about.st_size}:{about.st_mtime_ns}"
+
+
+def _has_identity(path: str, identity: str) -> bool:
     try:
-        about = os.lstat(path)
+        return _identity(path) == identity
     except FileNotFoundError:
-        return None
-    return about.st_dev, about.st_ino
+        return False
 
 
-def _unlink_inode(path: str, identity: Tuple[int, int]) -> None:
+def _unlink_published(path: str, identity: str) -> None:
     """Remove the file if it is the one that was published: another one of that name is not ours."""
-    if _identity(path) == identity:
+    if _has_identity(path, identity):
         _unlink(path)
 
 
@@ -543,6 +560,18 @@ def _is_still(backing: Dict[str, str]) -> bool:
         return merge.unchanged(facts.fingerprint(backing["path"]), backing["fingerprint"])
     except FileNotFoundError:
         return False
+
+
+def _check_below(overlays: List[merge.Overlay], disks: Dict[str, DiskState]) -> None:
+    """What an overlay holds fits the image that it was made on, as that was. Raises AgentError (in use)."""
+    for overlay in overlays:
+        state = disks.get(overlay.disk)
+        if state is not None and state.backing and not _is_still(state.backing):
+            raise AgentError(
+                IN_USE,
+                f"{overlay.base} was written since {overlay.path} was made on it, perhaps by a guest that was resumed "
+                "from an older saved state: the two do not fit together",
+            )
 
 
 def _own(path: str, spec: Dict[str, Any]) -> None:
