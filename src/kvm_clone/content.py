@@ -44,8 +44,9 @@ class Totals:
 
 @dataclass(frozen=True)
 class Transfer:
-    """How content is moved: see CloneOptions."""
+    """How content is moved, and for which VM of the destination: see CloneOptions."""
 
+    vm: str
     route: Route
     parallel: int
     bandwidth_limit: int | None
@@ -218,7 +219,9 @@ class Content:
 
         on_written([0] * len(work))
         try:
-            orders = transport.Orders([one.job for one in work], moving.parallel, moving.bandwidth_limit or 0)
+            orders = transport.Orders(
+                moving.vm, [one.job for one in work], moving.parallel, moving.bandwidth_limit or 0
+            )
             async with await self._stream() as stream:
                 await stream.run(orders, on_written, on_durable)
         finally:

@@ -86,7 +86,7 @@ class Run:
         self._reconnect = reconnect
         self._on_event = on_event
         self._on_step = on_step
-        moving = Transfer(plan.route, plan.options.parallel, plan.options.bandwidth_limit)
+        moving = Transfer(plan.name, plan.route, plan.options.parallel, plan.options.bandwidth_limit)
         self._content = Content(self._source, self._destination, moving, on_event)
         self._backup = Backup(self._source, source_libvirt, plan.facts.source, on_event)
         self._state = _State()

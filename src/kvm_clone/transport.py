@@ -67,8 +67,12 @@ OnBytes = Callable[[list[int]], None]
 
 @dataclass(frozen=True)
 class Orders:
-    """What a stream is to move: `parallel` disks at once, `rate` bytes a second over all of them, 0 for no limit."""
+    """What a stream is to move: `parallel` disks at once, `rate` bytes a second over all of them, 0 for no limit.
 
+    `vm`: the destination VM, whose operation's agent the receiver shall not outlive.
+    """
+
+    vm: str
     jobs: Sequence[Job]
     parallel: int
     rate: int
@@ -98,7 +102,7 @@ class Stream:
         `on_written` hears how much each disk got, `on_durable` the byte before which each is durable. Raises
         TransferError and its kinds, naming the end that failed.
         """
-        receive = {"mode": "receive", "jobs": [job.receiving() for job in orders.jobs]}
+        receive = {"mode": "receive", "vm": orders.vm, "jobs": [job.receiving() for job in orders.jobs]}
         send = {"jobs": [job.sending() for job in orders.jobs], "parallel": orders.parallel, "rate": orders.rate}
         if self._into is not None:
             await asyncio.to_thread(wire.write_all, self._into, wire.pack_frame(receive))

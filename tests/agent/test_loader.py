@@ -609,6 +609,19 @@ def test_the_end_leaves_what_may_be_committed(name: str, tmp_path: Path) -> None
     assert {entry.name for entry in tmp_path.iterdir()} == {"vda", "vdb"}
 
 
+def test_a_receiver_ends_with_its_operations_agent(name: str, tmp_path: Path) -> None:
+    """Its input stays open, as when the source has lost its power."""
+    with control() as running:
+        begin(running, tmp_path, name)
+        staged = make_raw(tmp_path / "staged", MIB)
+        receive = {"mode": "receive", "vm": name, "jobs": [{"path": str(staged), "format": "raw"}]}
+        with agent("argv", WHOLE, receive) as receiver:
+            receiver.ready()
+            assert not eventually(lambda: receiver.process.poll() is not None, 3)
+            running.process.kill()
+            assert receiver.process.wait(10) == 3
+
+
 def test_a_killed_agent_leaves_a_journal_for_the_next(name: str, tmp_path: Path) -> None:
     with control() as running:
         begin(running, tmp_path, name)

@@ -12,10 +12,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from typing import Any, Dict, List, NoReturn, Optional
 
-from . import peer, process, server, transfer
+from . import peer, process, server, stage, transfer
 from .errors import INTERRUPTED, PROTOCOL, AgentError, from_exception
+from .lock import holder_of
 from .stream import enlarge_pipe
 from .wire import MARKER, ProtocolError, pack_frame, read_frame, write_all
 
@@ -25,6 +27,10 @@ FAILED = 3
 
 PATIENCE_SECONDS = 90.0
 """How long an agent waits to be told what to do; streams are set up ahead of that, see transport.READY_SECONDS."""
+
+
+_LOOK_SECONDS = 1.0
+"""How often a receiver looks whether its operation's agent lives."""
 
 
 def main(payload: str, version: str) -> NoReturn:
@@ -100,6 +106,18 @@ def _exit_with_controller() -> None:
     os._exit(FAILED)
 
 
+def _exit_with_operation(lock: str) -> None:
+    """End this process soon after the operation's agent has ended, which holds the lock.
+
+    A source that has lost its power closes no connection: the next run would wait for one that waits for nobody.
+    """
+    holder = holder_of(lock)
+    while holder and holder_of(lock) == holder:
+        time.sleep(_LOOK_SECONDS)
+    if holder:
+        os._exit(FAILED)
+
+
 def _start_receiver(request: Dict[str, Any], out: int, payload: str) -> subprocess.Popen[bytes]:
     """Start the receiver on the destination: ssh, and the loader's input."""
     argv = peer.command(request["ssh"], request["known_hosts"])
@@ -115,6 +133,8 @@ def _start_receiver(request: Dict[str, Any], out: int, payload: str) -> subproce
 def _receive(request: Dict[str, Any], out: int) -> None:
     """Write what comes; every answer is a frame: {"written": […]}, and at the end {"done": true} or {"error": …}."""
     jobs = _jobs(request)
+    if request.get("vm"):
+        threading.Thread(target=_exit_with_operation, args=(stage.lock_path(request["vm"]),), daemon=True).start()
     try:
         transfer.Receiver(
             0,
