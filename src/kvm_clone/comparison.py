@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvm_clone.agent.digest import BLOCK, SEGMENT
-from kvm_clone.agent.disk import thinned
+from kvm_clone.agent.disk import joined, thinned
 from kvm_clone.agent.hashing import KEY_BYTES, SHA256, SIZE
 from kvm_clone.host import Host
 from kvm_clone.tasks import together
@@ -151,14 +151,8 @@ def add(found: list[tuple[int, int]], start: int, end: int) -> None:
 
 def aligned(ranges: Sequence[Sequence[int]], size: int) -> Ranges:
     """The ranges widened to whole blocks of a disk of `size` bytes, and joined where they then touch."""
-    found: list[tuple[int, int]] = []
-    for start, end in ranges:
-        low, high = start - start % BLOCK, min(size, -(-end // BLOCK) * BLOCK)
-        if found and low <= found[-1][1]:
-            found[-1] = (found[-1][0], max(high, found[-1][1]))
-        elif low < high:
-            found.append((low, high))
-    return tuple(thinned(found, BLOCK))
+    widened = ((start - start % BLOCK, min(size, -(-end // BLOCK) * BLOCK)) for start, end in ranges)
+    return tuple(thinned(joined((low, high) for low, high in widened if low < high), BLOCK))
 
 
 def total(ranges: Sequence[Sequence[int]]) -> int:
@@ -168,13 +162,7 @@ def total(ranges: Sequence[Sequence[int]]) -> int:
 
 def union(one: Ranges, other: Ranges) -> Ranges:
     """Both, which are cut at blocks, joined where they touch."""
-    found: list[tuple[int, int]] = []
-    for start, end in sorted((*one, *other)):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(end, found[-1][1]))
-        else:
-            found.append((start, end))
-    return tuple(found)
+    return tuple(joined(sorted((*one, *other))))
 
 
 def common(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> Ranges:

@@ -129,7 +129,6 @@ def make_plan(facts: Facts, options: CloneOptions, identity: Identity, own_opera
         findings += (*route_findings(facts, options), *estimate(facts, options, route, disks))
     if staged is not None:
         identity = replace(identity, operation=staged.operation)
-    refused = any(one.severity is Severity.BLOCKING for one in findings)
     plan = Plan(
         name,
         facts,
@@ -145,7 +144,7 @@ def make_plan(facts: Facts, options: CloneOptions, identity: Identity, own_opera
         backup=backup_job(facts, options, name, identity.operation, since=""),
     )
     directory = stage_directory(facts, options, disks, staged)
-    return plan if refused else replace(plan, steps=_steps(plan, options, directory))
+    return plan if plan.blocking else replace(plan, steps=_steps(plan, options, directory))
 
 
 def route_of(facts: Facts, options: Options) -> Route:

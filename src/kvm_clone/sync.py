@@ -18,7 +18,7 @@ from kvm_clone.decide import SYNC, Action, Decision, unfinished
 from kvm_clone.definition import FORMATS
 from kvm_clone.domains import SHUT_OFF
 from kvm_clone.facts import Existing, Facts, ImageFacts, Staged, files_in
-from kvm_clone.findings import EXISTS, Finding, Severity, block
+from kvm_clone.findings import EXISTS, Finding, block
 from kvm_clone.options import Retry, SyncOptions, Verify
 from kvm_clone.placement import PlannedDisk, place, stage_directory
 from kvm_clone.plan import (
@@ -87,9 +87,8 @@ def make_sync_plan(facts: Facts, options: SyncOptions, identity: Identity, own_o
         backup=backup_job(facts, options, name, identity.operation, since),
         hint=hint,
     )
-    if any(one.severity is Severity.BLOCKING for one in found):
-        return plan
-    return replace(plan, steps=_steps(plan, stage_directory(facts, options, disks, going_on)))
+    directory = stage_directory(facts, options, disks, going_on)
+    return plan if plan.blocking else replace(plan, steps=_steps(plan, directory))
 
 
 def _decide(facts: Facts, options: SyncOptions, name: str, own_operation: str | None) -> Decision:

@@ -125,16 +125,21 @@ MOST_RANGES = 100_000
 """More ranges than this are told less finely: a list of them has to fit into one message."""
 
 
+def joined(ranges: Iterable[Tuple[int, int]], gap: int = 0) -> List[Tuple[int, int]]:
+    """The ranges, which come in order, joined where they overlap, touch, or are at most `gap` bytes apart."""
+    found: List[Tuple[int, int]] = []
+    for start, end in ranges:
+        if found and start - found[-1][1] <= gap:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((start, end))
+    return found
+
+
 def thinned(ranges: List[Tuple[int, int]], gap: int) -> List[Tuple[int, int]]:
     """The same ranges; if there are too many, those joined that are at most `gap` bytes apart, or more if need be."""
     while len(ranges) > MOST_RANGES:
-        joined: List[Tuple[int, int]] = []
-        for start, end in ranges:
-            if joined and start - joined[-1][1] <= gap:
-                joined[-1] = (joined[-1][0], end)
-            else:
-                joined.append((start, end))
-        ranges, gap = joined, 2 * gap
+        ranges, gap = joined(ranges, gap), 2 * gap
     return ranges
 
 

@@ -11,11 +11,11 @@ import re
 import shutil
 import stat
 import time
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional
 
 from . import image, nbd, qemu, reflink
 from .digest import BLOCK
-from .disk import DATA, thinned
+from .disk import DATA, joined, thinned
 from .errors import AgentError
 from .process import run
 
@@ -94,15 +94,8 @@ def ranges_of(path: str, image_format: str, data: bool) -> List[List[int]]:
     Where there are very many, what lies between them is counted in.
     """
     opened = image.open_for_reading(path, image_format)
-    found: List[Tuple[int, int]] = []
     try:
-        for extent in opened.extents():
-            if (extent.kind == DATA) is not data:
-                continue
-            if found and found[-1][1] == extent.offset:
-                found[-1] = (found[-1][0], extent.end)
-            else:
-                found.append((extent.offset, extent.end))
+        found = joined((one.offset, one.end) for one in opened.extents() if (one.kind == DATA) is data)
     finally:
         opened.close()
     return [list(pair) for pair in thinned(found, BLOCK)]

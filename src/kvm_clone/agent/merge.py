@@ -89,19 +89,20 @@ def journalled_images(records: List[journal.Record]) -> Dict[str, List[str]]:
 
 def is_untouched(records: List[journal.Record]) -> bool:
     """Whether nobody has written the committed VM's disks since the journal says how they were."""
-    merged = _last(records, journal.MERGED)
-    if merged and not merged["untouched"]:
-        return False
-    return all(_is(path, then) for path, then in journalled_images(records).values())
+    return _are_untouched(records, journalled_images(records))
 
 
 def is_as_committed(records: List[journal.Record]) -> bool:
     """Whether nobody has written the committed VM's disks, overlays among them, until they are merged."""
+    return _are_untouched(records, _last(records, journal.DEFINE).get("images", {}))
+
+
+def _are_untouched(records: List[journal.Record], images: Dict[str, List[str]]) -> bool:
+    """Whether the images, each with its fingerprint, are as they were, and an earlier merge has found nothing else."""
     merged = _last(records, journal.MERGED)
     if merged and not merged["untouched"]:
         return False
-    committed: Dict[str, List[str]] = _last(records, journal.DEFINE).get("images", {})
-    return all(_is(path, then) for path, then in committed.values())
+    return all(_is(path, then) for path, then in images.values())
 
 
 def _is(path: str, then: str) -> bool:

@@ -100,11 +100,12 @@ def _note_ends(listings: list[StagedListing], *, everything: bool) -> None:
 
     `everything`: what is not staged on a host now is nowhere.
     """
+    kept = [one for one in operations.operations() if one.state == operations.KEPT]
     for listing in listings:
         done = {data.operation for data in listing.staged if data.path in listing.done}
         failed = {data.operation for data in listing.staged} - done
-        for one in operations.operations():
-            if one.state != operations.KEPT or one.destination != listing.host or one.operation in failed:
+        for one in kept:
+            if one.destination != listing.host or one.operation in failed:
                 continue
             if one.operation in done or (everything and not listing.errors):
                 operations.end(one.operation, operations.FAILED, "cleaned up: nothing of it is staged any more")
