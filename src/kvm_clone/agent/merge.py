@@ -102,10 +102,11 @@ def _are_untouched(records: List[journal.Record], images: Dict[str, List[str]]) 
     merged = _last(records, journal.MERGED)
     if merged and not merged["untouched"]:
         return False
-    return all(_is(path, then) for path, then in images.values())
+    return all(is_still(path, then) for path, then in images.values())
 
 
-def _is(path: str, then: str) -> bool:
+def is_still(path: str, then: str) -> bool:
+    """Whether the file is there and unchanged since it had this fingerprint."""
     try:
         return unchanged(fingerprint(path), then)
     except FileNotFoundError:

@@ -556,10 +556,7 @@ def _rests_on(backing: Optional[List[str]]) -> Optional[Dict[str, str]]:
 
 def _is_still(backing: Dict[str, str]) -> bool:
     """Whether the image that an overlay rests on is as it was: on another one the overlay says nothing."""
-    try:
-        return merge.unchanged(facts.fingerprint(backing["path"]), backing["fingerprint"])
-    except FileNotFoundError:
-        return False
+    return merge.is_still(backing["path"], backing["fingerprint"])
 
 
 def _check_below(overlays: List[merge.Overlay], disks: Dict[str, DiskState]) -> None:
