@@ -16,7 +16,8 @@ from typing import Self
 
 import libvirt
 
-from kvm_clone import domains, live, measure, operations, rewrite, runtime, ssh, staging, vms
+from kvm_clone import connections, domains, live, measure, operations, rewrite, runtime, ssh, staging, vms
+from kvm_clone.consent import Consent, consent_of
 from kvm_clone.decide import Action
 from kvm_clone.errors import (
     ConnectError,
@@ -143,6 +144,15 @@ class _Watched:
     on_event: OnEvent
     expected: str | None = None
     saved: bool = False
+    consent: Consent | None = None
+
+    def agreed(self, plan: Plan) -> None:
+        """Raises DomainExistsError when a plan touches what was not there when the command's first plan was made."""
+        if self.consent is None:
+            self.consent = consent_of(plan)
+        refusal = self.consent.refusal(plan)
+        if refusal is not None:
+            raise refusal
 
     def check(self, facts: Facts) -> None:
         """Raises RefusedError when a saved plan rests on other facts."""
@@ -160,6 +170,28 @@ class _Attempt:
     """The operation whose staged data an attempt has left, None when there is none."""
 
     kept: str | None = None
+
+
+@dataclass
+class _Tries:
+    """How often a dropped connection may still be taken up again. `operation`: what is staged for that, if anything."""
+
+    left: int
+    operation: str | None = None
+    delay: float = _FIRST_DELAY_SECONDS
+
+    async def again(self, error: TransferError | ConnectError, watched: _Watched) -> None:
+        """Wait for the next try. Raises the error when there is none, or nothing to take up."""
+        dropped = isinstance(error, ConnectError) or error.interrupted
+        if not dropped or not self.operation or self.left <= 0:
+            if isinstance(error, ConnectError) and self.operation:
+                error = InterruptedTransferError(str(error), subject=error.subject)
+            if isinstance(error, TransferError):
+                _add_way_on(error, watched, self.operation)
+            raise error
+        watched.on_event(Note(f"{error}; going on in {self.delay:.0f} s", warning=True))
+        await asyncio.sleep(self.delay)
+        self.left, self.delay = self.left - 1, self.delay * 2
 
 
 def _ignore(event: Event) -> None:
@@ -272,36 +304,24 @@ class Client:
 
     async def _persist(self, watched: _Watched) -> tuple[Plan, Outcome]:
         """Try, take a dropped connection up again, and wait for others if that is asked for."""
-        tries_left, delay, own_operation = watched.request.options.retries, _FIRST_DELAY_SECONDS, None
+        tries = _Tries(watched.request.options.retries)
         while True:
             attempt = _Attempt()
             try:
-                plan, outcome = await self._attempt(watched, own_operation, attempt)
-                if not _is_only_a_start(plan, watched.request):
-                    return plan, outcome
+                plan, outcome = await self._attempt(watched, tries.operation, attempt)
             except LockedError as error:
                 if not watched.request.options.wait:
                     raise
                 watched.on_event(Note(f"waiting: {error}"))
                 await asyncio.sleep(_WAIT_SECONDS)
-            except TransferError as error:
-                own_operation = attempt.kept or own_operation
-                if not error.interrupted or not own_operation or tries_left <= 0:
-                    _add_way_on(error, watched, own_operation)
-                    raise
-                watched.on_event(Note(f"{error}; going on in {delay:.0f} s", warning=True))
-                await asyncio.sleep(delay)
-                tries_left, delay = tries_left - 1, delay * 2
-            except ConnectError as error:
-                if own_operation is None:
-                    raise
-                if tries_left <= 0:
-                    interrupted = InterruptedTransferError(str(error), subject=error.subject)
-                    _add_way_on(interrupted, watched, own_operation)
-                    raise interrupted from error
-                watched.on_event(Note(f"{error}; trying again in {delay:.0f} s", warning=True))
-                await asyncio.sleep(delay)
-                tries_left, delay = tries_left - 1, delay * 2
+            except (TransferError, ConnectError) as error:
+                tries.operation = attempt.kept or tries.operation
+                await tries.again(error, watched)
+            else:
+                if not _is_only_a_start(plan, watched.request):
+                    return plan, outcome
+                if plan.decision.action is Action.FINISH:
+                    watched.consent = None  # what is there now is what we have finished
 
     async def _attempt(self, watched: _Watched, own_operation: str | None, attempt: _Attempt) -> tuple[Plan, Outcome]:
         async with self._planned(watched, own_operation) as (plan, hosts):
@@ -311,6 +331,7 @@ class Client:
             refusal = plan.refusal()
             if refusal is not None:
                 raise refusal
+            watched.agreed(plan)
             async with contextlib.AsyncExitStack() as later:
 
                 async def reconnect() -> Host:
@@ -348,14 +369,13 @@ class Client:
     async def _connected(self, *names: str) -> AsyncIterator[list[tuple[Host, libvirt.virConnect]]]:
         """The hosts with their libvirt connections, opened side by side and closed in the end."""
         hosts = [self._host(name) for name in names]
-        connections: list[libvirt.virConnect] = []
+        opened: list[libvirt.virConnect] = []
         try:
-            connections = await together(*(_open(host) for host in hosts))
-            yield list(zip(hosts, connections, strict=True))
+            opened = await together(*(connections.open_libvirt(host) for host in hosts))
+            yield list(zip(hosts, opened, strict=True))
         finally:
-            for connection in connections:
-                with contextlib.suppress(libvirt.libvirtError):  # its tunnel may be gone
-                    await asyncio.to_thread(connection.close)
+            for connection in opened:
+                await connections.close(connection)
             await asyncio.gather(*(host.close() for host in hosts))
 
     async def list_vms(self, hosts: Sequence[str]) -> list[HostListing]:
@@ -411,8 +431,8 @@ class Client:
         A VM that is not there is a success. What is shared, read-only, a backing file, or used by another VM stays.
         Raises RefusedError when it runs and `stop` is not given, ConnectError, TransferError.
         """
-        async with self._connected(host) as [(connected, connection)]:
-            return await vms.cleanup(connected, connection, name, stop=stop)
+        async with self._connected(host) as [(connected, _)], connections.holding(connected, name) as fenced:
+            return list((await vms.cleanup(connected, fenced, name, stop=stop)).removed)
 
     async def _list_host(self, name: str) -> HostListing:
         try:
@@ -420,15 +440,6 @@ class Client:
                 return HostListing(name, tuple(await asyncio.to_thread(domains.list_all, connection, name)))
         except KvmCloneError as error:
             return HostListing(name, error=error)
-
-
-async def _open(host: Host) -> libvirt.virConnect:
-    await host.connect()
-    uri = await host.libvirt_uri()
-    try:
-        return await asyncio.to_thread(domains.connect, uri, host.name)
-    except TransferError as error:
-        raise ConnectError(str(error), subject=host.name, remedy=error.remedy) from error
 
 
 def _log(request: Request, plan: Plan) -> operations.OperationLog:

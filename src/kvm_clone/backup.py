@@ -91,7 +91,7 @@ class Backup:
         self._can_thaw = bool(await once_free(self._host, "guard", patience=guarding.patience, **watched))
         self._guarded = True
         await self._call("ending an interrupted backup job", live.end)
-        await self._host.call("remove_files", paths=stale_files(self._source))
+        await self._host.call("remove_scratch", paths=stale_files(self._source))
         await self._delete(stale)
         self._job = job
         frozen = await self._freeze(quiesce)
@@ -243,7 +243,7 @@ class Backup:
         if self._job is not None:
             self.taken.scratch = await self._call("ending the backup job", live.end)
             job, self._job = self._job, None
-            await self._host.call("remove_files", paths=[job.socket, *(disk.scratch for disk in job.disks)])
+            await self._host.call("remove_scratch", paths=[job.socket, *(disk.scratch for disk in job.disks)])
         if self._guarded:
             self._guarded = False
             await self._host.call("unguard")

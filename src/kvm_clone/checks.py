@@ -10,6 +10,7 @@ from kvm_clone import definition, domains
 from kvm_clone.decide import Decision
 from kvm_clone.facts import DestinationFacts, Directory, Facts, ImageFacts, SourceFacts
 from kvm_clone.findings import Finding, Severity, block
+from kvm_clone.identity_checks import kept_findings
 from kvm_clone.options import CloneOptions, Options, Route
 from kvm_clone.placement import PlannedDisk
 from kvm_clone.units import format_bytes, format_duration, format_rate
@@ -259,8 +260,11 @@ def _replace_findings(facts: Facts, options: CloneOptions, name: str, decision: 
     files = f", with {', '.join(existing.removable)}" if existing.removable else ""
     kind = "an earlier clone" if existing.mark else "a VM that kvm-clone did not make"
     stopping = " and stopped" if decision.stop else ""
-    text = f"VM {name} on {host}, {kind}, is removed{stopping} {first}{files}."
+    used = existing.mark is not None and not existing.disks_untouched
+    since = ", which was used or changed since it was made," if used else ","
+    text = f"VM {name} on {host}, {kind}{since} is removed{stopping} {first}{files}."
     yield Finding("replace", Severity.WARNING, name, text)
+    yield from kept_findings(facts)
 
 
 def _is_name(name: str) -> bool:

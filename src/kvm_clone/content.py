@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from kvm_clone import transport
-from kvm_clone.agent import journal
+from kvm_clone.agent import records
 from kvm_clone.comparison import Ranges, Side, aligned, common, differing, total, union
 from kvm_clone.errors import VerificationError
 from kvm_clone.host import Host
@@ -135,7 +135,7 @@ class Content:
         await self._send([one for one in work if one.ranges is None or one.ranges])
         self.totals.copy_seconds = time.monotonic() - started
         for disk, _ in disks:
-            await self._note(journal.COPIED, disk=disk.target, bytes=disk.image.data)
+            await self._note(records.COPIED, disk=disk.target, bytes=disk.image.data)
 
     async def _work(self, disk: PlannedDisk, part: str) -> Work:
         """What is left to do for one disk."""
@@ -215,7 +215,7 @@ class Content:
 
         def on_durable(ends: list[int]) -> None:
             for one, end in zip(work, ends, strict=True):
-                tasks.add(asyncio.create_task(self._note(journal.DURABLE, disk=one.disk.target, end=end)))
+                tasks.add(asyncio.create_task(self._note(records.DURABLE, disk=one.disk.target, end=end)))
 
         on_written([0] * len(work))
         try:
@@ -266,7 +266,7 @@ class Content:
             self.totals.resent += self.totals.sent - before
             await self._prove_again(again)
         for disk, _ in disks:
-            await self._note(journal.PROVEN, disk=disk.target)
+            await self._note(records.PROVEN, disk=disk.target)
         self.totals.proof = proof if any(self.is_hinted(disk) for disk, _ in disks) else Verify.FULL
         self.totals.prove_seconds = time.monotonic() - started
 

@@ -41,15 +41,20 @@ class Decision:
     finding: Finding | None = None
 
 
-def decide(facts: Facts, retry: Retry, name: str, own_operation: str | None = None) -> Decision:
+def decide(
+    facts: Facts, retry: Retry, name: str, own_operation: str | None = None, *, digested: bool = False
+) -> Decision:
     """The row and column of the table.
 
-    `own_operation`: the operation of this very run that a dropped connection has interrupted; it is simply continued.
+    `digested`: a clone whose source is unchanged is digested, whatever was done to it. `own_operation`: the operation
+    of this very run that a dropped connection has interrupted; it is simply continued.
     """
     existing, staged = facts.destination.existing, facts.destination.staged
     first = unfinished(facts, name, own_operation)
     if first is not None:
         return first
+    if own_operation is not None and staged is None and _made_by(existing, own_operation):
+        return Decision(Action.NOTHING)  # the connection was lost after the last step
     if staged is not None and staged.kind != CLONE and retry not in (Retry.FORCE, Retry.CLEANUP_EXISTING):
         text = f"An interrupted sync of {name} is kept on {facts.destination.host.name}."
         remedy = "go on with kvm-clone sync --resume, or start over with --force"
@@ -58,7 +63,7 @@ def decide(facts: Facts, retry: Retry, name: str, own_operation: str | None = No
     if own and (existing is None or retry is Retry.FORCE):
         return Decision(Action.RESUME, replace=existing is not None, stop=_is_running(existing))
     if existing is not None and not (staged is not None and retry is Retry.RESUME):
-        return _with_existing(facts, existing, staged, retry, name)
+        return _with_existing(facts, existing, staged, retry, name, digested=digested)
     if staged is not None:
         return _with_staged(facts, existing, staged, retry, name)
     if retry is Retry.RESUME:
@@ -77,11 +82,15 @@ def unfinished(facts: Facts, name: str, own_operation: str | None) -> Decision |
     if staged is not None and staged.holder and staged.operation != own_operation:
         text = f"Another operation on {name} is under way on {facts.destination.host.name}: {staged.holder}."
         return _stop(LOCKED, name, text, "wait until it has ended, or let --wait do so")
+    if staged is not None and staged.foreign:
+        text = f"{staged.directory} has an interrupted attempt at {name} on {staged.foreign}, which sees it too."
+        remedy = f"go on with it there, or drop it there (kvm-clone cleanup {staged.foreign}); or name another pool"
+        return _stop("foreign-attempt", name, text, remedy)
     if staged is not None and staged.defining and _made_by(existing, staged.operation):
         return Decision(Action.FINISH)
-    used = sorted(set(staged.published) & facts.destination.paths_in_use) if staged is not None else []
-    if used:  # by the VM that it was defined as, under another name now
-        text = f"A VM on {facts.destination.host.name} uses what an earlier attempt has left: {', '.join(used)}."
+    if staged is not None and staged.in_use:  # by the VM that it was defined as, under another name now
+        used = ", ".join(staged.in_use)
+        text = f"A VM on {facts.destination.host.name} uses what an earlier attempt has left: {used}."
         return _stop("attempt-in-use", name, text, f"give that VM the name {name} again, or remove it")
     return None
 
@@ -94,7 +103,7 @@ def _made_by(existing: Existing | None, operation: str) -> bool:
     return existing is not None and existing.mark is not None and existing.mark.operation == operation
 
 
-def _up_to_date(facts: Facts, existing: Existing) -> bool:
+def _is_current(facts: Facts, existing: Existing) -> bool:
     """Whether it is our finished clone of this very VM, which has not changed since."""
     source, mark = facts.source, existing.mark
     ours = mark is not None and mark.source_uuid == source.xml.uuid
@@ -117,7 +126,9 @@ def _with_staged(facts: Facts, existing: Existing | None, staged: Staged, retry:
     return Decision(Action.RESUME, replace=existing is not None)
 
 
-def _with_existing(facts: Facts, existing: Existing, staged: Staged | None, retry: Retry, name: str) -> Decision:
+def _with_existing(
+    facts: Facts, existing: Existing, staged: Staged | None, retry: Retry, name: str, *, digested: bool
+) -> Decision:
     host, running = facts.destination.host.name, _is_running(existing)
     if retry in (Retry.NONE, Retry.RESUME):
         kept = staged is not None
@@ -130,7 +141,7 @@ def _with_existing(facts: Facts, existing: Existing, staged: Staged | None, retr
         return Decision(Action.CLONE, discard=staged is not None, remove_first=True, stop=running)
     if retry is Retry.FORCE:
         return Decision(Action.CLONE, discard=staged is not None, replace=True, stop=running)
-    if staged is None and _up_to_date(facts, existing):
+    if staged is None and _is_current(facts, existing) and (existing.disks_untouched or digested):
         return Decision(Action.NOTHING)
     if running:
         return _in_use(existing, name, host)

@@ -27,7 +27,8 @@ _REFUSED_STORAGE = {
 class DiskXml:
     """One <disk>. `path` is its file or device, describes a source that is neither, or is None for no source.
 
-    `storage` names what makes it more than a plain image, among the keys of _REFUSED_STORAGE.
+    `backing`: path and format of the image that it rests on, if the definition names one. `storage` names what makes
+    it more than a plain image, among the keys of _REFUSED_STORAGE.
     """
 
     target: str
@@ -40,6 +41,7 @@ class DiskXml:
     shareable: bool = False
     transient: bool = False
     has_backing: bool = False
+    backing: tuple[str, str] | None = None
     encrypted: bool = False
     storage: tuple[str, ...] = ()
 
@@ -305,9 +307,15 @@ def _disk(disk: Node) -> DiskXml:
         shareable="shareable" in flags,
         transient="transient" in flags,
         has_backing=disk.find("backingStore", "source") is not None,
+        backing=_backing(disk),
         encrypted=any(node.tag == "encryption" for node in disk.walk()),
         storage=tuple(name for name in _REFUSED_STORAGE if name in parts),
     )
+
+
+def _backing(disk: Node) -> tuple[str, str] | None:
+    path = disk.find_attributes("backingStore", "source").get("file")
+    return (path, disk.find_attributes("backingStore", "format").get("type", "raw")) if path else None
 
 
 def _path(kind: str, disk: Node) -> str | None:

@@ -49,6 +49,16 @@ class Domain:
 
 
 @dataclass(frozen=True)
+class Fenced:
+    """A host's libvirt by way of the agent that holds an operation's lock: the one way to change anything there.
+
+    The agent lets nothing through once the lock is not its own any more, and lets go of it only after the last answer.
+    """
+
+    connection: libvirt.virConnect
+
+
+@dataclass(frozen=True)
 class Pool:
     """A storage pool. `path` is empty for kinds that have no directory."""
 
@@ -135,11 +145,14 @@ def _daemon_is_gone(error: libvirt.libvirtError) -> bool:
 def find(connection: libvirt.virConnect, name: str) -> Domain | None:
     """The domain of that name, None when there is none. Raises libvirt.libvirtError."""
     try:
-        domain = connection.lookupByName(name)
+        return _domain(connection.lookupByName(name))
     except libvirt.libvirtError as error:
-        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:  # or it was removed while it was asked
             return None
         raise
+
+
+def _domain(domain: libvirt.virDomain) -> Domain:
     flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
     return Domain(
         name=domain.name(),
@@ -174,49 +187,59 @@ def abilities(connection: libvirt.virConnect, xml: definition.DomainXml) -> Abil
                 models = {one.text: one.attributes.get("usable") != "no" for one in mode.find_all("model")}
     except libvirt.libvirtError as error:
         refusal = error.get_error_message()
-    networks = {network.name(): bool(network.isActive()) for network in connection.listAllNetworks()}
+    networks = {}
+    for network in connection.listAllNetworks():
+        with _passing_over(libvirt.VIR_ERR_NO_NETWORK):
+            networks[network.name()] = bool(network.isActive())
     version = connection.getLibVersion()
-    uuid = Document(connection.getCapabilities()).root.find_text("host", "uuid") or ""
-    return Abilities(memory * 1024 * 1024, cpus, refusal, models, networks, version, uuid)
+    return Abilities(memory * 1024 * 1024, cpus, refusal, models, networks, version, host_uuid(connection))
+
+
+def host_uuid(connection: libvirt.virConnect) -> str:
+    """The host's UUID, empty where libvirt does not say. Raises libvirt.libvirtError."""
+    return Document(connection.getCapabilities()).root.find_text("host", "uuid") or ""
 
 
 def names(connection: libvirt.virConnect) -> dict[str, str]:
     """Every domain's UUID by its name, running or not. Raises libvirt.libvirtError."""
-    return {domain.name(): domain.UUIDString() for domain in connection.listAllDomains()}
-
-
-def paths_of_others(connection: libvirt.virConnect, uuid: str) -> set[str]:
-    """Every file that a domain other than `uuid` refers to as a disk or medium. Raises libvirt.libvirtError."""
-    found = set()
+    found = {}
     for domain in connection.listAllDomains():
-        if domain.UUIDString() != uuid:
-            for flags in (0, libvirt.VIR_DOMAIN_XML_INACTIVE):
-                facts = definition.read_domain(domain.XMLDesc(flags))
-                found |= {disk.path for disk in facts.disks if disk.path and disk.path.startswith("/")}
+        with _passing_over(libvirt.VIR_ERR_NO_DOMAIN):
+            found[domain.name()] = domain.UUIDString()
     return found
 
 
-def stop(connection: libvirt.virConnect, name: str) -> bool:
+def with_uuid(connection: libvirt.virConnect, uuid: str) -> str:
+    """The name of the domain of that UUID, empty when there is none. Raises libvirt.libvirtError."""
+    try:
+        return str(connection.lookupByUUIDString(uuid).name())
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+            return ""
+        raise
+
+
+def stop(fenced: Fenced, name: str) -> bool:
     """Stop the domain at once if it runs; whether it did. Raises libvirt.libvirtError."""
-    domain = connection.lookupByName(name)
+    domain = fenced.connection.lookupByName(name)
     if not domain.isActive():
         return False
     domain.destroy()
     return True
 
 
-def start(connection: libvirt.virConnect, name: str) -> None:
+def start(fenced: Fenced, name: str) -> None:
     """Start the domain. Raises libvirt.libvirtError."""
-    connection.lookupByName(name).create()
+    fenced.connection.lookupByName(name).create()
 
 
-def forget_state(connection: libvirt.virConnect, name: str, own: tuple[str, ...], disks: tuple[str, ...]) -> list[str]:
+def forget_state(fenced: Fenced, name: str, own: tuple[str, ...], disks: tuple[str, ...]) -> list[str]:
     """Remove what libvirt kept beside a definition that has been replaced; what was removed.
 
     `own`: the snapshots and checkpoints that it had, by name: the VM may have got others since. `disks`: its files, by
     which a managed save of it is known. Raises libvirt.libvirtError.
     """
-    domain = connection.lookupByName(name)
+    domain = fenced.connection.lookupByName(name)
     done = []
     if domain.hasManagedSaveImage() and _refers_to(domain.managedSaveGetXMLDesc(), disks):
         domain.managedSaveRemove()
@@ -242,42 +265,62 @@ def _refers_to(xml: str, disks: tuple[str, ...]) -> bool:
     return any(disk.path in disks for disk in definition.read_domain(xml).disks)
 
 
-def undefine(connection: libvirt.virConnect, name: str) -> None:
+def undefine(fenced: Fenced, name: str) -> None:
     """Undefine the domain with its UEFI variables and TPM state. Raises libvirt.libvirtError."""
     flags = libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
     flags |= libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
-    connection.lookupByName(name).undefineFlags(flags)
+    fenced.connection.lookupByName(name).undefineFlags(flags)
 
 
 def pools(connection: libvirt.virConnect) -> tuple[Pool, ...]:
     """Every storage pool. Raises libvirt.libvirtError."""
     found = []
     for pool in connection.listAllStoragePools():
-        root = Document(pool.XMLDesc()).root
-        path = root.find_text("target", "path") or ""
-        found.append(Pool(pool.name(), root.attributes.get("type", ""), path, bool(pool.isActive())))
+        with _passing_over(libvirt.VIR_ERR_NO_STORAGE_POOL):
+            root = Document(pool.XMLDesc()).root
+            path = root.find_text("target", "path") or ""
+            found.append(Pool(pool.name(), root.attributes.get("type", ""), path, bool(pool.isActive())))
     return tuple(found)
 
 
-def refresh_pools(connection: libvirt.virConnect, directories: set[str]) -> None:
+@contextlib.contextmanager
+def _passing_over(code: int) -> Iterator[None]:
+    """Leave the block when what it asks about has been removed meanwhile."""
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != code:
+            raise
+
+
+def refresh_pools(fenced: Fenced, directories: set[str]) -> None:
     """Let libvirt see new files in the active pools of these directories. Raises libvirt.libvirtError."""
-    for pool in pools(connection):
+    for pool in pools(fenced.connection):
         if pool.active and pool.path in directories:
-            connection.storagePoolLookupByName(pool.name).refresh()
+            with _passing_over(libvirt.VIR_ERR_NO_STORAGE_POOL):
+                fenced.connection.storagePoolLookupByName(pool.name).refresh()
 
 
-def define(connection: libvirt.virConnect, xml: str) -> None:
+def define(fenced: Fenced, xml: str) -> None:
     """Define a domain. Raises libvirt.libvirtError."""
-    connection.defineXML(xml)
+    fenced.connection.defineXML(xml)
 
 
-def seal(connection: libvirt.virConnect, name: str, images: Mapping[str, str]) -> None:
+def seal(fenced: Fenced, name: str, images: Mapping[str, str]) -> None:
     """Record in the definition how it and its images are now. Raises libvirt.libvirtError."""
-    domain = connection.lookupByName(name)
+    domain = fenced.connection.lookupByName(name)
     xml = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
     markup = ownership.seal_markup(ownership.Seal(ownership.definition_digest(xml), images))
     kind, flags = libvirt.VIR_DOMAIN_METADATA_ELEMENT, libvirt.VIR_DOMAIN_AFFECT_CONFIG
     domain.setMetadata(kind, markup, "kvm-clone-replica", ownership.SEAL_NAMESPACE, flags)
+
+
+def settle_pending(fenced: Fenced, name: str) -> None:
+    """Drop from the definition what its commit has left to be done. Raises libvirt.libvirtError."""
+    domain = fenced.connection.lookupByName(name)
+    if ownership.read_pending(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)) is not None:
+        kind, flags = libvirt.VIR_DOMAIN_METADATA_ELEMENT, libvirt.VIR_DOMAIN_AFFECT_CONFIG
+        domain.setMetadata(kind, None, None, ownership.PENDING_NAMESPACE, flags)
 
 
 def defined_by(connection: libvirt.virConnect, name: str, operation: str) -> bool:

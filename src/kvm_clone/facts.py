@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvm_clone.agent import fingerprint
 from kvm_clone.definition import DomainXml
 from kvm_clone.domains import Abilities, Domain, Pool
+from kvm_clone.identity import HostIdentity, same_host
 from kvm_clone.live import Live
-from kvm_clone.ownership import Provenance, Seal, definition_digest
+from kvm_clone.ownership import Pending, Provenance, Seal, definition_digest, read_pending
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class HostFacts:
     qemu_img: str | None
     qemu_nbd: str | None
     clock: float = 0.0
+    identity: HostIdentity = field(default_factory=HostIdentity)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class SourceFacts:
     """The VM at the source.
 
     `live`: what is known of it while it runs, None when it does not. `directories`: where a backup job's scratch may
-    lie. `reader`: who else copies it by a backup job. `libvirt`: its version there, see Abilities.
+    lie. `reader`: who else copies it by a backup job. `libvirt`: its version there, see Abilities. `files`: the
+    fingerprints of all files that it uses as disks or media, by their paths.
     """
 
     host: HostFacts
@@ -88,6 +92,7 @@ class SourceFacts:
     directories: Mapping[str, Directory] = field(default_factory=dict)
     reader: str = ""
     libvirt: int = 0
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -105,8 +110,10 @@ def files_in(fingerprint: str) -> dict[str, str]:
 class Existing:
     """The VM of the wanted name that the destination has.
 
-    `mark`: our mark, if it is this VM's own. `whole`: its disks are there. `removable`: the files that are its alone.
-    `seal`: how it was when an operation of ours was done with it. `images`: its disks' files, where a sync asks.
+    `mark`: our mark, if it is this VM's own. `whole`: its disks are there. `removable`: the files that are known to be
+    its alone; `kept`: the others, each with the reason why it is not. `seal`: how it was when an operation of ours was
+    done with it. `images`: its disks' files, where a sync asks. `files`: the fingerprints of its own disks' files, by
+    their paths. `pending`: what an operation that has committed it left to be done.
     """
 
     domain: Domain
@@ -116,6 +123,13 @@ class Existing:
     removable: tuple[str, ...]
     seal: Seal | None = None
     images: tuple[ImageFacts, ...] = ()
+    kept: tuple[tuple[str, str], ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def pending(self) -> Pending | None:
+        """What the operation that committed it has left to be done."""
+        return read_pending(self.domain.xml)
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -125,11 +139,25 @@ class Existing:
     @property
     def unused(self) -> bool:
         """Whether nobody has used or changed it since an operation of ours was done with it, as far as can be told."""
-        if self.seal is None or self.domain.managed_save or not self.whole:
+        if self.seal is None or self.domain.managed_save:
             return False
-        now = {image.target: _lasting(image.fingerprint) for image in self.images}
-        then = {target: _lasting(text) for target, text in self.seal.images.items()}
-        return now == then and definition_digest(self.domain.xml) == self.seal.definition
+        return self.disks_untouched and definition_digest(self.domain.xml) == self.seal.definition
+
+    @property
+    def disks_untouched(self) -> bool:
+        """Whether nothing was done to its disks since an operation of ours was done with it, as far as can be told.
+
+        The ctime counts too: it changes when a file is written and its mtime is then set back, and when a VM is started
+        on it.
+        """
+        if self.seal is None or not self.whole:
+            return False
+        prints = {disk.target: self.files.get(disk.path or "", "") for disk in self.xml.own_disks}
+        prints.update({image.target: image.fingerprint for image in self.images})  # those that nobody can write now
+        now = {target: fingerprint.whole(text) for target, text in prints.items()}
+        return all(now.values()) and now == {
+            target: fingerprint.whole(text) for target, text in self.seal.images.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -151,7 +179,8 @@ class Staged:
 
     `holder`: who is at it, nothing for an interrupted one.
     `defining`: libvirt may have the definition. `remove`, `forget`: files and snapshots of the VM that it replaces.
-    `kind`: clone or sync. `published`: the files that have their final names already.
+    `kind`: clone or sync. `published`: the files that have their final names already; `in_use`: those that something
+    uses. `foreign`: the other host that it belongs to, which sees the same directory.
     """
 
     directory: str
@@ -166,6 +195,8 @@ class Staged:
     holder: str = ""
     kind: str = "clone"
     published: tuple[str, ...] = ()
+    foreign: str = ""
+    in_use: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -210,6 +241,11 @@ class Facts:
     route: RouteFacts
 
     @property
+    def one_host(self) -> bool:
+        """Whether source and destination are the same host, whatever they were called."""
+        return same_host(self.source.host.identity, self.destination.host.identity)
+
+    @property
     def digest(self) -> str:
         """Of what a plan rests on. Free space and the like may move without harm, so that they have no part in it."""
         there = self.destination
@@ -225,11 +261,6 @@ class Facts:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _lasting(fingerprint: str) -> tuple[str, ...]:
-    """Inode, size and mtime: a device's number may be another one after a reboot, and libvirt changes the ctime."""
-    return tuple(fingerprint.split(":")[1:4])
-
-
 _QCOW2_OPTIONS = {
     "compat": "compat",
     "compression-type": "compression_type",
@@ -243,10 +274,11 @@ _DEFAULTS = {"compression_type": "zlib", "extended_l2": "off", "lazy_refcounts":
 """Left out of `-o`: older images and tools do not know these options."""
 
 
-def host_facts(name: str, answer: Mapping[str, Any]) -> HostFacts:
-    """From the agent's answer to `host`."""
+def host_facts(name: str, answer: Mapping[str, Any], uuid: str = "") -> HostFacts:
+    """From the agent's answer to `host`, and the host's UUID by its libvirt."""
     clock = answer["time"] - time.time()
-    return HostFacts(name, answer["hostname"], answer["python"], answer["qemu_img"], answer["qemu_nbd"], clock)
+    tools = (answer["hostname"], answer["python"], answer["qemu_img"], answer["qemu_nbd"])
+    return HostFacts(name, *tools, clock, HostIdentity(**answer["identity"], uuid=uuid))
 
 
 def directory_facts(answer: Mapping[str, Any]) -> Directory:
@@ -272,9 +304,9 @@ def image_facts(target: str, path: str, format_: str, answer: Mapping[str, Any])
         user=answer["user"],
         group=answer["group"],
         fingerprint=answer["fingerprint"],
-        backing=image.get("backing-filename", ""),
-        data_file=specific.get("data-file", ""),
-        encrypted=bool(image.get("encrypted", False)),
+        backing=answer.get("backing", ""),
+        data_file=answer.get("data_file", ""),
+        encrypted=answer.get("encrypted", False),
         corrupt=bool(specific.get("corrupt", False)),
         snapshots=tuple(snapshot["name"] for snapshot in image.get("snapshots", [])),
         options=tuple(sorted(_options(image, specific).items())),
@@ -310,4 +342,5 @@ def staged_facts(answer: Mapping[str, Any]) -> Staged:
         answer["holder"],
         answer.get("kind", "clone"),
         tuple(answer["published"]),
+        answer["foreign"],
     )

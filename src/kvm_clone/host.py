@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from kvm_clone import payload, ssh
 from kvm_clone.agent import errors as kinds
@@ -26,6 +27,7 @@ from kvm_clone.errors import (
     RefusedError,
     TransferError,
 )
+from kvm_clone.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +36,6 @@ _PING_SECONDS = 5.0
 
 _READY_SECONDS = 60.0
 """How long a login and Python's start may take after the connection stands."""
-
-_LIBVIRT_SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock")
-"""The monolithic daemon's (or its proxy's), then the modular one's, which serves storage calls too."""
 
 LOCK_PATIENCE_SECONDS = 75.0
 """How long we wait for agents of ours that were cut off to let go of their locks: longer than a receiver's patience."""
@@ -97,6 +96,7 @@ class Host:
         self._calls: dict[int, tuple[asyncio.Future[Any], Progress | None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._lost: KvmCloneError | None = None
+        self._tunnels: dict[int, Tunnel] = {}
 
     async def connect(self) -> None:
         """Connect and start the control agent; network faults are retried with exponential back-off.
@@ -124,6 +124,7 @@ class Host:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(tunnel.close() for tunnel in self._tunnels.values()))
         if self._process is not None:
             await end_process(self._process)
             self._process = None
@@ -217,8 +218,12 @@ class Host:
     async def _read_answers(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
         try:
-            while frame := await read_frame(process.stdout):
-                self._take(frame)
+            while (frame := await read_any(process.stdout)) is not None:
+                if isinstance(frame, wire.ChannelData):
+                    if frame.channel in self._tunnels:
+                        self._tunnels[frame.channel].receive(frame.data)
+                else:
+                    self._take(frame)
         except (EOFError, OSError, wire.ProtocolError) as error:
             log.debug("%s: %s", self.name, error)
         await asyncio.sleep(0.1)  # ssh's last words come over another pipe
@@ -232,6 +237,8 @@ class Host:
             if not future.done():
                 future.set_exception(self._lost)
         self._calls.clear()
+        for tunnel in self._tunnels.values():
+            tunnel.receive(b"")
 
     def _take(self, frame: dict[str, Any]) -> None:
         future, progress = self._calls.get(frame.get("id", -1), (None, None))
@@ -282,40 +289,28 @@ class Host:
         self._process.stdin.write(wire.pack_frame({"id": number, "call": name, "args": arguments}))
         return await future
 
-    async def libvirt_uri(self) -> str:
-        """A URI by which libvirt on this machine reaches the host's, over the connection that stands.
+    async def libvirt_uri(self, *, fenced: bool = False) -> str:
+        """A URI by which libvirt on this machine reaches the host's, through the agent.
 
-        Raises ConnectError when the host's libvirt does not listen.
+        `fenced`: it carries requests only while the agent holds an operation's lock, and ends with that. Raises
+        ConnectError when the host's libvirt does not listen, TransferError.
         """
-        if self.address.local:
-            return "qemu:///system"
-        for path in _LIBVIRT_SOCKETS:
-            if await self.call("exists", path=path):
-                local = self._control.with_suffix(".libvirt")
-                await self._forward(local, path)
-                return f"qemu+unix:///system?socket={local}"
-        raise ConnectError(
-            f"libvirt does not listen on {self.name}",
-            subject=self.name,
-            remedy="start libvirtd (or virtqemud) there: systemctl start libvirtd",
-        )
+        try:
+            channel = await self.call("relay", fenced=fenced)
+        except AgentCallError as error:
+            if error.kind != kinds.MISSING:
+                raise
+            remedy = "start libvirtd (or virtqemud) there: systemctl start libvirtd"
+            raise ConnectError(str(error), subject=self.name, remedy=remedy) from error
+        tunnel = Tunnel(self._control.with_suffix(f".{channel}"), lambda data: self._put_channel(channel, data))
+        self._tunnels[channel] = tunnel
+        await tunnel.open()
+        return f"qemu+unix:///system?socket={quote(str(tunnel.path))}"
 
-    async def _forward(self, local: Path, remote: str) -> None:
-        local.unlink(missing_ok=True)
-        argv = [*self._mux_argv(), "-O", "forward", "-L", f"{local}:{remote}", "host"]
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        out, _ = await process.communicate()
-        if process.returncode:
-            raise ConnectError(
-                f"{self.name} does not forward its libvirt socket: {out.decode(errors='replace').strip()}",
-                subject=self.name,
-                remedy="allow AllowStreamLocalForwarding in its sshd_config",
-            )
+    def _put_channel(self, channel: int, data: bytes) -> None:
+        if self._process is not None and self._process.stdin is not None and self._lost is None:
+            with contextlib.suppress(OSError):  # the agent is gone, which its answers' end tells
+                self._process.stdin.write(wire.pack_channel(channel, data))
 
 
 async def once_free(host: Host, name: str, /, *, patience: float, **arguments: Any) -> Any:
@@ -356,14 +351,23 @@ def _checked(identity: str) -> str:
 
 
 async def read_frame(stream: asyncio.StreamReader) -> dict[str, Any] | None:
-    """The next control frame, None at the end. Raises EOFError when it ends within a frame, ProtocolError."""
+    """The next message, None at the end. Raises EOFError when it ends within a frame, ProtocolError."""
+    found = await read_any(stream)
+    if isinstance(found, wire.ChannelData):
+        raise wire.ProtocolError("bytes of a channel where a message was expected")
+    return found
+
+
+async def read_any(stream: asyncio.StreamReader) -> dict[str, Any] | wire.ChannelData | None:
+    """The next frame, None at the end. Raises EOFError when it ends within one, ProtocolError."""
     try:
         header = await stream.readexactly(wire.FRAME_HEADER.size)
     except asyncio.IncompleteReadError as error:
         if error.partial:
             raise EOFError("the stream ended within a frame") from error
         return None
-    return wire.unpack_body(await stream.readexactly(wire.frame_length(header)))
+    body = await stream.readexactly(wire.frame_length(header))
+    return wire.unpack_channel(body) if wire.is_channel(header) else wire.unpack_body(body)
 
 
 async def end_process(process: asyncio.subprocess.Process, patience: float = 5.0) -> None:

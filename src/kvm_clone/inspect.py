@@ -6,13 +6,15 @@ import asyncio
 import os
 import posixpath
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import libvirt
 
 from kvm_clone import definition, domains, live, ssh, vms
 from kvm_clone.agent import errors as kinds
-from kvm_clone.agent import peer
+from kvm_clone.agent import peer, uses
 from kvm_clone.errors import RefusedError
 from kvm_clone.facts import (
     DestinationFacts,
@@ -50,7 +52,7 @@ async def inspect(
         facts = await _source(source, source_libvirt, vm)
         name = options.name_for(facts.domain.name)
         replica = isinstance(options, SyncOptions)
-        return facts, await _destination(destination, destination_libvirt, facts.xml, name, replica=replica)
+        return facts, await _destination(destination, destination_libvirt, facts, name, replica=replica)
 
     (source_facts, destination_facts), reach = await together(
         both_hosts(),
@@ -62,7 +64,9 @@ async def inspect(
 
 async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> SourceFacts:
     with domains.failing_as(f"asking {host.name} for {vm!r}", vm):
-        domain = await asyncio.to_thread(domains.find, connection, vm)
+        domain, uuid = await together(
+            asyncio.to_thread(domains.find, connection, vm), asyncio.to_thread(domains.host_uuid, connection)
+        )
     if domain is None:
         raise RefusedError(
             f"{host.name} has no VM named {vm!r}",
@@ -71,9 +75,10 @@ async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> Source
         )
     xml = definition.read_domain(domain.xml)
     running = domain.state in domains.RUNNING
-    about, images = await together(host.call("host"), _images(host, xml, domain.state))
+    about, images, files = await together(host.call("host"), _images(host, xml, domain.state), fingerprints(host, xml))
+    there = host_facts(host.name, about, uuid)
     if not running:
-        return SourceFacts(host_facts(host.name, about), domain, xml, images)
+        return SourceFacts(there, domain, xml, images, files=files)
     with domains.failing_as(f"asking {host.name} for {vm!r}", vm):
         now, version, pools = await together(
             asyncio.to_thread(live.look, connection, vm),
@@ -86,7 +91,14 @@ async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> Source
         host.call("reader", domain=domain.uuid), *(host.call("directory", path=path) for path in sorted(paths))
     )
     found = {answer["path"]: directory_facts(answer) for answer in directories}
-    return SourceFacts(host_facts(host.name, about), domain, xml, images, now, found, reader, version)
+    return SourceFacts(there, domain, xml, images, now, found, reader, version, files)
+
+
+async def fingerprints(host: Host, xml: definition.DomainXml) -> dict[str, str]:
+    """The fingerprints of all files and devices that a VM has as disks or media, of those that are there."""
+    paths = sorted({disk.path for disk in xml.disks if disk.path and disk.type in ("file", "block")})
+    answers = await host.call("fingerprints", paths=paths)
+    return {path: answer for path, answer in zip(paths, answers, strict=True) if answer}
 
 
 async def _images(host: Host, xml: definition.DomainXml, state: str) -> tuple[ImageFacts, ...]:
@@ -110,15 +122,16 @@ async def _image(host: Host, disk: definition.DiskXml, state: str) -> ImageFacts
 
 
 async def _destination(
-    host: Host, connection: libvirt.virConnect, xml: definition.DomainXml, name: str, *, replica: bool
+    host: Host, connection: libvirt.virConnect, source: SourceFacts, name: str, *, replica: bool
 ) -> DestinationFacts:
+    xml = source.xml
+    known = await vms.users(host, connection, source.files.values())
     with domains.failing_as(f"asking libvirt on {host.name}", host.name):
-        names, pools, abilities, in_use, existing = await together(
+        names, pools, abilities, existing = await together(
             asyncio.to_thread(domains.names, connection),
             asyncio.to_thread(domains.pools, connection),
             asyncio.to_thread(domains.abilities, connection, xml),
-            asyncio.to_thread(domains.paths_of_others, connection, ""),
-            _existing(host, connection, name, replica=replica),
+            _existing(host, connection, name, known, replica=replica),
         )
     own = (*xml.own_disks, *(existing.xml.own_disks if existing is not None else ()))
     wanted = {pool.path for pool in pools if pool.path}
@@ -133,23 +146,35 @@ async def _destination(
         together(*(host.call("directory", path=path) for path in paths)),
         together(*(host.call("exists", path=path) for path in files)),
     )
+    attempt = next((staged_facts(answer) for answer in staged if "error" not in answer), None)
+    if attempt is not None:
+        used = await vms.judge(host, known, attempt.published)
+        attempt = replace(attempt, in_use=tuple(use.path for use in used if use.state == uses.USED))
     return DestinationFacts(
-        host_facts(host.name, about),
+        host_facts(host.name, about, abilities.uuid),
         names,
         pools,
         {path: directory_facts(answer) for path, answer in zip(paths, directories, strict=True)},
         dict(zip(files, present, strict=True)),
         existing,
-        next((staged_facts(answer) for answer in staged if "error" not in answer), None),
-        "; ".join(f"{answer['path']}: {answer['error']}" for answer in staged if "error" in answer),
+        attempt,
+        "; ".join(_error(answer) for answer in staged if "error" in answer),
         abilities,
-        frozenset(in_use),
+        frozenset(claim.path for claim in known.claims),
     )
 
 
-async def _existing(host: Host, connection: libvirt.virConnect, name: str, *, replica: bool) -> Existing | None:
+def _error(answer: Mapping[str, Any]) -> str:
+    """Why a journal does not count, with its path."""
+    path, error = answer["path"], answer["error"]
+    return str(error) if path in error else f"{path}: {error}"
+
+
+async def _existing(
+    host: Host, connection: libvirt.virConnect, name: str, known: vms.Users, *, replica: bool
+) -> Existing | None:
     """The VM of that name; as a replica, with its images, which nobody can write from here on."""
-    found = await vms.existing(host, connection, name)
+    found = await vms.existing(host, connection, name, known)
     if found is None or not replica:
         return found
     return replace(found, images=await _images(host, found.xml, found.domain.state))

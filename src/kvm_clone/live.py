@@ -12,16 +12,11 @@ import libvirt
 import libvirt_qemu
 
 from kvm_clone import definition
+from kvm_clone.agent.scratch import SOCKETS, is_ours
 from kvm_clone.xmlspan import Document, Node, escape
-
-SOCKETS = "/var/lib/libvirt/qemu"
-"""Where QEMU may make the socket of a backup job: libvirt gives this directory to QEMU's user."""
 
 OURS = "kvm-clone-"
 """Begins the name of our sockets' files; a backup job with another one is another tool's."""
-
-SCRATCH_MARK = "/.kvm-clone-"
-"""Begins the name of our scratch files."""
 
 _NO_JOB = (
     libvirt.VIR_ERR_NO_DOMAIN_BACKUP,
@@ -115,7 +110,7 @@ def our_jobs(connection: libvirt.virConnect) -> list[OurJob]:
         job = _backup(domain)
         if job is not None and _server(job).startswith(f"{SOCKETS}/{OURS}"):
             scratch = [one.find_attributes("scratch").get("file", "") for one in job.find_all("disks", "disk")]
-            files = (_server(job), *(path for path in scratch if SCRATCH_MARK in path))
+            files = tuple(path for path in (_server(job), *scratch) if is_ours(path))
             found.append(OurJob(domain.UUIDString(), domain.name(), files))
     return found
 

@@ -13,7 +13,8 @@ from kvm_clone.xmlspan import escape
 
 NAMESPACE = "https://kvm-clone.org/xmlns/clone/1"
 SEAL_NAMESPACE = "https://kvm-clone.org/xmlns/replica/1"
-"""A namespace of its own: libvirt keeps one element of each, and sets them one by one."""
+PENDING_NAMESPACE = "https://kvm-clone.org/xmlns/pending/1"
+"""A namespace for each: libvirt keeps one element of each, and sets them one by one."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,42 @@ class Seal:
     images: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Pending:
+    """What the commit of an operation has left to be done, for whoever finishes it.
+
+    It stands in libvirt's definition, where only those can write who may remove anything there: a journal lies where
+    others may. `remove`: files that only the replaced VM had. `forget`: snapshots and checkpoints that it had.
+    """
+
+    operation: str
+    remove: tuple[str, ...] = ()
+    forget: tuple[str, ...] = ()
+
+
+def read_pending(xml: str) -> Pending | None:
+    """Return what is left to be done, or None when nothing is. Raises RefusedError when `xml` is no domain's."""
+    _, domain, _ = parse(xml)
+    node = domain.find("metadata", f"{PENDING_NAMESPACE} pending")
+    if node is None:
+        return None
+    remove, forget = (
+        tuple(one.text for one in node.find_all(f"{PENDING_NAMESPACE} {tag}")) for tag in ("remove", "forget")
+    )
+    return Pending(node.attributes.get("operation", ""), remove, forget)
+
+
+def pending_markup(pending: Pending) -> str:
+    """Return the element as libvirt would print it."""
+    inner = "".join(
+        f"<kvm-clone-pending:{tag}>{escape(text)}</kvm-clone-pending:{tag}>"
+        for tag, texts in (("remove", pending.remove), ("forget", pending.forget))
+        for text in texts
+    )
+    opening = f'kvm-clone-pending:pending xmlns:kvm-clone-pending="{PENDING_NAMESPACE}"'
+    return f'<{opening} operation="{escape(pending.operation, quote=chr(34))}">{inner}</kvm-clone-pending:pending>'
+
+
 def read_provenance(xml: str) -> Provenance | None:
     """Return the ownership mark, or None when there is none or it lacks a part: half a mark proves nothing.
 
@@ -108,7 +145,7 @@ def definition_digest(xml: str) -> str:
 
 
 def _is_ours(tag: str) -> bool:
-    return tag.startswith((f"{NAMESPACE} ", f"{SEAL_NAMESPACE} "))
+    return tag.startswith((f"{NAMESPACE} ", f"{SEAL_NAMESPACE} ", f"{PENDING_NAMESPACE} "))
 
 
 def seal_markup(seal: Seal) -> str:

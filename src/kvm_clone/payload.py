@@ -1,7 +1,7 @@
 """The agent as it travels: a zip file of the package, the loader that takes it from its input, and its identity.
 
-What goes into the loader's input: 8 hexadecimal digits of the zip's length in bytes, its SHA-256 as 64 hexadecimal
-digits, and the zip. What follows are the agent's frames.
+What goes into the agent's input: the loader, 8 hexadecimal digits of the zip's length in bytes, its SHA-256 as 64
+hexadecimal digits, and the zip. What follows are the agent's frames.
 """
 
 from __future__ import annotations
@@ -48,14 +48,24 @@ main(path, VERSION + " " + head[8:24].decode())
 """
 
 
+NAME = "kvm-clone-agent"
+"""The last word of an agent's command line, for people who look at their processes."""
+
+
 def loader() -> str:
-    """The Python program that takes the agent from its input and runs it. One line, fit for `python3 -I -c`."""
-    return f"exec({_LOADER.strip().replace('VERSION', repr(__version__), 1)!r})"
+    """The Python program that takes the agent from its input and runs it."""
+    return _LOADER.strip().replace("VERSION", repr(__version__), 1) + "\n"
 
 
 def remote_command(python: str = "python3") -> str:
-    """What a remote shell is asked to run. exec, so that no shell stands between us and the agent's end."""
-    return f"exec {shlex.quote(python)} -I -c {shlex.quote(loader())}"
+    """What a remote shell is asked to run. exec, so that no shell stands between us and the agent's end.
+
+    The loader comes by its input, a byte at a time, lest more than it is read. What the shell gets has single quotes
+    around letters, digits, parentheses and double quotes: sh, zsh, csh and fish all take that for one plain word.
+    Whatever the login's locale, Python's text is UTF-8.
+    """
+    code = f'import os;exec(b"".join(os.read(0,1)for _ in range({len(loader())})))'
+    return f"exec {shlex.quote(python)} -I -X utf8 -c '{code}' {NAME}"
 
 
 @functools.cache
@@ -79,8 +89,8 @@ def _entry(name: str) -> zipfile.ZipInfo:
 
 
 def preamble() -> str:
-    """What goes before the zip into the loader's input."""
-    return f"{len(package()):08x}{hashlib.sha256(package()).hexdigest()}"
+    """What goes before the zip into the agent's input."""
+    return f"{loader()}{len(package()):08x}{hashlib.sha256(package()).hexdigest()}"
 
 
 def identity() -> str:

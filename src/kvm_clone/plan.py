@@ -10,6 +10,7 @@ from kvm_clone.decide import Action, Decision, decide
 from kvm_clone.errors import DomainExistsError, KvmCloneError, LockedError, RefusedError
 from kvm_clone.facts import Facts, ImageFacts, Staged
 from kvm_clone.findings import EXISTS_CODES, LOCKED, Finding, Severity, block
+from kvm_clone.identity_checks import duplicate_findings, identity_findings
 from kvm_clone.live import BackupJob
 from kvm_clone.options import CloneOptions, Options, Route, Verify
 from kvm_clone.placement import PlannedDisk, place, stage_directory
@@ -115,15 +116,22 @@ def make_plan(facts: Facts, options: CloneOptions, identity: Identity, own_opera
     `own_operation`: the operation of this very run that a dropped connection has interrupted.
     """
     name = options.name_for(facts.source.domain.name)
-    decision = decide(facts, options.retry, name, own_operation)
+    decision = decide(facts, options.retry, name, own_operation, digested=options.verify_existing)
     staged = facts.destination.staged if decision.action is Action.RESUME else None
     disks, placing = place(facts, options, name, staged)
     if decision.action in DONE_ALREADY:
         disks, placing = existing_disks(facts), ()
     findings = tuple([decision.finding] if decision.finding else [])
     route = route_of(facts, options)
-    if decision.action not in DONE_ALREADY:
-        findings += (*source_findings(facts.source), *live_findings(facts.source, options, own_operation))
+    same = tuple(identity_findings(facts, name))
+    if same:
+        findings = same  # nothing else matters
+    elif decision.action not in DONE_ALREADY:
+        findings += (
+            *source_findings(facts.source),
+            *duplicate_findings(facts),
+            *live_findings(facts.source, options, own_operation),
+        )
         findings += (*destination_findings(facts, options, name, decision), *placing)
         findings += tuple(space_findings(facts.destination, disks)) if not decision.remove_first else ()
         findings += (*route_findings(facts, options), *estimate(facts, options, route, disks))
@@ -170,7 +178,7 @@ def _steps(plan: Plan, options: CloneOptions, directory: str) -> tuple[Step, ...
     existing = facts.destination.existing
     removable = existing.removable if existing is not None else ()
     steps = before(facts.destination.staged, decision, directory)
-    steps.append(BeginStage(directory, decision.action is Action.RESUME))
+    steps.append(begin_step(plan, directory))
     if decision.remove_first:
         steps.append(RemoveExisting(removable))
     steps += map(CreateDisk, disks)
@@ -182,6 +190,17 @@ def _steps(plan: Plan, options: CloneOptions, directory: str) -> tuple[Step, ...
     steps.append(DefineDomain(removed, forget))
     steps += [RemoveReplaced(removed, forget)] if decision.replace else []
     return (*steps, *last_steps(plan))
+
+
+def begin_step(plan: Plan, directory: str) -> BeginStage:
+    """The beginning of a stage; what is undone by it is the attempt that the plan has looked at, and no other."""
+    staged, decision = plan.facts.destination.staged, plan.decision
+    here = staged is not None and staged.directory == directory
+    discards = staged.operation if staged is not None and here and decision.discard else ""
+    existing = plan.facts.destination.existing
+    replaced = existing.files if existing is not None and (decision.replace or decision.remove_first) else {}
+    marks = tuple(sorted({posixpath.dirname(path) for path in replaced}))
+    return BeginStage(directory, decision.action is Action.RESUME, discards, marks)
 
 
 def content_steps(plan: Plan) -> list[Step]:
@@ -216,22 +235,31 @@ def finishing_steps(facts: Facts) -> tuple[Step, ...]:
     staged = facts.destination.staged
     assert staged is not None
     return (
-        SettleStage(staged.directory, committed=True),
-        TakeUpCommitted(staged.directory),
+        SettleStage(staged.directory, staged.operation, committed=True),
+        TakeUpCommitted(staged.directory, staged.operation),
         MergeDisks(),
-        RemoveReplaced(staged.remove, staged.forget),
+        RemoveReplaced(*_pending(facts)),
         SealReplica(),
         EndStage(()),
     )
+
+
+def _pending(facts: Facts) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the commit left to be removed, by libvirt's own word: a journal alone is no reason to remove anything."""
+    existing, staged = facts.destination.existing, facts.destination.staged
+    pending = existing.pending if existing is not None else None
+    if pending is None or staged is None or pending.operation != staged.operation:
+        return (), ()
+    return pending.remove, pending.forget
 
 
 def before(staged: Staged | None, decision: Decision, directory: str) -> list[Step]:
     """What an earlier attempt leaves to do."""
     steps: list[Step] = []
     if staged is not None and staged.defining:
-        steps.append(SettleStage(staged.directory, committed=False))
+        steps.append(SettleStage(staged.directory, staged.operation, committed=False))
     if staged is not None and decision.discard and staged.directory != directory:
-        steps.append(DiscardStage(staged.directory))
+        steps.append(DiscardStage(staged.directory, staged.operation))
     return steps
 
 

@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 
 from kvm_clone.definition import macs_of, parse
 from kvm_clone.errors import RefusedError
-from kvm_clone.ownership import NAMESPACE, SEAL_NAMESPACE, Provenance, mark_markup
+from kvm_clone.ownership import (
+    NAMESPACE,
+    PENDING_NAMESPACE,
+    SEAL_NAMESPACE,
+    Pending,
+    Provenance,
+    mark_markup,
+    pending_markup,
+)
 from kvm_clone.xmlspan import Document, Node, escape
 
 
@@ -29,7 +37,7 @@ class Change:
 
     `new_macs` has one entry for each of `DomainXml.macs`, in the same order. `disk_paths` maps a disk's
     target ("vda") to the file it gets, `disk_formats` to that one's format where it is not the source's, and
-    `disk_bases` to the image that it rests on.
+    `disk_bases` to the image that it rests on. `pending`: what the commit leaves to be done.
     """
 
     new_name: str
@@ -39,6 +47,7 @@ class Change:
     disk_paths: Mapping[str, str] = field(default_factory=dict)
     disk_formats: Mapping[str, str] = field(default_factory=dict)
     disk_bases: Mapping[str, Base] = field(default_factory=dict)
+    pending: Pending | None = None
 
 
 def new_mac(source: random.Random) -> str:
@@ -59,7 +68,7 @@ def rewrite(xml: str, change: Change) -> str:
     if change.new_macs is not None:
         _set_macs(document, domain, change.new_macs)
     _set_disks(document, domain, change)
-    _set_provenance(document, domain, name, change.provenance)
+    _set_marks(document, domain, name, change)
     return document.result()
 
 
@@ -144,8 +153,8 @@ def _set_base(document: Document, disk: Node, source: Node, base: Base | None) -
         document.insert_after(source, f'{document.margin(source)}<backingStore type="file">{chain}</backingStore>')
 
 
-def _set_provenance(document: Document, domain: Node, name: Node, provenance: Provenance) -> None:
-    mark = mark_markup(provenance)
+def _set_marks(document: Document, domain: Node, name: Node, change: Change) -> None:
+    mark = mark_markup(change.provenance) + (pending_markup(change.pending) if change.pending else "")
     metadata = domain.find("metadata")
     if metadata is None:
         anchor = domain.find("uuid") or name
@@ -161,7 +170,7 @@ def _set_provenance(document: Document, domain: Node, name: Node, provenance: Pr
     for index, node in enumerate(ours):
         document.replace(node, "" if index else mark)
     for node in metadata.children:
-        if node.tag.startswith(f"{SEAL_NAMESPACE} "):  # the source may be a clone itself
+        if node.tag.startswith((f"{SEAL_NAMESPACE} ", f"{PENDING_NAMESPACE} ")):  # the source may be a clone itself
             document.replace(node, "")
 
 

@@ -10,20 +10,24 @@ import asyncio
 import logging
 import os
 import platform
+import posixpath
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from enum import IntEnum
 from typing import Any
 
 import libvirt
 
-from kvm_clone import decide, domains, replica, rewrite, steps, vms
-from kvm_clone.agent import journal
+from kvm_clone import connections, decide, domains, ownership, replica, rewrite, steps, vms
+from kvm_clone.agent import fingerprint, records
 from kvm_clone.backup import Backup, Guarding, Taken
 from kvm_clone.content import Content, Totals, Transfer
-from kvm_clone.errors import InterruptedTransferError, KvmCloneError
+from kvm_clone.domains import Fenced
+from kvm_clone.errors import DomainExistsError, InterruptedTransferError, KvmCloneError, RefusedError
 from kvm_clone.host import LOCK_PATIENCE_SECONDS, Host, once_free
+from kvm_clone.inspect import fingerprints
 from kvm_clone.options import Verify
 from kvm_clone.ownership import Provenance
 from kvm_clone.placement import PlannedDisk
@@ -53,19 +57,42 @@ class Outcome:
     removed: tuple[str, ...]
 
 
+class Stage(IntEnum):
+    """How far a run is: what a cancellation, a lost host or a failure means depends on it.
+
+    | stage | cancelled | source lost | destination lost, or a failure |
+    |---|---|---|---|
+    | LOOKING | ends | ends | ends: nothing was written |
+    | STAGING | ends, kept | ends, kept | ends: kept if another try may mend it, else undone |
+    | COMMITTING | ends after libvirt's answer | goes on | as in STAGING, once libvirt has been asked |
+    | COMMITTED | ends soon | goes on | ends: complete, what is left is for the next run |
+
+    With `keep_partial` off, what would be kept is undone.
+    """
+
+    LOOKING = 0
+    STAGING = 1
+    COMMITTING = 2
+    COMMITTED = 3
+
+
 @dataclass
 class _State:
-    """How far a run is: what a failure means depends on it. `pending`: what is left is for the next run."""
+    """How far a run is, and what came of it. `pending`: what is left is for the next run."""
 
-    begun: bool = False
+    stage: Stage = Stage.LOOKING
     pending: bool = False
-    defining: bool = False
-    committed: bool = False
+    merging: bool = False
     stopped: bool = False
     kept: bool = False
     parts: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
+
+
+_LOOK_SECONDS = 0.05
+_GRACE_SECONDS = 5.0
+"""How long a cancelled run goes on with what comes after its commit, unless it merges: that may take long."""
 
 
 class Run:
@@ -83,12 +110,14 @@ class Run:
         self._plan = plan
         self._source, source_libvirt = source
         self._destination, self._libvirt = destination
+        self._fenced: Fenced | None = None
         self._reconnect = reconnect
         self._on_event = on_event
         self._on_step = on_step
         moving = Transfer(plan.name, plan.route, plan.options.parallel, plan.options.bandwidth_limit)
         self._content = Content(self._source, self._destination, moving, on_event)
         self._backup = Backup(self._source, source_libvirt, plan.facts.source, on_event)
+        self._directories = sorted(plan.facts.destination.directories)
         self._state = _State()
 
     @property
@@ -98,30 +127,45 @@ class Run:
 
     async def run(self) -> Outcome:
         """Take every step. A failure is raised when what was written is undone, or kept if another try may mend it."""
-        watch = [asyncio.create_task(host.wait_lost()) for host in (self._source, self._destination)]
-        watch.append(asyncio.create_task(self._backup.watch()))
+        watch = {asyncio.create_task(self._source.wait_lost()), asyncio.create_task(self._backup.watch())}
+        destination = asyncio.create_task(self._destination.wait_lost())
         work = asyncio.create_task(self._steps())
         try:
             try:
-                await asyncio.wait([work, *watch], return_when=asyncio.FIRST_COMPLETED)
+                await self._wait(work, destination, watch)
             except asyncio.CancelledError:
                 await self._stop(work)
-                if self._state.committed and not work.cancelled() and work.exception() is None:
+                if self._state.stage is Stage.COMMITTED and not work.cancelled() and work.exception() is None:
                     return self._outcome()
                 raise
-            lost = next((task for task in watch if task.done()), None)
-            if not work.done() and lost is not None:
-                await self._stop(work)
-                lost.result()
             await work
         except BaseException as error:
             await asyncio.shield(self._fail(error))
             raise
         finally:
-            for task in watch:
+            for task in (*watch, destination):
                 task.cancel()
-            await asyncio.gather(*watch, self._content.close(), return_exceptions=True)
+            await asyncio.gather(*watch, destination, self._content.close(), return_exceptions=True)
+            if self._fenced is not None:
+                await connections.close(self._fenced.connection)
         return self._outcome()
+
+    async def _wait(
+        self, work: asyncio.Task[None], destination: asyncio.Task[None], watch: set[asyncio.Task[None]]
+    ) -> None:
+        """Wait for the steps' end. Raises what a watcher finds, when the steps have stopped for it.
+
+        From the commit on the source is not needed any more.
+        """
+        running = set(watch)
+        while not work.done():
+            await asyncio.wait([work, destination, *running], return_when=asyncio.FIRST_COMPLETED)
+            over = {task for task in running if task.done()}
+            running -= over
+            lost = [destination] if destination.done() else list(over)
+            if not work.done() and lost and (destination.done() or self._state.stage < Stage.COMMITTING):
+                await self._stop(work)
+                lost[0].result()
 
     def _outcome(self) -> Outcome:
         state, content = self._state, self._content
@@ -129,10 +173,15 @@ class Run:
         return Outcome(content.totals, self._backup.taken, hinted, tuple(state.warnings), tuple(state.removed))
 
     async def _stop(self, work: asyncio.Task[None]) -> None:
-        """Stop the steps, but let the commit end: it is short, and half of it is nobody's wish."""
-        if not self._state.defining:
+        """Stop the steps, but let the commit end, and what comes after it if that is short."""
+        while self._state.stage is Stage.COMMITTING and not work.done():
+            await asyncio.wait([work], timeout=_LOOK_SECONDS)
+        if self._state.stage is Stage.COMMITTED and not self._state.merging:
+            await asyncio.wait([work], timeout=_GRACE_SECONDS)
+        if not work.done():
             work.cancel()
         await asyncio.wait([work])
+        work.cancelled() or work.exception()  # what stopped them is raised, not what came of that
 
     async def _steps(self) -> None:
         if any(isinstance(step, steps.CopyDisks) for step in self._plan.steps):
@@ -152,7 +201,7 @@ class Run:
         match step:
             case steps.BeginStage() | steps.TakeUpCommitted() | steps.EndStage():
                 await self._take_staging(step)
-            case steps.SettleStage() | steps.DiscardStage():
+            case steps.SettleStage() | steps.DiscardStage() | steps.TakeLock() | steps.ReleaseLock():
                 await self._take_staging(step)
             case steps.BeginBackup() | steps.CopyDisks() | steps.ProveDisks() | steps.EndBackup():
                 await self._take_content(step)
@@ -173,14 +222,19 @@ class Run:
 
     async def _take_staging(self, step: steps.Step) -> None:
         match step:
-            case steps.SettleStage(directory, committed):
-                await self._call("settle", directory=directory, name=self._plan.name, committed=committed)
-            case steps.DiscardStage(directory):
-                await self._call("recover", directory=directory, name=self._plan.name)
-            case steps.BeginStage(directory, resume):
-                await self._begin(directory, resume)
-            case steps.TakeUpCommitted(directory):
-                await self._take_up(directory)
+            case steps.SettleStage(directory, operation, committed):
+                await self._call("settle", **self._where(directory, operation), committed=committed)
+            case steps.DiscardStage(directory, operation):
+                await self._call("recover", **self._where(directory, operation))
+            case steps.TakeLock():
+                await self._call("hold", name=self._plan.name, about={"operation": self._plan.identity.operation})
+                self._fenced = await connections.open_fenced(self._destination)
+            case steps.ReleaseLock():
+                await self._call("release")
+            case steps.BeginStage():
+                await self._begin(step)
+            case steps.TakeUpCommitted(directory, operation):
+                await self._take_up(directory, operation)
             case steps.EndStage(directories):
                 await self._end(directories)
 
@@ -211,7 +265,7 @@ class Run:
             case steps.RemoveReplaced(paths, forget):
                 await self._after_commit(self._remove_replaced(paths, forget))
             case steps.SealReplica():
-                await self._after_commit(replica.seal(self._destination, self._libvirt, self._plan.name))
+                await self._after_commit(replica.seal(self._destination, self._changing, self._plan.name))
             case steps.DropCheckpoints(names):
                 await self._after_commit(self._backup.drop(names))
 
@@ -221,17 +275,28 @@ class Run:
     async def _call(self, call: str, /, **arguments: Any) -> Any:
         return await self._destination.call(call, **arguments)
 
+    @property
+    def _changing(self) -> Fenced:
+        """Libvirt at the destination, to change something there: the agent holds the operation's lock."""
+        assert self._fenced is not None, "a step that changes the destination comes after the lock"
+        return self._fenced
+
     async def _on_libvirt(self, what: str, work: Callable[..., Any], *arguments: Any) -> Any:
         with domains.failing_as(what, self._plan.name):
-            return await asyncio.to_thread(work, self._libvirt, *arguments)
+            return await asyncio.to_thread(work, *arguments)
+
+    def _where(self, directory: str, operation: str) -> dict[str, Any]:
+        """The operation that is meant, and where its files may lie."""
+        name, directories = self._plan.name, sorted({*self._directories, directory})
+        return {"directory": directory, "name": name, "operation": operation, "directories": directories}
 
     def _staged(self, disks: tuple[PlannedDisk, ...]) -> list[tuple[PlannedDisk, str]]:
         return [(disk, self._state.parts[disk.target]) for disk in disks]
 
-    async def _begin(self, directory: str, resume: bool) -> None:
+    async def _begin(self, step: steps.BeginStage) -> None:
         plan = self._plan
-        what = "going on with" if resume else "staging"
-        self._say(Phase.PREPARE, f"{what} {plan.name} in {directory} on {self._destination.name}")
+        what = "going on with" if step.resume else "staging"
+        self._say(Phase.PREPARE, f"{what} {plan.name} in {step.directory} on {self._destination.name}")
         source = plan.facts.source
         about = {
             "controller": platform.node(),
@@ -243,22 +308,46 @@ class Run:
         await once_free(
             self._destination,
             "stage",
-            directory=directory,
-            name=plan.name,
-            operation=plan.identity.operation,
+            **self._where(step.directory, plan.identity.operation),
             about=about,
-            resume=resume,
+            resume=step.resume,
+            discards=step.discards,
+            marks=step.marks,
             keep=plan.options.keep_partial,
             patience=LOCK_PATIENCE_SECONDS if plan.continues else 0.0,
         )
-        self._state.begun = True
+        self._state.stage = Stage.STAGING
+        self._fenced = await connections.open_fenced(self._destination)
+        if step.marks:
+            await self._check_marks(step.marks)
+            await self._call("unmark")
 
-    async def _take_up(self, directory: str) -> None:
-        staged = self._plan.facts.destination.staged
-        assert staged is not None
-        how = {"directory": directory, "name": self._plan.name, "operation": staged.operation, "about": {}}
-        await once_free(self._destination, "stage", **how, finishing=True, patience=LOCK_PATIENCE_SECONDS)
-        self._state.begun = self._state.committed = True
+    async def _check_marks(self, marked: tuple[str, ...]) -> None:
+        """Raise RefusedError if the source sees a marked directory, and in it a file that is about to go as its own.
+
+        Inode and times have said so already where the filesystem tells them alike to all hosts; not all do.
+        """
+        facts = self._plan.facts
+        mine = sorted({posixpath.dirname(path) for path in facts.source.files})
+        seen = await self._source.call("marks", operation=self._plan.identity.operation, directories=mine)
+        one = {there: here for here, there in zip(mine, seen, strict=True) if there in marked}
+        existing = facts.destination.existing
+        for path in existing.files if existing is not None else ():
+            ours = posixpath.join(one.get(posixpath.dirname(path), "/dev/null"), posixpath.basename(path))
+            if ours in facts.source.files:
+                raise RefusedError(
+                    f"{path} on {self._destination.name} is {ours} on {self._source.name}: both see one directory, and "
+                    f"the VM {self._plan.name} has the source's own disk",
+                    subject=self._plan.name,
+                    remedy="choose another name for the copy",
+                )
+
+    async def _take_up(self, directory: str, operation: str) -> None:
+        where = self._where(directory, operation)
+        patience = LOCK_PATIENCE_SECONDS
+        await once_free(self._destination, "stage", **where, about={}, finishing=True, patience=patience)
+        self._state.stage = Stage.COMMITTED
+        self._fenced = await connections.open_fenced(self._destination)
 
     async def _create(self, disk: PlannedDisk) -> None:
         if disk.staged is not None:
@@ -280,7 +369,7 @@ class Run:
     async def _check_source(self, disks: tuple[PlannedDisk, ...]) -> None:
         for disk in disks:
             now = await self._source.call("fingerprint", path=disk.image.path)
-            if not same_content(now, disk.image.fingerprint):
+            if fingerprint.content(now) != fingerprint.content(disk.image.fingerprint):
                 raise InterruptedTransferError(
                     f"the source's image {disk.image.path} was changed while it was being copied",
                     subject=disk.target,
@@ -288,28 +377,29 @@ class Run:
                 )
 
     async def _stop_domain(self) -> None:
-        self._state.stopped = await self._on_libvirt("stopping the VM to replace", domains.stop, self._plan.name)
+        what, name = "stopping the VM to replace", self._plan.name
+        self._state.stopped = await self._on_libvirt(what, domains.stop, self._changing, name)
 
     async def _define(self, remove: tuple[str, ...], forget: tuple[str, ...]) -> None:
         self._say(Phase.COMMIT, f"defining {self._plan.name} on {self._destination.name}")
-        xml = self._definition()
-        if self._plan.decision.replace:
-            await self._check_replaced()
-        self._state.defining = True
+        xml = self._definition(ownership.Pending(self._plan.identity.operation, remove, forget))
+        await self._check_name()
+        self._state.stage = Stage.COMMITTING
         images = {disk.target: [disk.final, await self._fingerprint(disk.final)] for disk in self._plan.disks}
         about = {"uuid": self._plan.uuid, "remove": list(remove), "forget": list(forget), "images": images}
-        await self._note(journal.DEFINE, **about, merge=self._overlays())
-        await self._on_libvirt(f"{self._destination.name} refuses the definition", domains.define, xml)
-        self._state.committed = True
+        await self._note(records.DEFINE, **about, merge=self._overlays())
+        what = f"defining {self._plan.name} on {self._destination.name}"
+        await self._on_libvirt(what, domains.define, self._changing, xml)
+        self._state.stage = Stage.COMMITTED
         await self._after_commit(self._forget_old_memory())
-        await self._after_commit(self._note(journal.COMMITTED))
+        await self._after_commit(self._note(records.COMMITTED))
 
     async def _forget_old_memory(self) -> None:
         """Remove what libvirt saved of the memory of a replica whose disks are not those of that moment any more."""
         bases = tuple(disk.base.path for disk in self._plan.disks if disk.base is not None)
         if bases:
-            what = "removing the saved state of the replica"
-            self._state.removed += await self._on_libvirt(what, domains.forget_state, self._plan.name, (), bases)
+            what, name = "removing the saved state of the replica", self._plan.name
+            self._state.removed += await self._on_libvirt(what, domains.forget_state, self._changing, name, (), bases)
 
     async def _fingerprint(self, path: str) -> str:
         return str(await self._call("fingerprint", path=path))
@@ -324,39 +414,71 @@ class Run:
 
     async def _merge(self) -> None:
         """A replica that cannot be merged now boots from its overlays; the journal stays for the next run."""
+        self._state.merging = True
         try:
-            await replica.merge(self._destination, self._libvirt, self._plan.name)
+            await replica.merge(self._destination, self._changing, self._plan.name)
         except KvmCloneError as error:
             if self._plan.decision.action is decide.Action.FINISH:
                 raise  # there is nothing else that this run would have done
             self._state.pending = True
             self._warn(f"{self._plan.name} is complete, but its disks are not merged yet: {error}; {error.remedy}")
             await self._after_commit(self._call("release"))
+        finally:
+            self._state.merging = False
 
-    async def _check_replaced(self) -> None:
-        """The VM that is replaced must still be the one that the plan was made for, and at rest."""
-        planned = self._plan.facts.destination.existing
-        now = await self._on_libvirt("looking at the VM to replace", domains.find, self._plan.name)
-        if planned is None or now is None or (now.xml, now.state) != (planned.domain.xml, domains.SHUT_OFF):
-            raise InterruptedTransferError(
-                f"VM {self._plan.name} on {self._destination.name} was started or changed since the plan was made",
-                subject=self._plan.name,
-                remedy="look at it, and run the command again",
+    async def _check_name(self) -> None:
+        """Look at name and UUID once more, right before the define: what others have made meanwhile is not replaced.
+
+        Raises DomainExistsError for a VM that the plan does not know, and InterruptedTransferError when the one that it
+        replaces was started or changed.
+        """
+        plan, host, connection = self._plan, self._destination.name, self._changing.connection
+        what = f"looking for {plan.name} on {host}"
+        now = await self._on_libvirt(what, domains.find, connection, plan.name)
+        if plan.decision.replace:
+            planned = plan.facts.destination.existing
+            if planned is None or now is None or (now.xml, now.state) != (planned.domain.xml, domains.SHUT_OFF):
+                raise InterruptedTransferError(
+                    f"VM {plan.name} on {host} was started or changed since the plan was made",
+                    subject=plan.name,
+                    remedy="look at it, and run the command again",
+                )
+            return
+        other = await self._on_libvirt(what, domains.with_uuid, connection, plan.uuid)
+        if now is not None or other:
+            raise DomainExistsError(
+                f"{host} has got a VM {plan.name if now is not None else other} since the plan was made",
+                subject=plan.name,
+                remedy="look at it; choose another --new-name, or run the command again with a flag that replaces it",
             )
 
+    async def _elsewhere(self) -> list[str]:
+        """The fingerprints of the source VM's files: now, or when they were last seen."""
+        source = self._plan.facts.source
+        try:
+            return list((await fingerprints(self._source, source.xml)).values())
+        except KvmCloneError:  # the source is lost; what it had it has
+            return list(source.files.values())
+
     async def _remove_replaced(self, paths: tuple[str, ...], forget: tuple[str, ...]) -> None:
-        self._state.removed += await vms.remove_replaced(
-            self._destination, self._libvirt, self._plan.name, paths, forget
-        )
+        name, elsewhere = self._plan.name, await self._elsewhere()
+        done = await vms.remove_replaced(self._destination, self._changing, name, paths, forget, elsewhere)
+        self._tell(done)
 
     async def _remove_existing(self) -> None:
-        name = self._plan.name
+        name, elsewhere = self._plan.name, await self._elsewhere()
         self._say(Phase.PREPARE, f"removing {name} from {self._destination.name}, as asked")
-        self._state.removed += await vms.cleanup(self._destination, self._libvirt, name, stop=True)
+        self._tell(await vms.cleanup(self._destination, self._changing, name, stop=True, elsewhere=elsewhere))
+
+    def _tell(self, done: vms.Removal) -> None:
+        self._state.removed += done.removed
+        for text in done.kept:
+            self._warn(text)
 
     async def _end(self, directories: tuple[str, ...]) -> None:
+        refreshed = asyncio.to_thread(domains.refresh_pools, self._changing, set(directories))
+        await self._after_commit(refreshed)
         await self._after_commit(self._call("finish"))
-        await self._after_commit(asyncio.to_thread(domains.refresh_pools, self._libvirt, set(directories)))
 
     async def _after_commit(self, work: Awaitable[Any]) -> None:
         """Past the commit the clone is whole: a failure is told, and changes nothing."""
@@ -372,7 +494,7 @@ class Run:
     async def _note(self, record: str, /, **fields: Any) -> None:
         await self._call("note", record=record, fields=fields)
 
-    def _definition(self) -> str:
+    def _definition(self, pending: ownership.Pending) -> str:
         plan = self._plan
         source = plan.facts.source
         change = rewrite.Change(
@@ -387,6 +509,7 @@ class Run:
                 for disk in plan.disks
                 if disk.below is not None
             },
+            pending=pending if pending.remove or pending.forget else None,
         )
         return rewrite.rewrite(source.domain.xml, change)
 
@@ -413,13 +536,15 @@ class Run:
     async def _fail(self, cause: BaseException) -> None:
         """Keep what is staged if another try may mend the failure, else undo everything; never hide what is left."""
         interrupted = isinstance(cause, asyncio.CancelledError) or getattr(cause, "interrupted", False)
-        if self._state.committed:
+        if self._state.stage is Stage.COMMITTED:
             self._state.kept = interrupted  # what comes after the commit is taken up by the next try
+            name, host = self._plan.name, self._destination.name
+            self._on_event(Note(f"{name} on {host} is complete; what is left to tidy up is for the next run", True))
             return
         await self._backup.give_up()
-        if not self._state.defining:
+        if self._state.stage < Stage.COMMITTING:
             await self._backup.forget()
-        if not self._state.begun:
+        if self._state.stage is Stage.LOOKING:
             return
         if interrupted and self._plan.options.keep_partial:  # at the commit too: the next try asks libvirt about it
             await self._keep()
@@ -429,7 +554,7 @@ class Run:
             left = await self._undo()
         except (KvmCloneError, libvirt.libvirtError) as error:
             left = [str(error)]
-        if not self._state.committed and not left:
+        if self._state.stage < Stage.COMMITTED and not left:
             await self._backup.forget()
         for text in left:
             self._on_event(Note(f"could not be undone: {text}", warning=True))
@@ -453,26 +578,22 @@ class Run:
             return await once_free(  # type: ignore[no-any-return]
                 self._destination,
                 "recover",
-                directory=directory,
-                name=self._plan.name,
+                **self._where(directory, self._plan.identity.operation),
                 patience=LOCK_PATIENCE_SECONDS,
             )
-        if self._state.defining and await self._was_defined():
-            self._state.committed = True
+        defining = self._state.stage is Stage.COMMITTING
+        if defining and await self._was_defined():
+            self._state.stage = Stage.COMMITTED
             return [f"{self._plan.name} was defined before the failure, and is complete"]
-        left: list[str] = await self._call("undo", past_commit=self._state.defining)
+        failed = []
         if self._state.stopped:
-            await self._on_libvirt("starting the old VM again", domains.start, self._plan.name)
-        return left
+            try:
+                await self._on_libvirt("starting the old VM again", domains.start, self._changing, self._plan.name)
+            except KvmCloneError as error:
+                failed.append(str(error))
+        left: list[str] = await self._call("undo", past_commit=defining)
+        return failed + left
 
     async def _was_defined(self) -> bool:
         name, operation = self._plan.name, self._plan.identity.operation
         return bool(await asyncio.to_thread(domains.defined_by, self._libvirt, name, operation))
-
-
-def same_content(one: str, other: str) -> bool:
-    """Whether nothing was written between two fingerprints of agent.facts.
-
-    The last field, ctime, also changes when libvirt gives a file to QEMU's user for a start that our lock then refuses.
-    """
-    return one.rpartition(":")[0] == other.rpartition(":")[0]

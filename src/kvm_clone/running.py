@@ -7,6 +7,8 @@ import posixpath
 from collections.abc import Iterator
 
 from kvm_clone import live
+from kvm_clone.agent.names import PREFIX
+from kvm_clone.agent.scratch import SOCKETS, SUFFIX
 from kvm_clone.facts import Directory, Facts, ImageFacts, SourceFacts
 from kvm_clone.findings import LOCKED, Finding, Severity, block
 from kvm_clone.live import BackupDisk, BackupJob
@@ -16,7 +18,6 @@ from kvm_clone.units import format_bytes
 _OLDEST_LIBVIRT = 7_002_000
 """The first with pull-mode backups that need no opting in, as major * 1,000,000 + minor * 1,000 + release."""
 
-_SCRATCH = ".scratch"
 _LEAST_SCRATCH_PERCENT = 10
 _LEAST_SCRATCH = 64 << 20
 """Of what the disk takes, and in bytes: what has to be free for what the guest writes meanwhile."""
@@ -109,17 +110,17 @@ def _scratch(source: SourceFacts) -> tuple[dict[str, str], list[Finding]]:
             )
             findings.append(Finding("scratch-small", Severity.WARNING, image.target, text))
         free[chosen.filesystem] -= least
-        placed[image.target] = posixpath.join(chosen.path, f"{_scratch_prefix(source)}{image.target}{_SCRATCH}")
+        placed[image.target] = posixpath.join(chosen.path, f"{_scratch_prefix(source)}{image.target}{SUFFIX}")
     return placed, findings
 
 
 def _scratch_prefix(source: SourceFacts) -> str:
     """One domain has one backup job at most, so that its scratch needs no other name."""
-    return f"{live.SCRATCH_MARK.lstrip('/')}{source.domain.uuid}-"
+    return f"{PREFIX}{source.domain.uuid}-"
 
 
 def _socket(source: SourceFacts) -> str:
-    return posixpath.join(live.SOCKETS, f"{live.OURS}{source.domain.uuid}.sock")
+    return posixpath.join(SOCKETS, f"{live.OURS}{source.domain.uuid}.sock")
 
 
 def stale_files(source: SourceFacts) -> list[str]:
@@ -128,7 +129,7 @@ def stale_files(source: SourceFacts) -> list[str]:
         posixpath.join(directory.path, name)
         for directory in source.directories.values()
         for name in sorted(directory.names)
-        if name.startswith(_scratch_prefix(source)) and name.endswith(_SCRATCH)
+        if name.startswith(_scratch_prefix(source)) and name.endswith(SUFFIX)
     ]
     return [_socket(source), *scratch]
 
@@ -143,8 +144,16 @@ def _roomiest(usable: list[Directory], free: dict[int, int], own: str, wanted: i
 
 def chain_of(facts: Facts, name: str) -> str:
     """How the names of the checkpoints for the replica of that name at the destination begin."""
-    key = hashlib.sha256(f"{facts.destination.abilities.uuid}/{name}".encode()).hexdigest()[:12]
-    return f"{live.CHECKPOINTS}{key}."
+    return _chain(facts.destination.host.identity.lasting, name)
+
+
+def chain_by_uuid(facts: Facts, name: str) -> str:
+    """How they began in version 0.1, by the host's UUID, which some hosts have in common: nobody's for certain."""
+    return _chain(facts.destination.abilities.uuid, name)
+
+
+def _chain(host: str, name: str) -> str:
+    return f"{live.CHECKPOINTS}{hashlib.sha256(f'{host}/{name}'.encode()).hexdigest()[:12]}."
 
 
 def backup_job(facts: Facts, options: Options, name: str, operation: str, since: str) -> BackupJob | None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import libvirt
 
-from kvm_clone import domains, live, replica, vms
+from kvm_clone import connections, domains, live, ownership, replica, vms
+from kvm_clone.agent import uses
+from kvm_clone.domains import Fenced
 from kvm_clone.errors import KvmCloneError, RefusedError, TransferError
 from kvm_clone.host import Host
 from kvm_clone.tasks import together
@@ -22,7 +24,8 @@ class StagedData:
     """One operation's journal and staged files. `size` in bytes on disk, `age` in seconds since it last changed.
 
     `kind`: clone or sync. `committed`: libvirt is known to have had the definition. `published`: the files that have
-    their final names already. `remove`, `forget`: files, and snapshots or checkpoints, of the VM that it replaces.
+    their final names already. `remove`: files of the VM that it replaces, as the journal has them. `foreign`: the other
+    host that it belongs to. `directories`: where its files may lie.
     """
 
     host: str
@@ -40,19 +43,26 @@ class StagedData:
     committed: bool = False
     published: tuple[str, ...] = ()
     remove: tuple[str, ...] = ()
-    forget: tuple[str, ...] = ()
+    foreign: str = ""
+    directories: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """The operation, as calls of the agent name it."""
+        known = {"directory": self.directory, "name": self.name, "operation": self.operation}
+        return {**known, "directories": list(self.directories)}
 
 
 async def find(host: Host, connection: libvirt.virConnect, more: frozenset[str] = frozenset()) -> list[StagedData]:
     """Everything with our mark in the directories of the host's pools, and in `more`. Raises TransferError."""
     with domains.failing_as(f"asking libvirt on {host.name}", host.name):
         pools = await asyncio.to_thread(domains.pools, connection)
-    paths = {pool.path for pool in pools if pool.path and pool.type in domains.FILE_POOLS} | more
-    answers = await host.call("staged", directories=sorted(paths))
-    return [_data(host.name, answer) for answer in answers]
+    paths = sorted({pool.path for pool in pools if pool.path and pool.type in domains.FILE_POOLS} | more)
+    answers = await host.call("staged", directories=paths)
+    return [_data(host.name, answer, tuple(paths)) for answer in answers]
 
 
-def _data(host: str, answer: Mapping[str, Any]) -> StagedData:
+def _data(host: str, answer: Mapping[str, Any], directories: tuple[str, ...]) -> StagedData:
     if "error" in answer:
         return StagedData(host, answer["directory"], answer["path"], error=answer["error"])
     return StagedData(
@@ -70,7 +80,8 @@ def _data(host: str, answer: Mapping[str, Any]) -> StagedData:
         kind=answer.get("kind", "clone"),
         published=tuple(answer["published"]),
         remove=tuple(answer["remove"]),
-        forget=tuple(answer["forget"]),
+        foreign=answer["foreign"],
+        directories=directories,
     )
 
 
@@ -81,16 +92,19 @@ async def remove(host: Host, connection: libvirt.virConnect, data: StagedData) -
     """
     if data.error:
         raise RefusedError(f"{data.path} on {host.name} was left as it is: {data.error}", subject=data.path)
-    where = {"directory": data.directory, "name": data.name}
+    if data.foreign:
+        return f"left to {data.foreign}, whose operation it is"
     if data.defining:
         with domains.failing_as(f"asking {host.name} for {data.name!r}", data.name):
             committed = await asyncio.to_thread(domains.defined_by, connection, data.name, data.operation)
         if not committed:
             await _check_unused(host, connection, data)
-        await host.call("settle", **where, committed=committed)
+        await host.call("settle", **data.where, committed=committed)
         if committed:
             return await _finish(host, connection, data)
-    left = await host.call("recover", **where)
+    elif data.published:
+        await _check_unused(host, connection, data)
+    left = await host.call("recover", **data.where)
     if left:
         raise TransferError(f"{data.name} on {host.name}: {'; '.join(left)}", subject=data.path)
     return "removed"
@@ -110,32 +124,45 @@ async def end_job(host: Host, connection: libvirt.virConnect, job: live.OurJob) 
     try:
         with domains.failing_as(f"ending the backup job of {job.name} on {host.name}", job.name):
             await asyncio.to_thread(live.end, connection, job.name)
-        await host.call("remove_files", paths=list(job.files))
+        await host.call("remove_scratch", paths=list(job.files))
     finally:
         await host.call("unguard")
 
 
 async def _finish(host: Host, connection: libvirt.virConnect, data: StagedData) -> str:
     """Do what an operation that has committed left to do: its disks are merged, and its journal removed."""
-    where = {"directory": data.directory, "name": data.name, "operation": data.operation, "about": {}}
-    await host.call("stage", **where, finishing=True)
+    await host.call("stage", **data.where, about={}, finishing=True)
+    fenced: Fenced | None = None
     try:
-        await replica.merge(host, connection, data.name)
-        await vms.remove_replaced(host, connection, data.name, data.remove, data.forget)
-        await replica.seal(host, connection, data.name)
+        fenced = await connections.open_fenced(host)
+        with domains.failing_as(f"asking {host.name} for {data.name!r}", data.name):
+            domain = await asyncio.to_thread(domains.find, connection, data.name)
+        pending = ownership.read_pending(domain.xml) if domain is not None else None
+        await replica.merge(host, fenced, data.name)
+        kept: tuple[str, ...] = ()
+        if pending is not None and pending.operation == data.operation:
+            kept = (await vms.remove_replaced(host, fenced, data.name, pending.remove, pending.forget)).kept
+        await replica.seal(host, fenced, data.name)
         await host.call("finish")
     finally:
+        if fenced is not None:
+            await connections.close(fenced.connection)
         with contextlib.suppress(KvmCloneError):  # an agent that cannot be told lets go by itself
             await host.call("release")
-    return "it had committed: its journal was removed, the VM stays"
+    return "; ".join(["it had committed: its journal was removed, the VM stays", *kept])
 
 
 async def _check_unused(host: Host, connection: libvirt.virConnect, data: StagedData) -> None:
-    """A VM that has got another name, or was undefined to be defined again, has its disks still."""
-    unused = await vms.unused(host, connection, data.published)
-    used = sorted(set(data.published) - set(unused))
+    """A VM that has got another name, or was undefined to be defined again, has its disks still.
+
+    Where libvirt may have had the definition, what cannot be established counts as used.
+    """
+    known = await vms.users(host, connection)
+    found = await vms.judge(host, known, data.published, processes=True)
+    doubtful = (uses.USED, uses.UNKNOWN) if data.defining else (uses.USED,)
+    used = [f"{use.path}: {use.why}" for use in found if use.state in doubtful]
     if used:
-        why, remedy = f"a VM uses {', '.join(used)}", f"give that VM the name {data.name} again, or remove it"
+        why, remedy = "; ".join(used), f"give the VM that has it the name {data.name} again, or remove it"
     elif data.committed and data.published:
         why = f"VM {data.name} was complete, and is gone; {', '.join(data.published)} may be all that is left of it"
         remedy = "define it again, or remove the journal and those files by hand"

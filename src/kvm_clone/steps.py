@@ -21,6 +21,7 @@ class SettleStage:
     """Journal on which side of its commit point an earlier attempt ended. Undo: none needed."""
 
     directory: str
+    operation: str
     committed: bool
 
 
@@ -29,14 +30,31 @@ class DiscardStage:
     """Undo an earlier attempt whose journal lies elsewhere. Undo: none needed."""
 
     directory: str
+    operation: str
 
 
 @dataclass(frozen=True)
 class BeginStage:
-    """Take the destination's lock, and begin the journal in `directory` or go on with it. Undo: remove it, let go."""
+    """Take the destination's lock, and begin the journal in `directory` or go on with it. Undo: remove it, let go.
+
+    `discards`: the earlier attempt that is undone first. `marks`: the directories that have files which the operation
+    removes or writes into: the source must not see them as its own.
+    """
 
     directory: str
     resume: bool
+    discards: str = ""
+    marks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TakeLock:
+    """Take the destination's lock, and no journal. Undo: let go."""
+
+
+@dataclass(frozen=True)
+class ReleaseLock:
+    """Let go of the lock. Undo: none needed."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +132,7 @@ class TakeUpCommitted:
     """Take the lock, and go on with an earlier run that has committed. Undo: none needed."""
 
     directory: str
+    operation: str
 
 
 @dataclass(frozen=True)
@@ -162,6 +181,8 @@ Step = (
     | SettleStage
     | DiscardStage
     | BeginStage
+    | TakeLock
+    | ReleaseLock
     | CreateDisk
     | CopyDisks
     | ProveDisks

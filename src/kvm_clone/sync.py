@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from kvm_clone.agent import fingerprint
 from kvm_clone.agent.image import QCOW2
 from kvm_clone.checks import host_findings, source_findings, space_findings
 from kvm_clone.decide import SYNC, Action, Decision, unfinished
@@ -19,6 +20,7 @@ from kvm_clone.definition import FORMATS
 from kvm_clone.domains import SHUT_OFF
 from kvm_clone.facts import Existing, Facts, ImageFacts, Staged, files_in
 from kvm_clone.findings import EXISTS, Finding, block
+from kvm_clone.identity_checks import duplicate_findings, identity_findings
 from kvm_clone.options import Retry, SyncOptions, Verify
 from kvm_clone.placement import PlannedDisk, place, stage_directory
 from kvm_clone.plan import (
@@ -26,6 +28,7 @@ from kvm_clone.plan import (
     Identity,
     Plan,
     before,
+    begin_step,
     content_steps,
     existing_disks,
     finishing_steps,
@@ -34,16 +37,17 @@ from kvm_clone.plan import (
     route_findings,
     route_of,
 )
-from kvm_clone.running import backup_job, chain_of, live_findings
+from kvm_clone.running import backup_job, chain_by_uuid, chain_of, live_findings
 from kvm_clone.steps import (
-    BeginStage,
     CreateDisk,
     DefineDomain,
     MergeDisks,
     PublishDisk,
+    ReleaseLock,
     RemoveReplaced,
     Step,
     StopDomain,
+    TakeLock,
     VerifyExisting,
 )
 from kvm_clone.units import format_bytes
@@ -66,8 +70,12 @@ def make_sync_plan(facts: Facts, options: SyncOptions, identity: Identity, own_o
     if decision.action in DONE_ALREADY:
         disks, findings = existing_disks(facts), []
     found = [*([decision.finding] if decision.finding else [])]
-    if decision.action in (Action.SYNC, Action.RESUME, Action.STOP, Action.STOP_REPLICA):
-        found += [*source_findings(facts.source), *live_findings(facts.source, options, own_operation)]
+    same = [*identity_findings(facts, name)]
+    if same:
+        found = same  # nothing else matters
+    elif decision.action in (Action.SYNC, Action.RESUME, Action.STOP, Action.STOP_REPLICA):
+        found += [*source_findings(facts.source), *duplicate_findings(facts)]
+        found += [*live_findings(facts.source, options, own_operation)]
         found += [*host_findings(facts, name), *space_findings(facts.destination, disks)]
         found += findings if decision.action is not Action.STOP else []
         found += route_findings(facts, options)
@@ -171,7 +179,7 @@ def _disks(
         base = bases.get(image.target)
         reasons = list(_unusable(base)) if base is not None else []
         if base is not None and existing is not None and not base.error and base.path not in existing.removable:
-            reasons.append("is used by another VM too")
+            reasons.append(f"must not be written into: {dict(existing.kept).get(base.path, 'it is gone')}")
         if base is not None and image.virtual_size < base.virtual_size:
             reasons.append(f"is larger ({format_bytes(base.virtual_size)}) than the source's has become")
         if reasons and options.retry is not Retry.FORCE:
@@ -240,19 +248,19 @@ def _since(facts: Facts, name: str) -> tuple[str, str]:
         return "", "the replica's state was not proven"
     if moved := _moved(facts, existing, mark.fingerprint):
         return "", f"{moved} is another file than at the last sync"
-    if not mark.checkpoint.startswith(chain_of(facts, name)):
+    if not mark.checkpoint.startswith((chain_of(facts, name), chain_by_uuid(facts, name))):
         return "", f"the checkpoint {mark.checkpoint} is of another chain"
     if mark.checkpoint not in facts.source.domain.checkpoints:
         return "", f"the source lacks the checkpoint {mark.checkpoint}"
     return mark.checkpoint, ""
 
 
-def _moved(facts: Facts, existing: Existing, fingerprint: str) -> str:
+def _moved(facts: Facts, existing: Existing, source: str) -> str:
     """The first disk of the replica that the source has in another file by now; nothing when there is none.
 
     A bitmap goes with its file: what it says of one disk is nothing that the replica of another one lacks.
     """
-    then = files_in(fingerprint)
+    then = files_in(source)
     ours = {image.target for image in existing.images}
     moved = (image.target for image in facts.source.images if image.target in ours and not _is_same(image, then))
     return next(moved, "")
@@ -260,7 +268,8 @@ def _moved(facts: Facts, existing: Existing, fingerprint: str) -> str:
 
 def _is_same(image: ImageFacts, then: Mapping[str, str]) -> bool:
     """Whether the image is in the same file, by its inode: a device's number is another one after some reboots."""
-    return image.target in then and then[image.target].split(":")[1:2] == image.fingerprint.split(":")[1:2] != []
+    inode = fingerprint.content(image.fingerprint)[:1]
+    return bool(inode) and fingerprint.content(then.get(image.target, ""))[:1] == inode
 
 
 def _steps(plan: Plan, directory: str) -> tuple[Step, ...]:
@@ -268,7 +277,7 @@ def _steps(plan: Plan, directory: str) -> tuple[Step, ...]:
     if decision.action is Action.FINISH:
         return finishing_steps(facts)
     if decision.action is Action.STOP_REPLICA:
-        return (StopDomain(),)
+        return (TakeLock(), StopDomain(), ReleaseLock())
     if decision.action is Action.NOTHING:
         return (VerifyExisting(plan.disks),) if plan.options.verify is Verify.FULL else ()
     existing = facts.destination.existing
@@ -276,7 +285,7 @@ def _steps(plan: Plan, directory: str) -> tuple[Step, ...]:
     kept = {disk.below.path for disk in plan.disks if disk.below is not None}
     removed = tuple(path for path in existing.removable if path not in kept)
     steps = before(facts.destination.staged, decision, directory)
-    steps.append(BeginStage(directory, decision.action is Action.RESUME))
+    steps.append(begin_step(plan, directory))
     steps += map(CreateDisk, plan.disks)
     steps += content_steps(plan)
     steps += map(PublishDisk, plan.disks)

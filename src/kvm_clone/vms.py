@@ -1,13 +1,19 @@
-"""A VM that is there already: what it consists of, and its removal."""
+"""A VM that is there already: what it consists of, which of its files are its alone, and its removal."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import posixpath
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import libvirt
 
-from kvm_clone import definition, domains, ownership
+from kvm_clone import definition, domains, inventory, ownership
+from kvm_clone.agent import uses
+from kvm_clone.claims import Claim
+from kvm_clone.domains import Fenced
 from kvm_clone.errors import RefusedError, TransferError
 from kvm_clone.facts import Existing
 from kvm_clone.host import Host
@@ -16,66 +22,135 @@ from kvm_clone.tasks import together
 log = logging.getLogger(__name__)
 
 
-async def existing(host: Host, connection: libvirt.virConnect, name: str) -> Existing | None:
-    """The VM of that name, and which of its files nobody else uses."""
+@dataclass(frozen=True)
+class Use:
+    """What is known of a file's use; see agent.uses. `identity`: which file was looked at. `why`: why it may not go."""
+
+    path: str
+    state: str
+    why: str
+    identity: str
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it is known that nobody uses it."""
+        return self.state == uses.FREE
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What was removed, in words or by its path, and what was left, each with the reason."""
+
+    removed: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Users:
+    """Everything by which it is told who uses a file of a host.
+
+    `claims`: what its VMs name. `directories`: where images lie that no VM has, but that rest on others. `elsewhere`:
+    fingerprints of files that are used on another host, which may see the same filesystem.
+    """
+
+    claims: tuple[Claim, ...]
+    directories: tuple[str, ...]
+    elsewhere: tuple[str, ...] = ()
+
+
+async def users(host: Host, connection: libvirt.virConnect, elsewhere: Iterable[str] = ()) -> Users:
+    """Ask libvirt on the host what its VMs use. Raises TransferError."""
+    with domains.failing_as(f"asking libvirt on {host.name} what its VMs use", host.name):
+        claims, pools = await together(
+            asyncio.to_thread(inventory.claims, connection), asyncio.to_thread(domains.pools, connection)
+        )
+    directories = (pool.path for pool in pools if pool.active and pool.path and pool.type in domains.FILE_POOLS)
+    return Users(tuple(claims), tuple(directories), tuple(elsewhere))
+
+
+async def existing(host: Host, connection: libvirt.virConnect, name: str, known: Users) -> Existing | None:
+    """The VM of that name, and which of its files nobody else uses, as far as that can be established."""
     with domains.failing_as(f"asking {host.name} for {name!r}", host.name):
         domain = await asyncio.to_thread(domains.find, connection, name)
         if domain is None:
             return None
     xml = definition.read_domain(domain.xml)
     mark = ownership.read_provenance(domain.xml)
-    own = [disk.path for disk in xml.own_disks if disk.type == "file" and disk.path]
-    there = await together(*(host.call("exists", path=path) for path in own))
+    own = tuple(disk.path for disk in xml.own_disks if disk.type == "file" and disk.path)
+    found, prints = await together(judge(host, known, own, but=domain.uuid), host.call("fingerprints", paths=list(own)))
     return Existing(
         domain,
         xml,
         mark if mark is not None and mark.uuid == domain.uuid else None,
-        whole=all(there),
-        removable=await unused(host, connection, tuple(own), domain.uuid),
+        whole=all(prints),
+        removable=tuple(use.path for use in found if use.is_free),
         seal=ownership.read_seal(domain.xml),
+        kept=tuple((use.path, use.why) for use in found if use.state not in (uses.FREE, uses.ABSENT)),
+        files={path: text for path, text in zip(own, prints, strict=True) if text},
     )
 
 
-async def unused(host: Host, connection: libvirt.virConnect, paths: tuple[str, ...], uuid: str = "") -> tuple[str, ...]:
-    """Those of the paths that are files, and that no VM but `uuid` uses: as a disk, a medium, or what one rests on."""
-    with domains.failing_as(f"asking libvirt on {host.name}", host.name):
-        others = await asyncio.to_thread(domains.paths_of_others, connection, uuid)
-    used = set(await host.call("backing_files", paths=sorted(others)))
-    answers = await together(*(host.call("disk", path=path, image_format="raw") for path in paths))
-    found = {path: answer for path, answer in zip(paths, answers, strict=True) if answer.get("regular")}
-    return tuple(path for path, answer in found.items() if answer["real"] not in used)
+async def judge(host: Host, known: Users, paths: Sequence[str], but: str = "", *, processes: bool = False) -> list[Use]:
+    """Who uses these files of the host, but the VM of the UUID `but`.
+
+    `processes`: they are about to be removed, or written into, so that open files and locks count too.
+    """
+    if not paths:
+        return []
+    answers = await host.call(
+        "uses",
+        candidates=list(paths),
+        claims=[claim.as_list() for claim in known.claims if not but or claim.by.uuid != but],
+        directories=sorted({*known.directories, *map(posixpath.dirname, paths)}),
+        elsewhere=list(known.elsewhere),
+        processes=processes,
+    )
+    return [Use(one["path"], one["state"], one["why"], one["identity"]) for one in answers]
 
 
-async def remove_files(host: Host, paths: tuple[str, ...]) -> list[str]:
-    """Remove files that a VM had for itself; those that were there. Raises TransferError for what cannot be removed."""
-    answers = await host.call("remove_files", paths=list(paths))
+async def _remove_files(
+    host: Host, connection: libvirt.virConnect, paths: Sequence[str], elsewhere: Sequence[str]
+) -> Removal:
+    """Remove those of the files that nobody uses now. Raises TransferError for what cannot be removed.
+
+    Others may have come to use them since they were looked at first.
+    """
+    found = await judge(host, await users(host, connection, elsewhere), paths, processes=True)
+    free = [{"path": use.path, "identity": use.identity} for use in found if use.is_free]
+    answers = await host.call("remove", files=free) if free else []
     removed = [one["path"] for one in answers if one["result"] == "removed"]
     for path in removed:
         log.info("removed %s on %s", path, host.name)
     failed = [f"{one['path']}: {one['error']}" for one in answers if one["result"] == "error"]
     if failed:
         raise TransferError(f"cannot remove {'; '.join(failed)}", subject=host.name)
-    return removed
+    kept = tuple(f"{use.path} was left: {use.why}" for use in found if use.state not in (uses.FREE, uses.ABSENT))
+    return Removal(tuple(removed), kept)
 
 
 async def remove_replaced(
-    host: Host, connection: libvirt.virConnect, name: str, paths: tuple[str, ...], forget: tuple[str, ...]
-) -> list[str]:
-    """Remove what only a VM that was replaced had: these files, snapshots and checkpoints; what was removed.
-
-    Raises TransferError.
-    """
+    host: Host,
+    fenced: Fenced,
+    name: str,
+    paths: Sequence[str],
+    forget: Sequence[str],
+    elsewhere: Sequence[str] = (),
+) -> Removal:
+    """Remove what only a VM that was replaced had: these files, snapshots and checkpoints. Raises TransferError."""
     with domains.failing_as(f"tidying up after the old {name} on {host.name}", name):
-        removed = await asyncio.to_thread(domains.forget_state, connection, name, forget, paths)
-    # Others may have come to use them since the plan, or since the run that is being finished.
-    return removed + await remove_files(host, await unused(host, connection, paths))
+        forgotten = await asyncio.to_thread(domains.forget_state, fenced, name, tuple(forget), tuple(paths))
+    done = await _remove_files(host, fenced.connection, paths, elsewhere)
+    return Removal((*forgotten, *done.removed), done.kept)
 
 
-async def cleanup(host: Host, connection: libvirt.virConnect, name: str, *, stop: bool) -> list[str]:
-    """See api.Client.cleanup_vm."""
-    found = await existing(host, connection, name)
+async def cleanup(host: Host, fenced: Fenced, name: str, *, stop: bool, elsewhere: Sequence[str] = ()) -> Removal:
+    """Remove the VM with everything libvirt keeps about it, and its own disks. The operation's lock is held.
+
+    Raises RefusedError when it runs and `stop` is not given, TransferError.
+    """
+    found = await existing(host, fenced.connection, name, await users(host, fenced.connection, elsewhere))
     if found is None:
-        return []
+        return Removal()
     removed = []
     with domains.failing_as(f"removing {name!r} from {host.name}", name):
         if found.domain.state != domains.SHUT_OFF and not stop:
@@ -84,11 +159,13 @@ async def cleanup(host: Host, connection: libvirt.virConnect, name: str, *, stop
                 subject=name,
                 remedy="shut it down, or pass stop=True",
             )
-        if await asyncio.to_thread(domains.stop, connection, name):
+        if await asyncio.to_thread(domains.stop, fenced, name):
             removed.append(f"running state of {name}")
         if found.domain.persistent:
-            await asyncio.to_thread(domains.undefine, connection, name)
+            await asyncio.to_thread(domains.undefine, fenced, name)
             removed.append(f"definition of {name}")
     for thing in removed:
         log.info("removed the %s on %s", thing, host.name)
-    return removed + await remove_files(host, found.removable)
+    done = await _remove_files(host, fenced.connection, found.removable, elsewhere)
+    kept = tuple(f"{path} was left: {why}" for path, why in found.kept)
+    return Removal((*removed, *done.removed), (*kept, *done.kept))

@@ -20,9 +20,10 @@ from kvm_clone.facts import (
     Staged,
     StagedDisk,
 )
+from kvm_clone.identity import HostIdentity
 from kvm_clone.live import Live
 from kvm_clone.options import CloneOptions, SyncOptions
-from kvm_clone.ownership import Provenance, Seal, definition_digest
+from kvm_clone.ownership import Pending, Provenance, Seal, definition_digest, pending_markup
 from kvm_clone.plan import Identity, Plan, make_plan
 from kvm_clone.sync import make_sync_plan
 
@@ -51,6 +52,8 @@ def domain_xml(devices: str, os: str = "", cpu: str = "") -> str:
 
 
 ONE_DISK = disk_xml(f"{IMAGES}/web.qcow2")
+SOURCE_HOST = HostIdentity("boot a", "1:2:3", "machine a", "uuid a")
+OTHER_HOST = HostIdentity("boot b", "1:2:3", "machine b", "uuid b")
 DIRECT = RouteFacts(True, "kc-a can connect to kc-b")
 NOTHING_ASKED = CloneOptions()
 
@@ -87,7 +90,7 @@ class Case:
     def facts(self) -> Facts:
         xml = domain_xml(self.devices, self.os, self.cpu).replace("NAME", self.name)
         read = read_domain(xml)
-        tools = HostFacts("kc-a", "kc-a.example.org", "3.11.2", "7.2.22", "7.2.22")
+        tools = HostFacts("kc-a", "kc-a.example.org", "3.11.2", "7.2.22", "7.2.22", identity=SOURCE_HOST)
         domain = replace(Domain(self.name, UUID, "shut off", True, xml), **self.domain)
         paths = {disk.path for disk in (*read.media, *read.referenced_disks) if disk.path}
         paths |= {file.path for file in read.os_files}
@@ -100,7 +103,10 @@ class Case:
                 **self.source,
             ),
             DestinationFacts(
-                replace(tools, name="kc-b", hostname="kc-b.example.org", **self.destination_host),
+                replace(
+                    tools,
+                    **{"name": "kc-b", "hostname": "kc-b.example.org", "identity": OTHER_HOST, **self.destination_host},
+                ),
                 self.domains,
                 self.pools,
                 {directory.path: directory for directory in self.directories},
@@ -156,10 +162,20 @@ def existing(
     whole: bool = True,
     persistent: bool = True,
     removable: tuple[str, ...] = (f"{IMAGES}/old.qcow2",),
+    touched: bool = False,
+    kept: tuple[tuple[str, str], ...] = (),
+    pending: Pending | None = None,
 ) -> Existing:
-    """A VM that the destination has; by default not ours, and shut off."""
+    """A VM that the destination has; by default not ours, and shut off. `touched`: its disk since it was sealed."""
     xml = domain_xml(disk_xml(f"{IMAGES}/old.qcow2")).replace("NAME", name).replace(UUID, uuid)
-    return Existing(Domain(name, uuid, state, persistent, xml), read_domain(xml), mark, whole, removable)
+    if pending is not None:
+        xml = xml.replace("<os>", f"<metadata>{pending_markup(pending)}</metadata><os>")
+    domain, files = (
+        Domain(name, uuid, state, persistent, xml),
+        {f"{IMAGES}/old.qcow2": "1:2:3:4:6" if touched else "1:2:3:4:5"},
+    )
+    seal = Seal(definition_digest(xml), {"vda": "1:2:3:4:5"}) if mark is not None else None
+    return Existing(domain, read_domain(xml), mark, whole, removable, seal, kept=kept, files=files)
 
 
 def mark_of(facts: Facts, operation: str = "earlier", **changes: Any) -> Provenance:
@@ -202,6 +218,7 @@ def replica(
         tuple(image.path for image in found) if removable is None else removable,
         seal if sealed else None,
         found,
+        files={image.path: image.fingerprint for image in found},
     )
 
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import ast
 import hashlib
 import io
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -34,23 +36,45 @@ def test_the_same_files_make_the_same_bytes() -> None:
 
 def test_the_preamble_and_the_identity_name_the_package() -> None:
     digest = hashlib.sha256(payload.package()).hexdigest()
-    assert payload.preamble() == f"{len(payload.package()):08x}{digest}"
-    assert len(payload.preamble()) == 72
+    assert payload.preamble() == f"{payload.loader()}{len(payload.package()):08x}{digest}"
     assert payload.identity() == f"{__version__} {digest[:16]}"
-
-
-def test_the_loader_is_one_line() -> None:
-    assert "\n" not in payload.loader()
-    assert repr(__version__) in ast.literal_eval(payload.loader().removeprefix("exec(").removesuffix(")"))
+    assert repr(__version__) in payload.loader()
 
 
 @pytest.mark.parametrize("python", ["python3", "/opt/my python/bin/python3", "py'thon"])
 def test_the_remote_command_survives_a_shell(python: str) -> None:
-    assert shlex.split(payload.remote_command(python)) == ["exec", python, "-I", "-c", payload.loader()]
+    words = shlex.split(payload.remote_command(python))
+    assert words[:-2] == ["exec", python, "-I", "-X", "utf8", "-c"]
+    assert words[-1] == payload.NAME
+    ast.parse(words[-2], feature_version=(3, 4))
+
+
+SHELLS = ("sh", "bash", "dash", "zsh", "tcsh", "fish", "busybox ash")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_every_login_shell_runs_the_loader(shell: str) -> None:
+    """The shell gets the command as sshd gives it; the loader then reads exactly itself from its input."""
+    program, *applet = shell.split()
+    if shutil.which(program) is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{program} is not installed")
+        pytest.skip(f"{program} is not installed")
+    ended = subprocess.run(
+        [program, *applet, "-c", payload.remote_command(sys.executable)],
+        input=payload.preamble().encode()[:-1] + b"x" + payload.package(),
+        capture_output=True,
+    )
+    assert (ended.returncode, ended.stderr) == (1, b"kvm-clone: the agent arrived damaged\n")
+
+
+def test_the_remote_command_holds_nothing_that_a_shell_expands() -> None:
+    inside = payload.remote_command().partition("'")[2].rpartition("'")[0]
+    assert not set(inside) & set("'!$`\\\n")
 
 
 def test_the_loader_can_be_read_by_pythons_that_it_refuses() -> None:
-    program = ast.literal_eval(payload.loader().removeprefix("exec(").removesuffix(")"))
+    program = payload.loader()
     ast.parse(program, feature_version=(3, 4))
     refusal = program.replace("(3, 9)", "(99, 0)")
     ended = subprocess.run([sys.executable, "-I", "-c", refusal], input=b"", capture_output=True)

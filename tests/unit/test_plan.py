@@ -39,6 +39,7 @@ from kvm_clone.errors import DomainExistsError, ExitCode, RefusedError
 from kvm_clone.facts import Directory, RouteFacts
 from kvm_clone.findings import Finding, Severity
 from kvm_clone.options import Quiesce, Retry, Route, Verify
+from kvm_clone.ownership import Pending
 from kvm_clone.plan import Plan, make_plan
 from kvm_clone.running import chain_of
 from kvm_clone.steps import Step
@@ -180,12 +181,16 @@ APPEARS: dict[str, tuple[str, str, Case]] = {
     "a name that is no text": ("name", "a\udcff", Case(options=options(new_name="a\udcff"))),
     # what the retry flags make of the destination
     "nothing to resume": ("nothing-to-resume", "web", Case(options=options(retry=Retry.RESUME))),
+    "an attempt of another host on a shared filesystem": (
+        "foreign-attempt",
+        "web",
+        Case(staged=replace(staged(), foreign="kc-c"), options=options(retry=Retry.FORCE)),
+    ),
     "an attempt whose files a VM uses": (
         "attempt-in-use",
         "web",
         Case(
-            staged=replace(staged(), published=(f"{IMAGES}/kept.qcow2",)),
-            paths_in_use=frozenset({f"{IMAGES}/kept.qcow2"}),
+            staged=replace(staged(), published=(f"{IMAGES}/kept.qcow2",), in_use=(f"{IMAGES}/kept.qcow2",)),
             options=options(retry=Retry.RESUME),
         ),
     ),
@@ -731,7 +736,7 @@ def test_replacing_removes_the_old_disks_after_the_commit_and_no_others() -> Non
         steps.EndStage((IMAGES,)),
     )
     taken = steps_of(Retry.CLEANUP_EXISTING, existing_vm=True)
-    assert taken[:2] == (steps.BeginStage(IMAGES, resume=False), steps.RemoveExisting(OLD))
+    assert taken[:2] == (steps.BeginStage(IMAGES, resume=False, marks=(IMAGES,)), steps.RemoveExisting(OLD))
     assert taken[-3] == steps.DefineDomain((), ())
 
 
@@ -768,19 +773,26 @@ def test_a_new_disk_of_the_source_joins_an_attempt() -> None:
 
 @pytest.mark.parametrize("retry", Retry)
 def test_a_commit_that_was_reached_is_only_finished(retry: Retry) -> None:
-    made = existing(mark=mark_of(Case().facts()))
-    attempt = staged(defining=True, remove=("/old",), forget=("monday",))
+    made = existing(mark=mark_of(Case().facts()), pending=Pending("earlier", ("/old",), ("monday",)))
+    attempt = staged(defining=True, remove=("/forged",), forget=("forged",))
     plan = Case(existing=made, staged=attempt, options=options(retry=retry)).plan()
     assert plan.refusal() is None
     assert plan.uuid == made.domain.uuid
     assert plan.steps == (
-        steps.SettleStage(IMAGES, committed=True),
-        steps.TakeUpCommitted(IMAGES),
+        steps.SettleStage(IMAGES, "earlier", committed=True),
+        steps.TakeUpCommitted(IMAGES, "earlier"),
         steps.MergeDisks(),
         steps.RemoveReplaced(("/old",), ("monday",)),
         steps.SealReplica(),
         steps.EndStage(()),
     )
+
+
+@pytest.mark.parametrize("pending", [None, Pending("another", ("/old",), ("monday",))])
+def test_only_what_the_definition_says_is_removed_when_finishing(pending: Pending | None) -> None:
+    made = existing(mark=mark_of(Case().facts()), pending=pending)
+    plan = Case(existing=made, staged=staged(defining=True, remove=("/old",), forget=("monday",))).plan()
+    assert steps.RemoveReplaced((), ()) in plan.steps
 
 
 @pytest.mark.parametrize("verify", [True, False])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import GIB, IDENTITY, IMAGES, ONE_DISK, UUID, Case, disk_xml, running
+from cases import GIB, IDENTITY, IMAGES, ONE_DISK, SOURCE_HOST, UUID, Case, disk_xml, running
 
 from kvm_clone import live
 from kvm_clone import running as running_source
@@ -220,7 +220,7 @@ def test_the_names_of_checkpoints() -> None:
     """A chain for each replica: on another host, or of another name, another state is known."""
     given = facts()
     there = given.destination
-    other = replace(given, destination=replace(there, abilities=replace(there.abilities, uuid="another host")))
+    other = replace(given, destination=replace(there, host=replace(there.host, identity=SOURCE_HOST)))
     chains = [chain_of(given, "web"), chain_of(given, "copy"), chain_of(other, "web")]
     assert len(set(chains)) == 3
     assert chain_of(given, "web") == chain_of(facts(TWO), "web")

@@ -15,7 +15,7 @@ import threading
 import time
 from typing import Any, Dict, List, NoReturn, Optional
 
-from . import peer, process, server, stage, transfer
+from . import names, peer, process, server, transfer
 from .errors import INTERRUPTED, PROTOCOL, AgentError, from_exception
 from .lock import holder_of
 from .stream import enlarge_pipe
@@ -134,7 +134,7 @@ def _receive(request: Dict[str, Any], out: int) -> None:
     """Write what comes; every answer is a frame: {"written": […]}, and at the end {"done": true} or {"error": …}."""
     jobs = _jobs(request)
     if request.get("vm"):
-        threading.Thread(target=_exit_with_operation, args=(stage.lock_path(request["vm"]),), daemon=True).start()
+        threading.Thread(target=_exit_with_operation, args=(names.lock_path(request["vm"]),), daemon=True).start()
     try:
         transfer.Receiver(
             0,

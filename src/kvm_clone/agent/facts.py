@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
-import json
 import os
 import platform
 import pwd
@@ -13,16 +13,16 @@ import stat
 import time
 from typing import Any, Callable, Dict, List, Optional
 
-from . import image, nbd, qemu, reflink
+from . import fingerprint, header, image, journal, names, nbd, qemu, reflink
 from .digest import BLOCK
 from .disk import DATA, joined, thinned
 from .errors import AgentError
-from .process import run
 
 
 def host() -> Dict[str, Any]:
     """The host's name, Python and QEMU tools; a missing tool has the version None."""
     return {
+        "identity": identity(),
         "hostname": platform.node(),
         "machine": platform.machine(),
         "python": platform.python_version(),
@@ -33,10 +33,63 @@ def host() -> Dict[str, Any]:
     }
 
 
+LIBVIRT_SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock")
+"""The monolithic daemon's (or its proxy's), then the modular one's, which serves storage calls too."""
+
+
+def identity() -> Dict[str, str]:
+    """By which two hosts are told apart, or known as one.
+
+    `boot`: of the running kernel, drawn by it at its start. `libvirt`: the file of libvirt's socket, by device, inode
+    and ctime: hosts that share a kernel (containers) have one each. `machine`: /etc/machine-id. Empty where unknown.
+    """
+    found = {"boot": _line("/proc/sys/kernel/random/boot_id"), "machine": journal.this_host().machine, "libvirt": ""}
+    for path in LIBVIRT_SOCKETS:
+        with contextlib.suppress(OSError):
+            about = os.stat(path)
+            found["libvirt"] = f"{about.st_dev}:{about.st_ino}:{about.st_ctime_ns}"
+            break
+    return found
+
+
+def _line(path: str) -> str:
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read(256).strip()
+    except OSError:
+        return ""
+
+
+def fingerprints(paths: List[str]) -> List[Optional[str]]:
+    """The fingerprint of each file, None of one that is not there or cannot be looked at."""
+    found: List[Optional[str]] = []
+    for path in paths:
+        try:
+            found.append(fingerprint.of(path))
+        except OSError:
+            found.append(None)
+    return found
+
+
+def marks(operation: str, directories: List[str]) -> List[Optional[str]]:
+    """For each directory the one that an agent of the operation has marked, if they are the same (names.mark_path)."""
+    found: List[Optional[str]] = []
+    for directory in directories:
+        try:
+            path = names.mark_path(operation, directory)
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            found.append(None)
+            continue
+        with open(fd, encoding="utf-8", errors="surrogateescape") as file:
+            found.append(file.read(4096) if stat.S_ISREG(os.fstat(fd).st_mode) else None)
+    return found
+
+
 def _version(program: str) -> Optional[str]:
     if shutil.which(program) is None:
         return None
-    found = re.search(r"\d+(\.\d+)+", run([program, "--version"]))
+    found = re.search(r"\d+(\.\d+)+", qemu.version(program))
     return found.group(0) if found else "unknown"
 
 
@@ -55,23 +108,26 @@ def disk(path: str, image_format: str, live: bool = False) -> Dict[str, Any]:
             "user": _name(pwd.getpwuid, about.st_uid),
             "group": _name(grp.getgrgid, about.st_gid),
             "allocated": about.st_blocks * 512,
-            "fingerprint": fingerprint(path),
+            "fingerprint": fingerprint.of_stat(about),
             "virtual_size": about.st_size,
         }
         if answer["regular"] and image_format == image.QCOW2:
-            answer["image"] = qemu.info(path, image_format, live=live)
-            answer["virtual_size"] = answer["image"]["virtual-size"]
-        known = answer["regular"] and not live and _alone(answer.get("image", {}))
+            answer.update(_image(path, live))
+        known = answer["regular"] and not live and not {"backing", "data_file", "encrypted"} & answer.keys()
         answer["data"] = data_in(path, image_format) if known else answer["allocated"] if live else 0
     except (OSError, AgentError) as error:
         return {"path": path, "error": getattr(error, "strerror", None) or str(error)}
     return answer
 
 
-def _alone(image_info: Dict[str, Any]) -> bool:
-    """Whether the image can be mapped by itself; the plan refuses others by name, so that nobody needs their map."""
-    specific = image_info.get("format-specific", {}).get("data", {})
-    return not (image_info.get("backing-filename") or image_info.get("encrypted") or specific.get("data-file"))
+def _image(path: str, live: bool) -> Dict[str, Any]:
+    """What a qcow2 image says of itself; the plan refuses one that is not alone by name, and nobody opens it."""
+    about = header.read(path)
+    if about.data_file or about.encrypted:
+        refused: Dict[str, Any] = {"data_file": about.data_name or "another file"} if about.data_file else {}
+        return {**refused, **({"encrypted": True} if about.encrypted else {})}
+    info = qemu.info(path, image.QCOW2, live=live)
+    return {"image": info, "virtual_size": info["virtual-size"], **({"backing": about.base} if about.base else {})}
 
 
 def data_in(path: str, image_format: str, ranges: Optional[List[List[int]]] = None, own: bool = False) -> int:
@@ -121,25 +177,6 @@ def _name(look_up: Callable[[int], Any], number: int) -> str:
         return str(look_up(number)[0])
     except KeyError:
         return str(number)
-
-
-def fingerprint(path: str) -> str:
-    """Changes whenever the file may have changed: device, inode, size in bytes, mtime and ctime in nanoseconds."""
-    about = os.stat(path)
-    return f"{about.st_dev}:{about.st_ino}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
-
-
-def backing_files(paths: List[str]) -> List[str]:
-    """Every file that these images rest on, themselves included. What cannot be read rests on nothing we know."""
-    found = set()
-    for path in paths:
-        found.add(os.path.realpath(path))
-        try:
-            argv = ["qemu-img", "info", "--force-share", "--backing-chain", "--output=json", "--", path]
-            found.update(os.path.realpath(one["filename"]) for one in json.loads(run(argv)))
-        except AgentError:
-            continue
-    return sorted(found)
 
 
 _NO_DIRECTORY = {

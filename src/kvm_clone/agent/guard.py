@@ -14,8 +14,8 @@ from typing import Optional
 
 from .errors import AgentError
 from .lock import OperationLock, holder_of
+from .names import source_lock_path
 from .process import run
-from .stage import key_of, lock_directory
 
 _VIRSH = ("timeout", "20", "virsh", "-q", "-c", "qemu:///system")
 """A guest agent that hangs must not keep this process."""
@@ -23,13 +23,9 @@ _VIRSH = ("timeout", "20", "virsh", "-q", "-c", "qemu:///system")
 _THAWS = 5
 
 
-def _lock_path(domain: str) -> str:
-    return os.path.join(lock_directory(), f"kvm-clone-source-{key_of(domain)}.lock")
-
-
 def reader(domain: str) -> str:
     """Which operation of ours copies the domain (by its UUID) by a backup job, nothing when none does."""
-    return holder_of(_lock_path(domain))
+    return holder_of(source_lock_path(domain))
 
 
 class Guard:
@@ -47,7 +43,7 @@ class Guard:
         The answer: whether a guest could be thawed from here, which needs virsh. Raises AgentError (locked) while
         another operation of ours has a job.
         """
-        self._lock = OperationLock(_lock_path(domain), {"operation": operation, "pid": os.getpid()})
+        self._lock = OperationLock(source_lock_path(domain), {"operation": operation, "pid": os.getpid()})
         self._domain, self._socket = domain, socket
         return shutil.which("virsh") is not None
 

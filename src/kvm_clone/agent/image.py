@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Dict, Iterator, Optional
 
-from . import nbd, qemu
+from . import chain, nbd, qemu
 from .disk import Disk, Extent, Ranges, bounded, intersect, open_flags
 from .errors import UNSUPPORTED, AgentError
 from .file import FileDisk
@@ -13,7 +13,7 @@ from .nbd import NbdDisk
 from .stream import Incoming
 from .wire import CHUNK
 
-RAW, QCOW2 = "raw", "qcow2"
+RAW, QCOW2 = chain.RAW, chain.QCOW2
 NBD = "nbd"
 """What a running VM's backup job offers: the path is an NBD URI then."""
 
@@ -27,12 +27,10 @@ class MappedDisk(Disk):
 
     def __init__(self, path: str, format_: str) -> None:
         self._path = path
-        self._format = format_
         self._nbd: Optional[NbdDisk] = None
-        layers = qemu.chain(path, format_)
-        about = layers[0]
+        self._layers = chain.linear(path, format_)
+        about = qemu.info(path, format_)
         self._files: Dict[int, FileDisk] = {}
-        self._paths = [path, *(layer["filename"] for layer in layers[1:])]
         self.size = int(about["virtual-size"])
         # A compressed cluster has to be written by one request, and a request carries a chunk at most; QEMU's compress
         # filter wants a whole last cluster too.
@@ -44,7 +42,7 @@ class MappedDisk(Disk):
         start, stop = bounded(self, start, end)
         if start == stop:
             return
-        for extent in qemu.map_extents(self._path, self._format, start, stop):
+        for extent in qemu.map_extents(self._layers, start, stop):
             if extent.end > start and extent.offset < stop:
                 compressed = extent.compressed and self._keeps_compression
                 yield extent.cut(start, stop)._replace(compressed=compressed)
@@ -55,13 +53,13 @@ class MappedDisk(Disk):
 
     def _file(self, layer: int) -> FileDisk:
         if layer not in self._files:
-            self._files[layer] = FileDisk(self._paths[layer])
+            self._files[layer] = FileDisk(self._layers[layer].path)
         return self._files[layer]
 
     def readinto(self, offset: int, view: memoryview) -> None:
         """See Disk."""
         if self._nbd is None:
-            self._nbd = qemu.open_nbd(self._path, self._format, writable=False)
+            self._nbd = qemu.open_nbd(self._layers, writable=False)
         self._nbd.readinto(offset, view)
 
     def read_extent(self, extent: Extent, view: memoryview) -> None:
@@ -107,9 +105,9 @@ class StagedImage(Disk):
     """
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        self._layers = chain.linear(path, QCOW2)
         self._compress = False
-        self._nbd = qemu.open_nbd(path, QCOW2, writable=True)
+        self._nbd = qemu.open_nbd(self._layers, writable=True)
         self.size = self._nbd.size
 
     def compress(self, wanted: bool) -> None:
@@ -117,7 +115,7 @@ class StagedImage(Disk):
         if wanted != self._compress:
             self.flush()
             self._nbd.close()
-            self._nbd = qemu.open_nbd(self._path, QCOW2, writable=True, compress=wanted)
+            self._nbd = qemu.open_nbd(self._layers, writable=True, compress=wanted)
             self._compress = wanted
 
     def extents(self, start: int = 0, end: Optional[int] = None) -> Iterator[Extent]:

@@ -11,12 +11,13 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import struct
 import time
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 from .disk import open_flags
-from .errors import IN_USE, LOCKED, AgentError
+from .errors import IN_USE, LOCKED, UNSUPPORTED, AgentError
 
 _USES, _DOES_NOT_SHARE = 100, 200
 _CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3  # numbers of bits in QEMU's BlockPermission
@@ -44,6 +45,12 @@ class ImageLock:
             self.release()
             raise
 
+    @property
+    def file_id(self) -> Tuple[int, int]:
+        """Device and inode of the image."""
+        about = os.fstat(self._fd)
+        return about.st_dev, about.st_ino
+
     def _control(self, command: int, kind: int, byte: int) -> int:
         """The lock's type that the kernel answers."""
         try:
@@ -62,17 +69,30 @@ class ImageLock:
             self._fd = -1
 
 
+def is_locked_by_qemu(path: str) -> bool:
+    """Whether any process but this one holds one of QEMU's locks on the file. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _USES, _DOES_NOT_SHARE, 0))
+        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+    finally:
+        os.close(fd)
+
+
 class OperationLock:
     """An flock on a file that names its holder. The kernel lets go of it when the holder dies, however it dies."""
 
     def __init__(self, path: str, holder: Dict[str, Any]) -> None:
-        """Raises AgentError (locked) that names the holder when another process holds it."""
+        """Raises AgentError: locked, with the holder's name, when another process holds it, unsupported for no file."""
         self.path = path
         self._fd = self._acquire(holder)
 
     def _acquire(self, holder: Dict[str, Any]) -> int:
         while True:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                os.close(fd)
+                raise AgentError(UNSUPPORTED, f"{self.path} is no regular file, and no lock of ours: remove it")
             if not _locked_soon(fd):
                 text = _describe(os.pread(fd, 4096, 0))
                 os.close(fd)
@@ -83,10 +103,16 @@ class OperationLock:
                 return fd
             os.close(fd)  # its last holder removed the file between our open and our lock
 
+    @property
+    def is_held(self) -> bool:
+        """Whether we have the lock still: it is gone with its file, in whose place another one may be locked."""
+        return self._fd >= 0 and _same_file(self._fd, self.path)
+
     def release(self) -> None:
         """Remove the file and let go. The order matters: whoever locks a removed file notices and tries again."""
         if self._fd >= 0:
-            os.unlink(self.path)
+            if self.is_held:  # else the file there is another one's
+                os.unlink(self.path)
             os.close(self._fd)
             self._fd = -1
 
@@ -132,7 +158,7 @@ def holder_of(path: str) -> str:
 def _blocks(path: str, kind: int) -> Optional[str]:
     """What is known of whoever keeps us from an flock of that kind; it is let go of at once if nobody does."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
     try:
@@ -146,7 +172,7 @@ def _blocks(path: str, kind: int) -> Optional[str]:
 
 def _same_file(fd: int, path: str) -> bool:
     try:
-        there = os.stat(path)
+        there = os.lstat(path)
     except FileNotFoundError:
         return False
     mine = os.fstat(fd)
@@ -157,7 +183,7 @@ def _describe(content: bytes) -> str:
     holder: Optional[Dict[str, Any]] = None
     try:
         holder = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "its holder has just begun"
     if not isinstance(holder, dict):
         return "its holder is unknown"

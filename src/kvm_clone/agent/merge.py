@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import time
+from threading import Event
 from typing import Any, Dict, List, NamedTuple
 
-from . import image, journal, qemu
-from .errors import IN_USE, AgentError
-from .facts import fingerprint
+from . import chain, fingerprint, header, image, qemu, records
+from .errors import IN_USE, INTERRUPTED, AgentError
 from .lock import ImageLock
 
 _TRIES = 3
@@ -23,7 +23,7 @@ _PATIENCE_SECONDS, _LOOK_SECONDS = 10.0, 0.2
 """How long a merge waits for an image that is locked, and how often it tries: others look at it for a moment."""
 
 
-_LOCKED = ("lock", "another process")
+_LOCKED = ('" lock', "Is another process using")
 """In the last line that qemu-img prints of an image that others have open."""
 
 
@@ -36,21 +36,21 @@ class Overlay(NamedTuple):
     base_format: str
 
 
-def overlays(records: List[journal.Record]) -> List[Overlay]:
+def overlays(entries: List[records.Record]) -> List[Overlay]:
     """The overlays that the journal's last `define` names and that are still there."""
-    define = _last(records, journal.DEFINE)
+    define = _last(entries, records.DEFINE)
     named = [Overlay(**one) for one in define.get("merge", [])]
     return [one for one in named if os.path.lexists(one.path)]
 
 
-def merge(overlay: Overlay) -> List[ImageLock]:
+def merge(overlay: Overlay, ending: Event) -> List[ImageLock]:
     """Write the overlay's content into its base, durably; the locks say that nobody has changed either since.
 
-    Raises AgentError: in-use when a VM runs on it.
+    Raises AgentError: in-use when a VM runs on it, interrupted once `ending` is set.
     """
     for _ in range(_TRIES):
-        before = fingerprint(overlay.path)
-        _write_down(overlay)
+        before = fingerprint.of(overlay.path)
+        _write_down(overlay, ending)
         image.settle(overlay.base)
         locks = [ImageLock(overlay.path)]
         try:
@@ -58,20 +58,22 @@ def merge(overlay: Overlay) -> List[ImageLock]:
         except BaseException:
             locks[0].release()
             raise
-        if unchanged(before, fingerprint(overlay.path)):
+        if fingerprint.content(before) == fingerprint.content(fingerprint.of(overlay.path)):
             return locks
         for lock in locks:
             lock.release()
     raise AgentError(IN_USE, f"a VM is started on {overlay.path} again and again")
 
 
-def _write_down(overlay: Overlay) -> None:
-    if qemu.info(overlay.path, image.QCOW2, live=True).get("snapshots"):
+def _write_down(overlay: Overlay, ending: Event) -> None:
+    if header.read(overlay.path).snapshots:
         raise AgentError(IN_USE, f"{overlay.path} has internal snapshots, which would be lost with it")
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
+        if ending.is_set():
+            raise AgentError(INTERRUPTED, f"merging {overlay.path} was left to the next run")
         try:
-            return qemu.merge(overlay.path, overlay.base, overlay.base_format)
+            return qemu.merge(overlay.path, chain.Node(overlay.base, overlay.base_format), ending)
         except AgentError as error:
             if not any(words in str(error) for words in _LOCKED):
                 raise
@@ -80,47 +82,30 @@ def _write_down(overlay: Overlay) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
-def journalled_images(records: List[journal.Record]) -> Dict[str, List[str]]:
+def journalled_images(entries: List[records.Record]) -> Dict[str, List[str]]:
     """Path and fingerprint of each disk of the committed VM, as the journal has them, by the disk's target."""
-    found: Dict[str, List[str]] = dict(_last(records, journal.DEFINE).get("images", {}))
-    found.update(_last(records, journal.MERGED).get("images", {}))
+    found: Dict[str, List[str]] = dict(_last(entries, records.DEFINE).get("images", {}))
+    found.update(_last(entries, records.MERGED).get("images", {}))
     return found
 
 
-def is_untouched(records: List[journal.Record]) -> bool:
-    """Whether nobody has written the committed VM's disks since the journal says how they were."""
-    return _are_untouched(records, journalled_images(records))
+def is_untouched(entries: List[records.Record]) -> bool:
+    """Whether nobody has touched the committed VM's disks since the journal says how they were."""
+    return _are_untouched(entries, journalled_images(entries))
 
 
-def is_as_committed(records: List[journal.Record]) -> bool:
+def is_as_committed(entries: List[records.Record]) -> bool:
     """Whether nobody has written the committed VM's disks, overlays among them, until they are merged."""
-    return _are_untouched(records, _last(records, journal.DEFINE).get("images", {}))
+    return _are_untouched(entries, _last(entries, records.DEFINE).get("images", {}))
 
 
-def _are_untouched(records: List[journal.Record], images: Dict[str, List[str]]) -> bool:
+def _are_untouched(entries: List[records.Record], images: Dict[str, List[str]]) -> bool:
     """Whether the images, each with its fingerprint, are as they were, and an earlier merge has found nothing else."""
-    merged = _last(records, journal.MERGED)
+    merged = _last(entries, records.MERGED)
     if merged and not merged["untouched"]:
         return False
-    return all(is_still(path, then) for path, then in images.values())
+    return all(fingerprint.is_untouched(path, then) for path, then in images.values())
 
 
-def is_still(path: str, then: str) -> bool:
-    """Whether the file is there and unchanged since it had this fingerprint."""
-    try:
-        return unchanged(fingerprint(path), then)
-    except FileNotFoundError:
-        return False
-
-
-def unchanged(one: str, other: str) -> bool:
-    """Whether inode, size and mtime are the same.
-
-    The device's number is another one after some reboots, and the ctime changes when libvirt gives a file to QEMU's
-    user.
-    """
-    return one.split(":")[1:4] == other.split(":")[1:4]
-
-
-def _last(records: List[journal.Record], kind: str) -> Dict[str, Any]:
-    return next((entry for entry in reversed(records) if entry["record"] == kind), {})
+def _last(entries: List[records.Record], kind: str) -> Dict[str, Any]:
+    return next((entry for entry in reversed(entries) if entry["record"] == kind), {})

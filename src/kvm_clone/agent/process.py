@@ -1,4 +1,4 @@
-"""Child processes that cannot outlive the agent."""
+"""Child processes that cannot outlive the agent, and that end."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from .errors import IO, MISSING, NO_SPACE, AgentError
 
 _PR_SET_PDEATHSIG = 1
 """prctl(2)."""
+
+SECONDS = 60.0
+"""How long a child may take that only reads metadata: a server that a path leads to may never answer."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -32,14 +35,32 @@ def start(
         raise AgentError(MISSING, f"the program {argv[0]} is not installed on this host") from error
 
 
-def run(argv: Sequence[str]) -> str:
-    """What the program prints. Raises AgentError with its own last words when it fails."""
+def run(argv: Sequence[str], seconds: float = SECONDS) -> str:
+    """What the program prints. Raises AgentError with its own last words when it fails or takes too long."""
     child = start(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = child.communicate()
+    out, err = finished(child, argv[0], seconds)
     if child.returncode:
         said = last_words(argv[0], child.returncode, err)
         raise AgentError(NO_SPACE if os.strerror(errno.ENOSPC) in said else IO, said)
-    return out.decode()
+    return os.fsdecode(out)
+
+
+def finished(child: subprocess.Popen[bytes], program: str, seconds: float) -> "tuple[bytes, bytes]":
+    """What the child printed on stdout and stderr. Raises AgentError when it has to be killed after `seconds`."""
+    try:
+        return child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        end(child)
+        raise AgentError(IO, f"{os.path.basename(program)} did not end within {seconds:.0f} s") from error
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """Kill the child. What it has started itself may live on and hold its pipes: nobody waits for that."""
+    child.kill()
+    for pipe in (child.stdout, child.stderr):
+        if pipe is not None:
+            pipe.close()
+    child.wait()
 
 
 def last_words(program: str, status: int, stderr: bytes) -> str:

@@ -1,18 +1,27 @@
-"""qemu-img and qemu-nbd, as children of the agent."""
+"""qemu-img and qemu-nbd, as children of the agent: the one place that starts them.
+
+Each is told what to open as a tree of nodes (`json:`), every layer with its path and format and what it rests on, so
+that QEMU guesses no format and opens nothing that a header names but we do not.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
+import re
+import select
 import socket
 import subprocess
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from threading import Event
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
+from . import header
+from .chain import QCOW2, Node
 from .disk import DATA, HOLE, ZERO, Extent
-from .errors import IO, AgentError
+from .errors import INTERRUPTED, IO, UNSUPPORTED, AgentError
 from .nbd import NbdDisk
-from .process import die_with_parent, last_words, run, start
+from .process import SECONDS, die_with_parent, end, finished, last_words, run, start
 from .wire import ProtocolError
 
 _ACTIVATION_FD = 3
@@ -21,56 +30,96 @@ _ACTIVATION_FD = 3
 _EXIT_SECONDS = 120.0
 """How long qemu-nbd may take to close an image after the last client has said goodbye."""
 
+_SLOWEST = 1 << 20
+"""Bytes a second that qemu-img gets through at least, of what it has to read or write."""
+
+_LOOK_SECONDS = 0.2
+
+
+def _node(chained: Sequence[Node], **options: Any) -> Dict[str, Any]:
+    """The top layer as QEMU opens it, with all that it rests on. `options` are the driver's."""
+    top, *below = chained
+    _check_sole(top)
+    node: Dict[str, Any] = {"driver": top.format, **options, "file": {"driver": "file", "filename": top.path}}
+    if top.format == QCOW2:
+        node["backing"] = _node(below) if below else None
+    return node
+
+
+def _check_sole(node: Node) -> None:
+    """Raises AgentError (unsupported) for an image whose header has QEMU open another file than those of the tree."""
+    there = node.format == QCOW2 and os.path.exists(node.path)
+    if there and header.beginning(node.path).startswith(header.MAGIC) and header.read(node.path).data_file:
+        raise AgentError(UNSUPPORTED, f"{node.path} keeps its content in another file")
+
+
+def _name(node: Dict[str, Any]) -> str:
+    return "json:" + json.dumps(node)
+
+
+def _seconds(path: str) -> float:
+    """How long qemu-img may take for all of the file."""
+    return SECONDS + os.stat(path).st_blocks * 512 / _SLOWEST
+
 
 def info(path: str, format_: str, *, live: bool = False) -> Dict[str, Any]:
-    """What `qemu-img info` knows of the image. Never probes: the definition says which format the guest sees.
+    """What `qemu-img info` knows of the image alone.
 
     `live`: a VM may be writing it; metadata alone may be asked for then.
     """
-    argv = ["qemu-img", "info", *(["--force-share"] if live else []), "--output=json", "-f", format_, "--", path]
-    answer: Dict[str, Any] = json.loads(run(argv))
+    shared = ["--force-share"] if live else []
+    answer: Dict[str, Any] = json.loads(
+        run(["qemu-img", "info", *shared, "--output=json", _name(_node([Node(path, format_)]))])
+    )
     return answer
 
 
-def chain(path: str, format_: str) -> List[Dict[str, Any]]:
-    """What is known of the image and of each image that it rests on, the top first."""
-    argv = ["qemu-img", "info", "--backing-chain", "--output=json", "-f", format_, "--", path]
-    answer: List[Dict[str, Any]] = json.loads(run(argv))
-    return answer
+def version(program: str) -> str:
+    """What the program says of its version."""
+    return run([program, "--version"])
 
 
-def create(
-    path: str, format_: str, size: int, options: Dict[str, str], backing: Optional[Tuple[str, str]] = None
-) -> None:
+def create(path: str, format_: str, size: int, options: Dict[str, str], below: Optional[Node] = None) -> None:
     """Make an empty image of `size` bytes at `path`; an existing file there is taken over.
 
-    `backing`: path and format of the image that it rests on.
+    `below`: the image that it rests on, which is not opened.
     """
     argv = ["qemu-img", "create", "-q", "-f", format_]
     if options:
         argv += ["-o", ",".join(f"{key}={value}" for key, value in sorted(options.items()))]
-    if backing is not None:
-        argv += ["-b", backing[0], "-F", backing[1]]
+    if below is not None:
+        argv += ["-u", "-b", below.path, "-F", below.format]
     run([*argv, "--", path, str(size)])
 
 
 def resize(path: str, format_: str, size: int) -> None:
     """Make the image `size` bytes large."""
-    run(["qemu-img", "resize", "-q", "-f", format_, "--", path, str(size)])
+    run(["qemu-img", "resize", "-q", _name(_node([Node(path, format_)])), str(size)])
 
 
-def merge(overlay: str, base: str, base_format: str) -> None:
+def merge(overlay: str, base: Node, ending: Event) -> None:
     """Write what the qcow2 image has into the image that it rests on, and leave it as it is. Can be repeated.
 
-    What is zero takes no room below afterwards.
+    What is zero takes no room below afterwards. Raises AgentError (interrupted) once `ending` is set.
     """
-    below = _opened(base, base_format)
-    run(["qemu-img", "commit", "-q", "-d", "json:" + json.dumps({**_opened(overlay, "qcow2"), "backing": below})])
-
-
-def _opened(path: str, format_: str) -> Dict[str, Any]:
-    """How QEMU is told to open an image, without a look at what the path may stand for."""
-    return {"driver": format_, "discard": "unmap", "file": {"driver": "file", "filename": path}}
+    node = _node([Node(overlay, QCOW2), base], discard="unmap")
+    node["backing"]["discard"] = "unmap"
+    argv = ["qemu-img", "commit", "-q", "-d", _name(node)]
+    child = start(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    left = _seconds(overlay)
+    while True:
+        try:
+            _, err = child.communicate(timeout=_LOOK_SECONDS)
+            break
+        except subprocess.TimeoutExpired:
+            left -= _LOOK_SECONDS
+            if ending.is_set() or left <= 0:
+                end(child)
+                what = "was ended" if ending.is_set() else "does not end"
+                kind = INTERRUPTED if ending.is_set() else IO
+                raise AgentError(kind, f"the merge of {overlay} {what}; it can be repeated") from None
+    if child.returncode:
+        raise AgentError(IO, last_words("qemu-img", child.returncode, err))
 
 
 def is_sound(path: str, format_: str) -> bool:
@@ -79,7 +128,7 @@ def is_sound(path: str, format_: str) -> bool:
     An image that another process has open is taken for sound.
     """
     status, said = _check(path, format_)
-    return b"lock" in said if status == _CHECK_FAILED else status != _CHECK_CORRUPT
+    return _LOCKED.search(said) is not None if status == _CHECK_FAILED else status != _CHECK_CORRUPT
 
 
 def repair(path: str, format_: str) -> None:
@@ -88,37 +137,59 @@ def repair(path: str, format_: str) -> None:
 
 
 def _check(path: str, format_: str, *options: str) -> Tuple[int, bytes]:
-    argv = ["qemu-img", "check", "-q", "-f", format_, *options, "--", path]
+    try:
+        argv = ["qemu-img", "check", "-q", *options, _name(_node([Node(path, format_)]))]
+    except AgentError as error:  # QEMU is not let near it
+        return _CHECK_CORRUPT, str(error).encode()
     child = start(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    _, said = child.communicate()
+    _, said = finished(child, argv[0], _seconds(path))
     return child.returncode, said
 
+
+_LOCKED = re.compile(rb'Failed to get (shared )?"[^"]*" lock')
+"""What qemu-img says of an image that another process has open."""
 
 _CHECK_FAILED, _CHECK_CORRUPT = 1, 2
 """Exit statuses of qemu-img check."""
 
 
-def map_extents(path: str, format_: str, start_at: int, end: int) -> Iterator[Extent]:
-    """The image's extents, read from `qemu-img map` as it prints them, so that memory stays flat.
+def map_extents(chained: Sequence[Node], start_at: int, stop: int) -> Iterator[Extent]:
+    """The extents of the top layer, read from `qemu-img map` as it prints them, so that memory stays flat.
 
     A data extent without a host offset does not lie in the file as the guest sees it: it is compressed, since
     encrypted images and external data files are refused before.
     """
-    argv = ["qemu-img", "map", "--output=json", "-f", format_, f"--start-offset={start_at}"]
-    argv += [f"--max-length={end - start_at}", "--", path]
+    argv = ["qemu-img", "map", "--output=json", f"--start-offset={start_at}"]
+    argv += [f"--max-length={stop - start_at}", _name(_node(chained))]
     child = start(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout is not None
     try:
-        for line in child.stdout:
+        for line in _lines(child):
             # One entry a line: "[{…},", "{…},", … "{…}]"
             entry = line.strip().lstrip(b"[").rstrip(b",]")
             if entry:
                 yield _extent(json.loads(entry))
     finally:
         child.stdout.close()  # a reader that stops early ends qemu-img by SIGPIPE
-        _, stderr = child.communicate()
+        _, stderr = finished(child, argv[0], SECONDS)
     if child.returncode:
         raise AgentError(IO, last_words("qemu-img", child.returncode, stderr))
+
+
+def _lines(child: subprocess.Popen[bytes]) -> Iterator[bytes]:
+    """What the child prints, by lines, however slowly they are taken. Raises AgentError when it prints nothing more."""
+    assert child.stdout is not None
+    descriptor, rest = child.stdout.fileno(), b""
+    while True:
+        if not select.select([descriptor], [], [], SECONDS)[0]:
+            child.kill()
+            raise AgentError(IO, f"qemu-img printed nothing for {SECONDS:.0f} s")
+        part = os.read(descriptor, 1 << 16)
+        if not part:
+            break
+        *lines, rest = (rest + part).split(b"\n")
+        yield from lines
+    yield rest
 
 
 def _extent(entry: Dict[str, Any]) -> Extent:
@@ -132,21 +203,14 @@ def _extent(entry: Dict[str, Any]) -> Extent:
     return Extent(entry["start"], entry["length"], DATA, host, compressed=host is None, layer=layer)
 
 
-def open_nbd(path: str, format_: str, *, writable: bool, compress: bool = False) -> NbdDisk:
-    """The image through a qemu-nbd of its own, which ends when the disk is closed.
+def open_nbd(chained: Sequence[Node], *, writable: bool, compress: bool = False) -> NbdDisk:
+    """The top layer through a qemu-nbd of its own, which ends when the disk is closed.
 
     With `compress`, whole clusters that were never written before are stored compressed.
     """
+    node = _node(chained)
     argv = ["qemu-nbd", "--discard=unmap"] if writable else ["qemu-nbd", "--read-only"]
-    if compress:
-        name = path.replace(",", ",,")
-        argv += [
-            "--image-opts",
-            f"driver=compress,file.driver={format_},file.file.driver=file,file.file.filename={name}",
-        ]
-    else:
-        argv += ["--format", format_, "--", path]
-    return QemuNbdDisk(argv)
+    return QemuNbdDisk([*argv, _name({"driver": "compress", "file": node} if compress else node)])
 
 
 class QemuNbdDisk(NbdDisk):

@@ -11,13 +11,14 @@ import contextlib
 import os
 import select
 import threading
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, List, Optional
 
-from . import facts, guard, hashing, peer, stage
+from . import facts, fingerprint, guard, hashing, leftovers, peer, scratch, stage, uses
 from .differ import Differ
 from .errors import INTERRUPTED, UNSUPPORTED, AgentError, from_exception
 from .lock import ImageLock
-from .wire import pack_frame, read_frame, write_all
+from .relay import Relay
+from .wire import ChannelData, pack_channel, pack_frame, read_any, write_all
 
 SILENCE_SECONDS = 30.0
 """Without a frame for so long, the controller is taken for dead: it sends one every few seconds. A cut network closes
@@ -36,7 +37,8 @@ class Server:
         self._guard = guard.Guard()
         self._beginning = threading.Lock()
         self._over = False
-        self._stage: Optional[stage.Stage] = None
+        self._hold: Optional[stage.Hold] = None
+        self._relays: Dict[int, Relay] = {}
         self._calls: Dict[str, Callable[..., Any]] = {
             "ping": lambda: None,
             "host": facts.host,
@@ -46,7 +48,10 @@ class Server:
             "probe": peer.probe,
             "lock_image": self._lock_image,
             "unlock_images": self._unlock_images,
-            "fingerprint": facts.fingerprint,
+            "fingerprint": fingerprint.of,
+            "fingerprints": facts.fingerprints,
+            "uses": self._uses,
+            "marks": facts.marks,
             "digests": hashing.supported,
             "digest": self._differ.segments,
             "blocks": self._differ.blocks,
@@ -56,14 +61,18 @@ class Server:
             "guard": self._guard.watch,
             "freezing": self._guard.freezing,
             "unguard": self._guard.done,
+            "relay": self._relay,
             "data_in": facts.data_in,
             "ranges_of": facts.ranges_of,
-            "staged": stage.staged,
-            "settle": stage.settle,
-            "recover": stage.recover,
-            "remove_files": stage.remove_files,
-            "backing_files": facts.backing_files,
-            "stage": self._begin,
+            "staged": leftovers.staged,
+            "settle": leftovers.settle,
+            "recover": leftovers.recover,
+            "remove_scratch": scratch.remove,
+            "hold": lambda **how: self._begin(stage.Hold, **how),
+            "stage": lambda **how: self._begin(stage.Stage, **how),
+            "remove": lambda **how: self._held().remove(**how),
+            "release": lambda: self._held().release(),
+            "unmark": lambda: self._staged().unmark(),
             "create": lambda **how: self._staged().create(**how),
             "publish": lambda **how: self._staged().publish(**how),
             "note": lambda **how: self._staged().note(**how),
@@ -73,24 +82,28 @@ class Server:
             "seal": lambda: self._staged().seal(),
             "undo": lambda **how: self._staged().undo(**how),
             "finish": lambda: self._staged().finish(),
-            "release": lambda: self._staged().release(),
         }
 
     def serve(self) -> None:
         """Answer until the controller is gone, then undo what it left unfinished."""
         try:
             while self._heard():
-                frame = read_frame(self._source)
+                frame = read_any(self._source)
                 if frame is None:
                     break
-                threading.Thread(target=self._answer, args=(frame,), daemon=True).start()
+                if self._hold is not None:
+                    self._hold.renew()
+                if isinstance(frame, ChannelData):
+                    self._pass_on(frame)
+                else:
+                    threading.Thread(target=self._answer, args=(frame,), daemon=True).start()
         except EOFError:
             return  # torn in the midst of a frame: gone all the same
         finally:
             with self._beginning:
                 self._over = True
-            if self._stage is not None:
-                self._stage.abandon()
+            if self._hold is not None:
+                self._hold.abandon()
             self._guard.step_in()
 
     def _heard(self) -> bool:
@@ -111,9 +124,28 @@ class Server:
             self._write({"id": number, "error": from_exception(error).as_dict()})
 
     def _write(self, message: Dict[str, Any]) -> None:
+        self._put(pack_frame(message))
+
+    def _put(self, frame: bytes) -> None:
         # A controller that does not listen any more is gone: the end of our input will say so.
         with self._writing, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            write_all(self._out, pack_frame(message))
+            write_all(self._out, frame)
+
+    def _relay(self, fenced: bool) -> int:
+        """Open libvirt's socket; the number of the channel that carries it.
+
+        `fenced`: only while this process holds the lock of an operation, which it lets go of after the last answer.
+        """
+        hold = self._held() if fenced else None
+        channel = max(self._relays, default=0) + 1
+        relay = Relay(facts.LIBVIRT_SOCKETS, lambda data: self._put(pack_channel(channel, data)), hold)
+        self._relays[channel] = relay
+        return channel
+
+    def _pass_on(self, frame: ChannelData) -> None:
+        relay = self._relays.get(frame.channel)
+        if relay is not None:
+            relay.send(frame.data)
 
     def _lock_image(self, path: str) -> None:
         """Keep every QEMU from writing this image until `unlock_images`, or until this process ends."""
@@ -127,15 +159,24 @@ class Server:
         while self._locks:
             self._locks.popitem()[1].release()
 
-    def _begin(self, **how: Any) -> None:
+    def _uses(self, **question: Any) -> List[Dict[str, Any]]:
+        """See uses.uses. The images that this process itself keeps from being written do not count as used by it."""
+        return uses.uses(**question, held=[lock.file_id for lock in list(self._locks.values())])
+
+    def _begin(self, kind: Callable[..., stage.Hold], **how: Any) -> None:
         with self._beginning:
             if self._over:
                 raise AgentError(INTERRUPTED, "the controller is gone")
-            if self._stage is not None and not self._stage.is_over:
+            if self._hold is not None and not self._hold.is_over:
                 raise AgentError(UNSUPPORTED, "this agent has an operation already")
-            self._stage = stage.Stage(**how)
+            self._hold = kind(**how)
+
+    def _held(self) -> stage.Hold:
+        if self._hold is None:
+            raise AgentError(UNSUPPORTED, "this agent has no operation")
+        return self._hold
 
     def _staged(self) -> stage.Stage:
-        if self._stage is None:
+        if not isinstance(self._hold, stage.Stage):
             raise AgentError(UNSUPPORTED, "this agent has no operation")
-        return self._stage
+        return self._hold

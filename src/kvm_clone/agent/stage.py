@@ -1,74 +1,124 @@
 """What an operation does to the destination's filesystem, and how it is undone.
 
-Everything that is made is journalled before it is made, so that undoing needs the journal and nothing else.
+Everything that is made is journalled before it is made, so that undoing needs the journal and nothing else. Whatever
+changes the destination passes through the process that holds the operation's lock, and ends with it: files are removed
+by it, and libvirt is reached through it (relay.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import glob
 import grp
-import hashlib
 import os
 import pwd
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional, TypeVar, cast
+from typing import Any, Callable, Dict, List, Optional, Protocol, TypeVar, cast
 
-from . import facts, image, journal, merge, qemu, reflink
+from . import chain, fingerprint, image, journal, leftovers, merge, names, qemu, records, reflink
 from .errors import EXISTS, IN_USE, IO, LOCKED, MISSING, UNSUPPORTED, AgentError, from_exception
-from .lock import ImageLock, OperationLock, holder_of, is_written
+from .lock import ImageLock, OperationLock, is_written
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
-
-_PAST_COMMIT = (journal.COMMITTED, journal.MERGING, journal.MERGED)
-"""What is journalled when libvirt is known to have the definition."""
 
 _LINGERING = 10.0
 """Seconds that a receiver may take to notice that its controller was killed."""
 
-_UNSETTLED = "an earlier attempt may have been committed; libvirt has to be asked first"
 
-_DEFINITIONS = "/etc/libvirt/qemu"
-"""Where libvirt keeps the definitions of its VMs."""
+class Fence(Protocol):
+    """Something that reaches beyond this process and may be used only while the lock is held."""
 
-_LOCK_DIRECTORIES = ("/run/lock", "/var/lock", "/run")
-"""Where a lock may lie, the first that exists. One place for each host, so that the lock covers every pool."""
-
-
-def key_of(name: str) -> str:
-    """A VM's name as a part of file names: names hold spaces, quotes and anything but a slash."""
-    return hashlib.sha256(name.encode()).hexdigest()[:16]
-
-
-def journal_path(directory: str, name: str) -> str:
-    """Where the journal of an operation on the VM `name` lies when its first disk lands in `directory`."""
-    return os.path.join(directory, f".kvm-clone-{key_of(name)}.journal")
-
-
-def lock_directory() -> str:
-    """Where locks lie on this host."""
-    return next(path for path in (*_LOCK_DIRECTORIES, "/tmp") if os.path.isdir(path))  # noqa: S108
-
-
-def lock_path(name: str) -> str:
-    """Where the lock on operations on the VM `name` lies."""
-    return os.path.join(lock_directory(), f"kvm-clone-{key_of(name)}.lock")
+    def close(self) -> None:
+        """Let nothing more through, and return when what is under way has ended."""
 
 
 def _one_at_a_time(step: _Step) -> _Step:
     """Calls run side by side, and the end of the operation must not overtake a step that is under way."""
 
     @functools.wraps(step)
-    def waiting(self: Stage, *arguments: Any, **options: Any) -> Any:
+    def waiting(self: Hold, *arguments: Any, **options: Any) -> Any:
         with self._turn:
             return step(self, *arguments, **options)
 
     return cast(_Step, waiting)
 
 
-class Stage:
+class Hold:
+    """The lock on the operations on one VM, and what its holder alone may do."""
+
+    def __init__(self, name: str, about: Dict[str, Any]) -> None:
+        """Raises AgentError (locked) when another process holds it."""
+        self.name = name
+        self._lock = OperationLock(names.lock_path(name), {"pid": os.getpid(), **about})
+        self._fences: List[Fence] = []
+        self._turn = threading.RLock()
+        self._over = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether this process has nothing more to do with the operation."""
+        return self._over
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the lock is still ours: its file may have been removed, and another one locked in its place."""
+        return not self._over and self._lock.is_held
+
+    def check(self) -> None:
+        """Raises AgentError (locked) when somebody else may be at work here."""
+        if not self.is_held:
+            raise AgentError(LOCKED, f"the lock on operations on {self.name} is not ours any more")
+
+    def add_fence(self, fence: Fence) -> None:
+        """Take care that it is closed before the lock is let go of."""
+        self.check()
+        self._fences.append(fence)
+
+    @_one_at_a_time
+    def remove(self, files: List[Dict[str, str]]) -> List[Dict[str, str]]:
+        """Remove files; for each its `path` and what came of it: `removed`, `missing`, or the `error`.
+
+        `files`: `path`, and as `identity` device and inode of the file that was looked at: another one stays.
+        """
+        self.check()
+        return [{"path": one["path"], **_removed(one["path"], one["identity"])} for one in files]
+
+    def renew(self) -> None:
+        """Say that this process lives, for those who do not see its lock."""
+
+    def abandon(self) -> None:
+        """The controller is gone."""
+        self.release()
+
+    def close_fences(self) -> None:
+        """Let nothing more through to libvirt, and wait until what is under way has ended."""
+        fences, self._fences = self._fences, []
+        for fence in fences:
+            fence.close()
+
+    @_one_at_a_time
+    def release(self) -> None:
+        """Let go."""
+        self.close_fences()
+        self._over = True
+        self._lock.release()
+
+
+def _removed(path: str, identity: str) -> Dict[str, str]:
+    try:
+        about = os.lstat(path)
+        if f"{about.st_dev}:{about.st_ino}" != identity:
+            return {"result": "error", "error": "it is another file by now"}
+        os.unlink(path)
+        journal.make_durable(os.path.dirname(path))
+    except FileNotFoundError:
+        return {"result": "missing"}
+    except OSError as error:
+        return {"result": "error", "error": str(error.strerror)}
+    return {"result": "removed"}
+
+
+class Stage(Hold):
     """One operation's staged files, its journal and its lock, held by this process."""
 
     def __init__(
@@ -78,96 +128,141 @@ class Stage:
         operation: str,
         about: Dict[str, Any],
         *,
+        directories: List[str],
         resume: bool = False,
         keep: bool = False,
         finishing: bool = False,
+        discards: str = "",
+        marks: Optional[List[str]] = None,
     ) -> None:
         """Take the lock and begin the journal.
 
-        An earlier attempt whose holder is dead is continued with `resume`, else undone first. `keep`: what is staged
-        outlives a controller that dies. `finishing`: the earlier attempt has committed, and what comes after that is
-        taken up. Raises AgentError: locked; unsupported when an earlier attempt reached its commit point and libvirt
-        has to be asked what became of it (see `settle`).
+        `directories`: where disks of this VM may lie; a journal that names others is none of ours. An earlier attempt
+        whose holder is dead is continued with `resume`; else it is undone first, if it is `discards`. `keep`: what is
+        staged outlives a controller that dies. `finishing`: the earlier attempt has committed, and what comes after
+        that is taken up. `marks`: directories in which another host shall be able to see that it shares them.
+
+        Raises AgentError: locked; unsupported when an earlier attempt reached its commit point and libvirt has to be
+        asked what became of it (see `leftovers.settle`), or is none that we may touch.
         """
+        super().__init__(name, {"operation": operation, **about})
         self.directory = directory
-        self.name = name
         self.operation = operation
         self.keep = keep
-        self._lock = OperationLock(lock_path(name), {"operation": operation, "pid": os.getpid(), **about})
+        self._directories = directories
         self._journal: Optional[journal.Journal] = None
-        self._turn = threading.RLock()
+        self._ending = threading.Event()
         self._held: List[ImageLock] = []
         try:
-            path = journal_path(directory, name)
+            path = names.journal_path(directory, name)
             if finishing:
                 self._finish_earlier(path)
             elif resume:
                 self._go_on(path)
             else:
-                self._begin(path, about)
+                self._begin(path, discards, {**about, "marks": marks or []})
+            self._make_marks(marks or [])
         except BaseException:
             if self._journal is not None and not (resume or finishing):
-                self._journal.remove()  # there is nothing yet that it would have to undo
+                leftovers.undo_all(self._journal.records)
+                self._journal.remove()
                 self._journal = None
             self.release()
             raise
 
-    def _begin(self, path: str, about: Dict[str, Any]) -> None:
-        if os.path.exists(path):
-            left = undo_all(_replay_file(path))
+    def _begin(self, path: str, discards: str, about: Dict[str, Any]) -> None:
+        if os.path.lexists(path):
+            earlier = journal.Journal(path, resume=True)
+            try:
+                left = leftovers.discard(earlier, discards, self._directories)
+            finally:
+                earlier.close()
             if left:
                 raise AgentError(IO, f"an earlier attempt cannot be undone: {'; '.join(left)}")
-            os.unlink(path)
-        self._journal = journal.Journal(path)
-        self._append(journal.BEGIN, operation=self.operation, name=self.name, started=time.time(), **about)
+        try:
+            self._journal = journal.Journal(path)
+        except OSError as error:
+            raise from_exception(error, f"beginning the journal {path}") from error
+        host = journal.this_host()._asdict()
+        self._append(records.BEGIN, operation=self.operation, name=self.name, started=time.time(), host=host, **about)
 
-    def _open(self, path: str) -> List[journal.Record]:
+    def _open(self, path: str) -> List[records.Record]:
         try:
             self._journal = journal.Journal(path, resume=True)
         except FileNotFoundError as error:
             raise AgentError(MISSING, f"there is no interrupted attempt to go on with at {path}") from error
-        records = self._journal.records
-        if not records or records[0]["operation"] != self.operation:
-            raise AgentError(LOCKED, f"another operation has taken the place of {self.operation}")
-        return records
+        if not self._journal.records:
+            raise AgentError(MISSING, f"there is no interrupted attempt to go on with at {path}: it had just begun")
+        leftovers.check_earlier(self._journal, self.operation, self._directories)
+        return self._journal.records
 
     def _finish_earlier(self, path: str) -> None:
-        if not has_committed(self._open(path)):
-            raise AgentError(UNSUPPORTED, _UNSETTLED)
+        if not leftovers.has_committed(self._open(path)):
+            raise AgentError(UNSUPPORTED, leftovers.UNSETTLED)
 
     def _go_on(self, path: str) -> None:
-        records = self._open(path)
-        if in_commit(records):
-            raise AgentError(UNSUPPORTED, _UNSETTLED)
-        for disk in states(records).values():
+        entries = self._open(path)
+        if leftovers.in_commit(entries):
+            raise AgentError(UNSUPPORTED, leftovers.UNSETTLED)
+        for disk in leftovers.states(entries).values():
+            there = disk.about()  # anything but a file at our name is refused here
             _wait_for_receiver(disk.path)
             self._retract(disk)
-            if disk.format == image.QCOW2 and os.path.exists(disk.part):
+            if there is not None and disk.format == image.QCOW2:
                 qemu.repair(disk.part, disk.format)
 
-    def _retract(self, disk: DiskState) -> None:
+    def _retract(self, disk: leftovers.DiskState) -> None:
         """Give a published file its staged name back: the commit that it was published for has not come.
 
         The file's identity says how far an earlier run came with it: the record alone says nothing of that.
         """
         if disk.is_published:
-            self._append(journal.RETRACT, disk=disk.disk)
+            self._append(records.RETRACT, disk=disk.disk)
             if not os.path.lexists(disk.part):
                 os.link(disk.final, disk.part)
             os.unlink(disk.final)
             journal.make_durable(os.path.dirname(disk.final))
 
+    def _make_marks(self, directories: List[str]) -> None:
+        """Make a file in each directory, with its path, by which a host that sees the same directory knows it."""
+        for directory in directories:
+            path = names.mark_path(self.operation, directory)
+            try:
+                leftovers.unlink_file(path)
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                try:
+                    os.write(fd, os.fsencode(directory))
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+            except OSError as error:
+                raise from_exception(error, f"marking {directory}") from error
+
     def _append(self, record: str, /, **fields: Any) -> None:
         if self._journal is None:
             raise AgentError(UNSUPPORTED, "the operation is over")
+        self.check()
+        records.check_next(self._journal.records, {"record": record, **fields})
         try:
             self._journal.append(record, **fields)
         except OSError as error:
             raise from_exception(error, f"writing {self._journal.path}") from error
 
-    def part_path(self, disk: str, final: str) -> str:
-        """The temporary name of a disk, in the directory where it will live."""
-        return os.path.join(os.path.dirname(final), f".kvm-clone-{self.operation}-{disk}.part")
+    @property
+    def is_held(self) -> bool:
+        """Whether the lock and the journal are still ours."""
+        return super().is_held and (self._journal is None or self._journal.is_ours)
+
+    def renew(self) -> None:
+        """See Hold."""
+        if self._journal is not None:
+            self._journal.renew()
+
+    @_one_at_a_time
+    def unmark(self) -> None:
+        """Remove the marks: whoever shares the directories has looked."""
+        self.check()
+        leftovers.remove_marks(self._records()[0])
 
     @_one_at_a_time
     def create(self, disk: str, final: str, spec: Dict[str, Any]) -> str:
@@ -176,26 +271,23 @@ class Stage:
         `spec`: format, size in bytes, options, mode, user, group; `backing`: path and format of the image that it is
         an overlay on, if it is one; `copy_of`: the image whose blocks it shares at first, if it does.
         """
-        part = self.part_path(disk, final)
+        part = names.part_path(self.operation, disk, final)
         backing = spec.get("backing")
+        self._records()
+        self.check()
         try:
             if os.path.lexists(final):
                 raise AgentError(EXISTS, f"{final} is there already; it was left as it is")
-            _unlink(part)
+            leftovers.unlink_file(part)
             about = {"size": spec["size"], "format": spec["format"], "backing": _rests_on(backing)}
-            self._append(journal.CREATE, disk=disk, part=part, final=final, **about)
-            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._append(records.CREATE, disk=disk, part=part, final=final, **about)
+            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 if spec.get("copy_of"):
                     reflink.clone(spec["copy_of"], fd)
             finally:
                 os.close(fd)
-            if spec.get("copy_of"):
-                qemu.resize(part, spec["format"], spec["size"])
-            elif spec["format"] == image.RAW:
-                os.truncate(part, spec["size"])
-            else:
-                qemu.create(part, spec["format"], spec["size"], spec["options"], backing and tuple(backing))
+            _make_image(part, spec, backing)
             _own(part, spec)
             journal.make_durable(os.path.dirname(part))
         except OSError as error:
@@ -205,30 +297,30 @@ class Stage:
     @_one_at_a_time
     def note(self, record: str, fields: Dict[str, Any]) -> None:
         """Journal that a step was taken (`copied`, `proven`) or is about to be (`define`), or is past (`committed`)."""
-        if record == journal.COMMITTED:
-            _make_definitions_durable()
+        if record == records.COMMITTED:
+            leftovers.make_definitions_durable()
         self._append(record, **fields)
 
     @_one_at_a_time
     def publish(self, disk: str, final: str) -> None:
         """Give the staged file its final name, which nothing may have. Raises AgentError (exists)."""
-        part = self.part_path(disk, final)
+        part = names.part_path(self.operation, disk, final)
         try:
-            self._append(journal.PUBLISH, disk=disk, part=part, final=final, identity=_identity(part))
+            self._append(records.PUBLISH, disk=disk, part=part, final=final, identity=fingerprint.identity(part))
             os.link(part, final)  # unlike rename, never replaces what is there
             os.unlink(part)
             journal.make_durable(os.path.dirname(final))
         except OSError as error:
             raise from_exception(error, f"giving {part} its final name {final}") from error
 
-    def _records(self) -> List[journal.Record]:
+    def _records(self) -> List[records.Record]:
         if self._journal is None:
             raise AgentError(UNSUPPORTED, "the operation is over")
         return self._journal.records
 
     @property
     def is_over(self) -> bool:
-        """Whether this process has nothing more to do with the operation."""
+        """See Hold."""
         return self._journal is None
 
     @_one_at_a_time
@@ -240,34 +332,37 @@ class Stage:
     def merge(self) -> None:
         """Write every overlay into its base, and journal how those are then.
 
-        Until `merged`, no VM can start on the overlays or on what is below.
+        Until `merged`, no VM can start on the overlays or on what is below. Ends early, with AgentError (interrupted),
+        when the operation is let go of meanwhile.
         """
-        records = self._records()
-        found = merge.overlays(records)
-        if not any(entry["record"] == journal.MERGING for entry in records):
-            _check_below(found, states(records))
-            self._append(journal.MERGING)
+        self.check()
+        entries = self._records()
+        found = merge.overlays(entries)
+        if not any(entry["record"] == records.MERGING for entry in entries):
+            _check_below(found, leftovers.states(entries))
+            self._append(records.MERGING)
         for overlay in found:
-            self._held += merge.merge(overlay)
-        untouched = merge.is_as_committed(records)
-        images = {one.disk: [one.base, facts.fingerprint(one.base)] for one in found}
-        self._append(journal.MERGED, untouched=untouched, images=images)
+            self._held += merge.merge(overlay, self._ending)
+        untouched = merge.is_as_committed(entries)
+        images = {one.disk: [one.base, fingerprint.of(one.base)] for one in found}
+        self._append(records.MERGED, untouched=untouched, images=images)
 
     @_one_at_a_time
     def merged(self) -> None:
         """Remove the merged overlays: libvirt's definition no longer names them."""
-        _make_definitions_durable()
+        self.check()
+        leftovers.make_definitions_durable()
         for overlay in merge.overlays(self._records()):
-            _unlink(overlay.path)
+            leftovers.unlink_file(overlay.path)
         self._let_go()
 
     @_one_at_a_time
     def seal(self) -> Optional[Dict[str, str]]:
         """The fingerprint of each disk of the committed VM; None when somebody has written them since."""
-        records = self._records()
-        if not merge.is_untouched(records):
+        entries = self._records()
+        if not merge.is_untouched(entries):
             return None
-        return {disk: facts.fingerprint(path) for disk, (path, _) in merge.journalled_images(records).items()}
+        return {disk: fingerprint.of(path) for disk, (path, _) in merge.journalled_images(entries).items()}
 
     def _let_go(self) -> None:
         for lock in self._held:
@@ -283,7 +378,10 @@ class Stage:
         """
         left: List[str] = []
         if self._journal is not None:
-            left = undo_all(self._journal.records, past_commit=past_commit)
+            self.check()
+            if past_commit or not leftovers.in_commit(self._journal.records):
+                self.close_fences()
+            left = leftovers.undo_all(self._journal.records, past_commit=past_commit)
             if left:
                 self._journal.close()
             else:
@@ -296,135 +394,39 @@ class Stage:
     def finish(self) -> None:
         """End the operation: its result stays, and staged files that were not part of it go."""
         if self._journal is not None:
-            for disk in states(self._journal.records).values():
-                _unlink(disk.part)
+            self.check()
+            self.close_fences()
+            for disk in leftovers.states(self._journal.records).values():
+                leftovers.unlink_file(disk.part)
+            leftovers.remove_marks(self._journal.records[0])
             self._journal.remove()
             self._journal = None
         self.release()
 
-    @_one_at_a_time
     def abandon(self) -> None:
         """The controller is gone: undo, unless it is to be kept or libvirt may have the definition already."""
-        if self.keep or self._journal is None or in_commit(self._journal.records):
-            self.release()
-        else:
-            self.undo()
+        self._ending.set()
+        with self._turn:
+            if self.keep or self._journal is None or leftovers.in_commit(self._journal.records):
+                self.release()
+            elif self.is_held:
+                self.undo()
+            else:
+                self.release()
 
-    @_one_at_a_time
     def release(self) -> None:
-        """Let go of journal and lock, and leave everything as it is, for another run to go on with."""
-        self._let_go()
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
-        self._lock.release()
+        """Let go of journal and lock, and leave everything as it is, for another run to go on with.
 
-
-class DiskState:
-    """What a journal says of one disk: its names, how much is durable in bytes, and its identity once published."""
-
-    def __init__(self, record: journal.Record) -> None:
-        self.disk: str = record["disk"]
-        self.part: str = record["part"]
-        self.final: str = record["final"]
-        self.size: int = record["size"]
-        self.format: str = record["format"]
-        self.backing: Dict[str, str] = record.get("backing") or {}
-        self.durable = 0
-        self.identity: Optional[str] = None
-
-    @property
-    def is_published(self) -> bool:
-        """Whether the file has its final name, which may have become somebody else's."""
-        return self.identity is not None and _has_identity(self.final, self.identity)
-
-    @property
-    def path(self) -> str:
-        """Where the file lies."""
-        return self.final if self.is_published else self.part
-
-    def _is_whole(self, about: os.stat_result) -> bool:
-        """Whether the file can be filled further: a crash or a hand may have cut it short or torn it."""
-        if self.backing and not _is_still(self.backing):
-            return False
-        return about.st_size == self.size if self.format == image.RAW else qemu.is_sound(self.path, self.format)
-
-    def as_dict(self) -> Dict[str, Any]:
-        """The form that crosses the wire, with the bytes that the file takes."""
-        try:
-            about: Optional[os.stat_result] = os.stat(self.path)
-        except FileNotFoundError:
-            about = None
-        return {
-            "part": self.part,
-            "final": self.final,
-            "size": self.size,
-            "format": self.format,
-            "durable": self.durable if self.durable and about and self._is_whole(about) else 0,
-            "allocated": about.st_blocks * 512 if about else 0,
-            "backing": self.backing.get("path", ""),
-        }
-
-
-def states(records: List[journal.Record]) -> Dict[str, DiskState]:
-    """The state of each disk after these records."""
-    found: Dict[str, DiskState] = {}
-    for entry in records:
-        record = entry["record"]
-        if record == journal.CREATE:
-            found[entry["disk"]] = DiskState(entry)
-        elif record == journal.DURABLE:
-            found[entry["disk"]].durable = max(found[entry["disk"]].durable, entry["end"])
-        elif record == journal.PUBLISH:
-            found[entry["disk"]].identity = entry["identity"]
-    return found
-
-
-def in_commit(records: List[journal.Record]) -> bool:
-    """Whether libvirt may have the definition: only it can say."""
-    last = [entry["record"] for entry in records if entry["record"] in (journal.DEFINE, journal.WITHDRAWN)]
-    return bool(last) and last[-1] == journal.DEFINE
-
-
-def has_committed(records: List[journal.Record]) -> bool:
-    """Whether libvirt is known to have the definition."""
-    return in_commit(records) and records[-1]["record"] in _PAST_COMMIT
-
-
-def staged(directories: List[str], name: Optional[str] = None) -> List[Dict[str, Any]]:
-    """The interrupted and running operations whose journals lie in these directories; all, or those on one VM."""
-    found: List[Dict[str, Any]] = []
-    for directory in sorted(set(directories)):
-        paths = glob.glob(os.path.join(glob.escape(directory), ".kvm-clone-*.journal"))
-        wanted = [path for path in paths if name is None or path == journal_path(directory, name)]
-        found += [_summary(directory, path) for path in sorted(wanted)]
-    return found
-
-
-def _summary(directory: str, path: str) -> Dict[str, Any]:
-    """What a journal says, or the `error` that keeps it from being read."""
-    try:
-        records = _replay_file(path)
-    except (AgentError, OSError) as error:
-        return {"directory": directory, "path": path, "error": str(error)}
-    if not records:
-        return {"directory": directory, "path": path, "error": "the journal is empty: its operation had just begun"}
-    define = next((entry for entry in reversed(records) if entry["record"] == journal.DEFINE), {})
-    holder = holder_of(lock_path(records[0]["name"]))
-    return {
-        **records[0],
-        "directory": directory,
-        "path": path,
-        "changed": os.stat(path).st_mtime,
-        "active": bool(holder),
-        "holder": holder,
-        "defining": in_commit(records),
-        "committed": has_committed(records),
-        "remove": define.get("remove", []),
-        "forget": define.get("forget", []),
-        "published": [state.final for state in states(records).values() if state.path == state.final],
-        "disks": {disk: state.as_dict() for disk, state in states(records).items()},
-    }
+        A merge that is under way ends first, unfinished.
+        """
+        self._ending.set()
+        with self._turn:
+            self.close_fences()
+            self._let_go()
+            if self._journal is not None:
+                self._journal.close()
+                self._journal = None
+            super().release()
 
 
 def _wait_for_receiver(path: str) -> None:
@@ -436,134 +438,29 @@ def _wait_for_receiver(path: str) -> None:
         time.sleep(0.05)
 
 
-def recover(directory: str, name: str) -> List[str]:
-    """Undo what an operation whose holder is dead had begun; what could not be undone is returned, and kept.
-
-    Raises AgentError: locked while the holder lives, unsupported when the operation may have committed.
-    """
-    path = journal_path(directory, name)
-    lock = OperationLock(lock_path(name), {"recovering": name, "pid": os.getpid()})
-    try:
-        if not os.path.exists(path):
-            return []
-        left = undo_all(_replay_file(path))
-        if not left:
-            os.unlink(path)
-        return left
-    finally:
-        lock.release()
-
-
-def settle(directory: str, name: str, *, committed: bool) -> None:
-    """Journal on which side of its commit point an operation was interrupted, when libvirt has been asked."""
-    lock = OperationLock(lock_path(name), {"settling": name, "pid": os.getpid()})
-    try:
-        log = journal.Journal(journal_path(directory, name), resume=True)
-        try:
-            if in_commit(log.records):
-                if committed:
-                    _make_definitions_durable()
-                log.append(journal.COMMITTED if committed else journal.WITHDRAWN)
-        finally:
-            log.close()
-    finally:
-        lock.release()
-
-
-def remove_files(paths: List[str]) -> List[Dict[str, str]]:
-    """Remove files; for each its `path` and what came of it: `removed`, `missing`, or the `error`."""
-    done = []
-    for path in paths:
-        try:
-            _unlink_there(path)
-            done.append({"path": path, "result": "removed"})
-        except FileNotFoundError:
-            done.append({"path": path, "result": "missing"})
-        except OSError as error:
-            done.append({"path": path, "result": "error", "error": str(error.strerror)})
-    return done
-
-
-def _unlink_there(path: str) -> None:
-    os.unlink(path)
-    journal.make_durable(os.path.dirname(path))
-
-
-def _make_definitions_durable() -> None:
-    """Make sure that a power cut brings no definition back whose disks are about to go.
-
-    libvirt makes the file durable that it puts in place of another, and not the directory.
-    """
-    with contextlib.suppress(OSError):  # libvirt of another make keeps them elsewhere
-        journal.make_durable(_DEFINITIONS)
-
-
-def _replay_file(path: str) -> List[journal.Record]:
-    with open(path, "rb") as file:
-        return journal.replay(file.read())
-
-
-def undo_all(records: List[journal.Record], *, past_commit: bool = False) -> List[str]:
-    """Undo the journalled steps in reverse and go on past a failure; the failures' texts."""
-    if not past_commit and in_commit(records):
-        raise AgentError(UNSUPPORTED, _UNSETTLED)
-    left: List[str] = []
-    for entry in reversed(records):
-        try:
-            if entry["record"] == journal.PUBLISH:
-                _unlink_published(entry["final"], entry["identity"])
-            elif entry["record"] == journal.CREATE:
-                _unlink(entry["part"])
-        except OSError as error:
-            path = entry["final" if entry["record"] == journal.PUBLISH else "part"]
-            left.append(str(from_exception(error, f"removing {path}")))
-    return left
-
-
-def _unlink(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        _unlink_there(path)
-
-
-def _identity(path: str) -> str:
-    """By which a file is known again, for nobody writes it before the commit: inode, size and mtime.
-
-    Not the device, whose number is another one after some reboots.
-    """
-    about = os.lstat(path)
-    return f"{about.st_ino}:{about.st_size}:{about.st_mtime_ns}"
-
-
-def _has_identity(path: str, identity: str) -> bool:
-    try:
-        return _identity(path) == identity
-    except FileNotFoundError:
-        return False
-
-
-def _unlink_published(path: str, identity: str) -> None:
-    """Remove the file if it is the one that was published: another one of that name is not ours."""
-    if _has_identity(path, identity):
-        _unlink(path)
+def _make_image(part: str, spec: Dict[str, Any], backing: Optional[List[str]]) -> None:
+    if spec.get("copy_of"):
+        qemu.resize(part, spec["format"], spec["size"])
+    elif spec["format"] == image.RAW:
+        os.truncate(part, spec["size"])
+    else:
+        below = chain.Node(*backing) if backing else None
+        qemu.create(part, spec["format"], spec["size"], spec["options"], below)
 
 
 def _rests_on(backing: Optional[List[str]]) -> Optional[Dict[str, str]]:
     """What the journal says of the image that an overlay rests on: path, format and fingerprint."""
     if backing is None:
         return None
-    return {"path": backing[0], "format": backing[1], "fingerprint": facts.fingerprint(backing[0])}
+    return {"path": backing[0], "format": backing[1], "fingerprint": fingerprint.of(backing[0])}
 
 
-def _is_still(backing: Dict[str, str]) -> bool:
-    """Whether the image that an overlay rests on is as it was: on another one the overlay says nothing."""
-    return merge.is_still(backing["path"], backing["fingerprint"])
-
-
-def _check_below(overlays: List[merge.Overlay], disks: Dict[str, DiskState]) -> None:
+def _check_below(overlays: List[merge.Overlay], disks: Dict[str, leftovers.DiskState]) -> None:
     """What an overlay holds fits the image that it was made on, as that was. Raises AgentError (in use)."""
     for overlay in overlays:
         state = disks.get(overlay.disk)
-        if state is not None and state.backing and not _is_still(state.backing):
+        backing = state.backing if state is not None else {}
+        if backing and not fingerprint.is_still(backing["path"], backing["fingerprint"]):
             raise AgentError(
                 IN_USE,
                 f"{overlay.base} was written since {overlay.path} was made on it, perhaps by a guest that was resumed "

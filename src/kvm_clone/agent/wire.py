@@ -1,7 +1,8 @@
 """The two protocols between controller and agents, and between agents.
 
-Control: frames of a 4-byte big-endian length and that many bytes of JSON. The agent's first output is a line that
-starts with MARKER; whatever a login shell printed before it is noise and is skipped.
+Control: frames of a 4-byte big-endian length and that many bytes of JSON. Where the length's top bit is set, its other
+bits count a channel's 4-byte big-endian number and the bytes that it carries, none at its end. The agent's first output
+is a line that starts with MARKER; whatever a login shell printed before it is noise and is skipped.
 
 Data: a one-way stream of records, each with this header, big-endian:
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from typing import Any, Callable, Dict, NamedTuple, Optional
+from typing import Any, Callable, Dict, NamedTuple, Optional, Union
 
 MARKER = b"KVM-CLONE-AGENT "
 """Starts the line that ends the noise; the version and the payload's hash follow it."""
@@ -103,9 +104,38 @@ def pack_frame(message: Dict[str, Any]) -> bytes:
     return FRAME_HEADER.pack(len(body)) + body
 
 
+class ChannelData(NamedTuple):
+    """Bytes of a relayed stream; none at its end."""
+
+    channel: int
+    data: bytes
+
+
+def pack_channel(channel: int, data: bytes) -> bytes:
+    """A frame with at most CHUNK bytes of a channel. Raises ProtocolError for more."""
+    if len(data) > CHUNK:
+        raise ProtocolError(f"{len(data)} bytes for a channel, more than {CHUNK}")
+    return FRAME_HEADER.pack(_CHANNEL_BIT | FRAME_HEADER.size + len(data)) + FRAME_HEADER.pack(channel) + data
+
+
+def is_channel(header: bytes) -> bool:
+    """Whether the frame that begins so carries bytes of a channel."""
+    return bool(FRAME_HEADER.unpack(header)[0] & _CHANNEL_BIT)
+
+
+def unpack_channel(body: bytes) -> ChannelData:
+    """The bytes of a channel in a frame's body; raises ProtocolError when it has no number."""
+    if len(body) < FRAME_HEADER.size:
+        raise ProtocolError("a channel's frame without its number")
+    return ChannelData(FRAME_HEADER.unpack(body[: FRAME_HEADER.size])[0], body[FRAME_HEADER.size :])
+
+
+_CHANNEL_BIT = 1 << 31
+
+
 def frame_length(header: bytes) -> int:
     """The length of the frame's body; raises ProtocolError when it cannot be one."""
-    length: int = FRAME_HEADER.unpack(header)[0]
+    length: int = FRAME_HEADER.unpack(header)[0] & ~_CHANNEL_BIT
     if length > FRAME_LIMIT:
         raise ProtocolError(f"a frame of {length} bytes, more than {FRAME_LIMIT}")
     return length
@@ -123,7 +153,15 @@ def unpack_body(body: bytes) -> Dict[str, Any]:
 
 
 def read_frame(fd: int) -> Optional[Dict[str, Any]]:
-    """The next control frame, or None at the end of the stream. Raises EOFError when it ends within a frame."""
+    """The next message, or None at the end of the stream. Raises EOFError, ProtocolError as `read_any` does."""
+    found = read_any(fd)
+    if isinstance(found, ChannelData):
+        raise ProtocolError("bytes of a channel where a message was expected")
+    return found
+
+
+def read_any(fd: int) -> Union[Dict[str, Any], ChannelData, None]:
+    """The next frame, or None at the end of the stream. Raises EOFError when it ends within one, ProtocolError."""
     header = read_exact(fd, FRAME_HEADER.size)
     if not header:
         return None
@@ -131,4 +169,4 @@ def read_frame(fd: int) -> Optional[Dict[str, Any]]:
     body = read_exact(fd, length)
     if len(body) != length:
         raise EOFError("the stream ended between a frame's length and its body")
-    return unpack_body(body)
+    return unpack_channel(body) if is_channel(header) else unpack_body(body)

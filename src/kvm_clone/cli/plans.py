@@ -93,10 +93,14 @@ def describe(step: Step) -> str:  # noqa: C901 - one line for each kind of step
     match step:
         case steps.RemoveExisting(paths):
             return f"remove the existing VM{_listed(paths)}"
-        case steps.SettleStage(_, committed):
+        case steps.SettleStage(committed=committed):
             return f"note that the earlier attempt {'has' if committed else 'has not'} committed"
         case steps.DiscardStage(directory):
             return f"undo the earlier attempt in {directory}"
+        case steps.TakeLock():
+            return "lock"
+        case steps.ReleaseLock():
+            return "unlock"
         case steps.BeginStage(directory, resume):
             return f"lock, and {'go on with the' if resume else 'begin a'} journal in {directory}"
         case steps.CreateDisk(disk):

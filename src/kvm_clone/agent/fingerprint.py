@@ -1,0 +1,57 @@
+"""How a file was, in a line of text: device, inode, size in bytes, mtime and ctime in nanoseconds, with colons between.
+
+Whoever compares two says what has to be equal. The device's number is another one after some reboots and on another
+host. The ctime changes with the content, and also when a file is renamed, linked, or given to another user.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Callable, Tuple
+
+
+def of(path: str) -> str:
+    """The file's fingerprint. Raises OSError."""
+    return of_stat(os.stat(path))
+
+
+def of_stat(about: os.stat_result) -> str:
+    """The fingerprint in what stat(2) answers."""
+    return f"{about.st_dev}:{about.st_ino}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
+
+
+def identity(path: str) -> str:
+    """By which a file of ours is known again under another name: inode, size and mtime. Raises OSError."""
+    return ":".join(of_stat(os.lstat(path)).split(":")[1:4])
+
+
+def content(fingerprint: str) -> Tuple[str, ...]:
+    """What stays when nothing is written: inode, size and mtime."""
+    return tuple(fingerprint.split(":")[1:4])
+
+
+def whole(fingerprint: str) -> Tuple[str, ...]:
+    """What stays when nothing is done to the file at all: inode, size, mtime and ctime."""
+    return tuple(fingerprint.split(":")[1:])
+
+
+def file_id(fingerprint: str) -> Tuple[str, ...]:
+    """Which file of its host it is: device and inode."""
+    return tuple(fingerprint.split(":")[:2])
+
+
+def is_still(path: str, then: str) -> bool:
+    """Whether the file is there and was not written since it had this fingerprint, by its mtime."""
+    return _holds(path, then, content)
+
+
+def is_untouched(path: str, then: str) -> bool:
+    """Whether the file is there and nothing at all was done to it since it had this fingerprint."""
+    return _holds(path, then, whole)
+
+
+def _holds(path: str, then: str, part: Callable[[str], Tuple[str, ...]]) -> bool:
+    try:
+        return part(of(path)) == part(then)
+    except FileNotFoundError:
+        return False
