@@ -40,6 +40,7 @@ from kvm_clone.running import stale_checkpoints
 from kvm_clone.staging import StagedData
 from kvm_clone.sync import make_sync_plan
 from kvm_clone.tasks import together
+from kvm_clone.watching import watched
 
 
 @dataclass(frozen=True)
@@ -180,16 +181,16 @@ class _Tries:
     operation: str | None = None
     delay: float = _FIRST_DELAY_SECONDS
 
-    async def again(self, error: TransferError | ConnectError, watched: _Watched) -> None:
+    async def again(self, error: TransferError | ConnectError, asked: _Watched) -> None:
         """Wait for the next try. Raises the error when there is none, or nothing to take up."""
         dropped = isinstance(error, ConnectError) or error.interrupted
         if not dropped or not self.operation or self.left <= 0:
             if isinstance(error, ConnectError) and self.operation:
                 error = InterruptedTransferError(str(error), subject=error.subject)
             if isinstance(error, TransferError):
-                _add_way_on(error, watched, self.operation)
+                _add_way_on(error, asked, self.operation)
             raise error
-        watched.on_event(Note(f"{error}; going on in {self.delay:.0f} s", warning=True))
+        asked.on_event(Note(f"{error}; going on in {self.delay:.0f} s", warning=True))
         await asyncio.sleep(self.delay)
         self.left, self.delay = self.left - 1, self.delay * 2
 
@@ -268,8 +269,8 @@ class Client:
         """
         started = time.monotonic()
         try:
-            async with asyncio.timeout(request.options.timeout):
-                plan, outcome = await self._persist(_Watched(request, on_event, expected, expected is not None))
+            async with watched(on_event) as hear, asyncio.timeout(request.options.timeout):
+                plan, outcome = await self._persist(_Watched(request, hear, expected, expected is not None))
         except TimeoutError as error:
             raise TransferError(
                 f"the operation was not done within {request.options.timeout:g} s",
@@ -288,8 +289,8 @@ class Client:
 
         Both hosts digest what is compared; nothing is changed. Raises as `plan` does.
         """
-        async with self._planned(_Watched(request, on_event), None) as (plan, hosts):
-            return plan, await measure.delta(plan, hosts[0], hosts[1][0], on_event)
+        async with watched(on_event) as hear, self._planned(_Watched(request, hear), None) as (plan, hosts):
+            return plan, await measure.delta(plan, hosts[0], hosts[1][0], hear)
 
     async def untrack(self, request: Request) -> list[str]:
         """Remove our checkpoints for the replica that the request names from the source; their names.
@@ -302,46 +303,46 @@ class Client:
             with domains.failing_as(f"deleting checkpoints on {host.name}", request.vm):
                 return await asyncio.to_thread(live.delete_checkpoints, connection, request.vm, names)
 
-    async def _persist(self, watched: _Watched) -> tuple[Plan, Outcome]:
+    async def _persist(self, asked: _Watched) -> tuple[Plan, Outcome]:
         """Try, take a dropped connection up again, and wait for others if that is asked for."""
-        tries = _Tries(watched.request.options.retries)
+        tries = _Tries(asked.request.options.retries)
         while True:
             attempt = _Attempt()
             try:
-                plan, outcome = await self._attempt(watched, tries.operation, attempt)
+                plan, outcome = await self._attempt(asked, tries.operation, attempt)
             except LockedError as error:
-                if not watched.request.options.wait:
+                if not asked.request.options.wait:
                     raise
-                watched.on_event(Note(f"waiting: {error}"))
+                asked.on_event(Note(f"waiting: {error}"))
                 await asyncio.sleep(_WAIT_SECONDS)
             except (TransferError, ConnectError) as error:
                 tries.operation = attempt.kept or tries.operation
-                await tries.again(error, watched)
+                await tries.again(error, asked)
             else:
-                if not _is_only_a_start(plan, watched.request):
+                if not _is_only_a_start(plan, asked.request):
                     return plan, outcome
                 if plan.decision.action is Action.FINISH:
-                    watched.consent = None  # what is there now is what we have finished
+                    asked.consent = None  # what is there now is what we have finished
 
-    async def _attempt(self, watched: _Watched, own_operation: str | None, attempt: _Attempt) -> tuple[Plan, Outcome]:
-        async with self._planned(watched, own_operation) as (plan, hosts):
+    async def _attempt(self, asked: _Watched, own_operation: str | None, attempt: _Attempt) -> tuple[Plan, Outcome]:
+        async with self._planned(asked, own_operation) as (plan, hosts):
             for finding in plan.findings:
                 if finding.severity is not Severity.BLOCKING:
-                    watched.on_event(Note(finding.text, warning=finding.severity is Severity.WARNING))
+                    asked.on_event(Note(finding.text, warning=finding.severity is Severity.WARNING))
             refusal = plan.refusal()
             if refusal is not None:
                 raise refusal
-            watched.agreed(plan)
+            asked.agreed(plan)
             async with contextlib.AsyncExitStack() as later:
 
                 async def reconnect() -> Host:
-                    host = self._host(watched.request.destination)
+                    host = self._host(asked.request.destination)
                     later.push_async_callback(host.close)
                     await host.connect()
                     return host
 
-                log = _log(watched.request, plan)
-                run = Run(plan, hosts[0], hosts[1], reconnect, watched.on_event, log.step)
+                log = _log(asked.request, plan)
+                run = Run(plan, hosts[0], hosts[1], reconnect, asked.on_event, log.step)
                 try:
                     outcome = await run.run()
                 except BaseException as error:
@@ -353,16 +354,16 @@ class Client:
 
     @contextlib.asynccontextmanager
     async def _planned(
-        self, watched: _Watched, own_operation: str | None
+        self, asked: _Watched, own_operation: str | None
     ) -> AsyncIterator[tuple[Plan, list[tuple[Host, libvirt.virConnect]]]]:
         """The plan, and both hosts connected."""
-        request = watched.request
-        watched.on_event(PhaseStarted(Phase.CONNECT, f"connecting to {request.source} and {request.destination}"))
+        request = asked.request
+        asked.on_event(PhaseStarted(Phase.CONNECT, f"connecting to {request.source} and {request.destination}"))
         async with self._connected(request.source, request.destination) as hosts:
             (from_host, from_libvirt), (to_host, to_libvirt) = hosts
-            watched.on_event(PhaseStarted(Phase.INSPECT, f"looking at {request.vm} and at both hosts"))
+            asked.on_event(PhaseStarted(Phase.INSPECT, f"looking at {request.vm} and at both hosts"))
             facts = await inspect(from_host, from_libvirt, to_host, to_libvirt, request.vm, request.options)
-            watched.check(facts)
+            asked.check(facts)
             yield _plan(facts, request.options, own_operation), hosts
 
     @contextlib.asynccontextmanager
@@ -472,11 +473,11 @@ def _is_only_a_start(plan: Plan, request: Request) -> bool:
     return plan.decision.action is Action.STOP_REPLICA
 
 
-def _add_way_on(error: TransferError, watched: _Watched, kept: str | None) -> None:
+def _add_way_on(error: TransferError, asked: _Watched, kept: str | None) -> None:
     """Say how to go on with what is kept, and how to drop it."""
     if kept and error.interrupted:
-        there = watched.request.destination
-        same = "the command that made the plan, without --plan-out," if watched.saved else "the same command"
+        there = asked.request.destination
+        same = "the command that made the plan, without --plan-out," if asked.saved else "the same command"
         way = f"what was copied is kept on {there}: run {same} with --resume or --idempotent"
         error.remedy = f"{way}; or drop it: kvm-clone cleanup {there}"
 

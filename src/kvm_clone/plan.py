@@ -10,9 +10,9 @@ from kvm_clone.decide import Action, Decision, decide
 from kvm_clone.errors import DomainExistsError, KvmCloneError, LockedError, RefusedError
 from kvm_clone.facts import Facts, ImageFacts, Staged
 from kvm_clone.findings import EXISTS_CODES, LOCKED, Finding, Severity, block
-from kvm_clone.identity_checks import duplicate_findings, identity_findings
+from kvm_clone.identity_checks import SAME_VM, duplicate_findings, identity_findings
 from kvm_clone.live import BackupJob
-from kvm_clone.options import CloneOptions, Options, Route, Verify
+from kvm_clone.options import CloneOptions, Options, Retry, Route, Verify
 from kvm_clone.placement import PlannedDisk, place, stage_directory
 from kvm_clone.running import backup_job, live_findings, stale_checkpoints
 from kvm_clone.steps import (
@@ -100,7 +100,8 @@ class Plan:
         if not self.blocking:
             return None
         codes = {finding.code for finding in self.blocking}
-        exists = DomainExistsError if codes <= EXISTS_CODES else RefusedError
+        asked = self.options.retry is not Retry.NONE  # else it is there, as any VM of that name would be
+        exists = DomainExistsError if codes <= EXISTS_CODES | (set() if asked else {SAME_VM}) else RefusedError
         kind = LockedError if LOCKED in codes else exists  # what else there is may be that operation's doing
         text = "; ".join(finding.text.rstrip(".") for finding in self.blocking)
         remedies = dict.fromkeys(finding.remedy for finding in self.blocking if finding.remedy)

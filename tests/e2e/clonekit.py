@@ -19,7 +19,7 @@ from labclient import Lab, Vm
 
 PROGRAM = (sys.executable, "-m", "kvm_clone.cli")
 IMAGES = "/var/lib/libvirt/images"
-AGENT = "python3 -I -c exec("
+AGENT = "python3 -I -X utf8 -c import os"
 """How an agent's command line begins."""
 
 IMPATIENT = ("--ssh-option", "ServerAliveInterval=1", "--ssh-option", "ServerAliveCountMax=3")
@@ -182,7 +182,7 @@ def wait_for_durable(lab: Lab, disk: str, end: int, seconds: float = 60) -> None
 
 def agents(lab: Lab, host: str) -> list[int]:
     """The agents' pids on the host, the oldest first: the control agent, then a sender or receiver."""
-    found = lab.run(host, "pgrep", "-f", AGENT.replace("(", r"\("), check=False).stdout.split()
+    found = lab.run(host, "pgrep", "-f", AGENT, check=False).stdout.split()
     return sorted(int(pid) for pid in found)
 
 
@@ -221,8 +221,8 @@ def picture(lab: Lab, host: str) -> Picture:
 
 _LOOK = r"""
 virsh list --all --uuid --name; echo --
-ls -A /run/lock /run | grep kvm-clone; echo --
-pgrep -f 'python3 -I -c exec\('; pgrep -x 'qemu-nbd|qemu-img'; true
+ls -A /run/kvm-clone 2>/dev/null; echo --
+pgrep -f 'python3 -I -X utf8 -c impor[t] os'; pgrep -x 'qemu-nbd|qemu-img'; true
 """
 
 

@@ -59,7 +59,7 @@ ls -A {IMAGES} {SOCKETS} | grep -e scratch -e kvm-clone; echo --
 virsh checkpoint-list --name --domain "$1"; echo --
 virsh snapshot-list --name --domain "$1"; echo --
 virsh -q backup-dumpxml --domain "$1" 2>/dev/null; echo --
-ls -A /run/lock | grep kvm-clone; echo --
+ls -A /run/kvm-clone 2>/dev/null; echo --
 virsh domstate --domain "$1"; echo --
 virsh dominfo --domain "$1" | sed -n '/^Messages/,$p'
 """

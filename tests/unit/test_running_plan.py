@@ -12,6 +12,7 @@ from cases import GIB, IDENTITY, IMAGES, ONE_DISK, SOURCE_HOST, UUID, Case, disk
 
 from kvm_clone import live
 from kvm_clone import running as running_source
+from kvm_clone.agent.scratch import SOCKETS
 from kvm_clone.facts import Directory, Facts
 from kvm_clone.findings import LOCKED, Severity
 from kvm_clone.live import BackupDisk, BackupJob
@@ -43,7 +44,7 @@ def facts(
 
 Seen = tuple[str, str, Severity]
 B, W, I = Severity.BLOCKING, Severity.WARNING, Severity.INFO  # noqa: E741
-OURS = f"{live.SOCKETS}/{live.OURS}0f.sock"
+OURS = f"{SOCKETS}/{live.OURS}0f.sock"
 NONE, TRACK, REQUIRE, OFF = (
     CloneOptions(),
     CloneOptions(track=True),

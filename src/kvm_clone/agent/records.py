@@ -127,7 +127,7 @@ def check(records: List[Record]) -> None:
         disk, kind = entry.get("disk"), entry["record"]
         if kind == CREATE:
             disks[entry["disk"]] = entry["final"]
-        elif disk is not None and disk not in disks:
+        elif disk is not None and (not isinstance(disk, str) or disk not in disks):
             raise AgentError(UNSUPPORTED, f"record {number + 1} of the journal is of a disk that was not made")
         if not _names_ours(entry, records[0]["operation"], disks):
             raise AgentError(
@@ -144,7 +144,7 @@ def check_next(records: List[Record], entry: Record) -> None:
 
 
 def _is_record(entry: Any) -> bool:
-    if not isinstance(entry, dict) or entry.get("record") not in _NEEDED:
+    if not isinstance(entry, dict) or not _text(entry.get("record")) or entry["record"] not in _NEEDED:
         return False
     needed, perhaps = _NEEDED[entry["record"]], _PERHAPS.get(entry["record"], {})
     return all(key in entry and fits(entry[key]) for key, fits in needed.items()) and all(
