@@ -410,7 +410,7 @@ class Client:
                 if dry_run:
                     return StagedListing(name, tuple(data for data in found if data.age >= older_than), jobs=names)
                 wanted = [data for data in found if data.age >= older_than and not data.active]
-                done: dict[str, str] = {}
+                done = dict.fromkeys(await staging.sweep(host, connection), "removed")
                 errors: list[KvmCloneError] = []
                 for data in wanted:
                     try:

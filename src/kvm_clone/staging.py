@@ -55,11 +55,21 @@ class StagedData:
 
 async def find(host: Host, connection: libvirt.virConnect, more: frozenset[str] = frozenset()) -> list[StagedData]:
     """Everything with our mark in the directories of the host's pools, and in `more`. Raises TransferError."""
-    with domains.failing_as(f"asking libvirt on {host.name}", host.name):
-        pools = await asyncio.to_thread(domains.pools, connection)
-    paths = sorted({pool.path for pool in pools if pool.path and pool.type in domains.FILE_POOLS} | more)
+    paths = sorted({*await _directories(host, connection), *more})
     answers = await host.call("staged", directories=paths)
     return [_data(host.name, answer, tuple(paths)) for answer in answers]
+
+
+async def _directories(host: Host, connection: libvirt.virConnect) -> list[str]:
+    """The directories of the host's pools."""
+    with domains.failing_as(f"asking libvirt on {host.name}", host.name):
+        pools = await asyncio.to_thread(domains.pools, connection)
+    return [pool.path for pool in pools if pool.path and pool.type in domains.FILE_POOLS]
+
+
+async def sweep(host: Host, connection: libvirt.virConnect) -> list[str]:
+    """Remove what operations have left that ended before they had begun; the files. Raises TransferError."""
+    return list(await host.call("sweep", directories=await _directories(host, connection)))
 
 
 def _data(host: str, answer: Mapping[str, Any], directories: tuple[str, ...]) -> StagedData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import grp
 import os
 import platform
@@ -16,7 +17,7 @@ from typing import Any, Callable, Dict, List, Optional
 from . import fingerprint, header, image, journal, names, nbd, qemu, reflink
 from .digest import BLOCK
 from .disk import DATA, joined, thinned
-from .errors import AgentError
+from .errors import AgentError, from_exception
 
 
 def host() -> Dict[str, Any]:
@@ -72,18 +73,24 @@ def fingerprints(paths: List[str]) -> List[Optional[str]]:
 
 
 def marks(operation: str, directories: List[str]) -> List[Optional[str]]:
-    """For each directory the one that an agent of the operation has marked, if they are the same (names.mark_path)."""
-    found: List[Optional[str]] = []
-    for directory in directories:
-        try:
-            path = names.mark_path(operation, directory)
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            found.append(None)
-            continue
-        with open(fd, encoding="utf-8", errors="surrogateescape") as file:
-            found.append(file.read(4096) if stat.S_ISREG(os.fstat(fd).st_mode) else None)
-    return found
+    """For each directory the one that an agent of the operation has marked, if they are the same (names.mark_path).
+
+    Raises AgentError when that cannot be told.
+    """
+    return [_marked(names.mark_path(operation, directory)) for directory in directories]
+
+
+def _marked(path: str) -> Optional[str]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # a link is none of ours
+            return None
+        raise from_exception(error, f"looking for {path}") from error
+    try:
+        return os.fsdecode(os.read(fd, 4096)) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+    finally:
+        os.close(fd)
 
 
 def _version(program: str) -> Optional[str]:

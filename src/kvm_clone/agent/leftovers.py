@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import time
 from typing import Any, Dict, List, Optional
 
 from . import chain, fingerprint, names, qemu, records
 from .errors import LOCKED, UNSUPPORTED, AgentError, from_exception
-from .journal import Journal, elsewhere, look, make_durable
+from .journal import LEASE_SECONDS, Journal, elsewhere, look, make_durable
 from .lock import OperationLock, holder_of
 from .records import Record
 
@@ -155,6 +156,33 @@ def _summary(directory: str, path: str, directories: List[str]) -> List[Dict[str
         return []
     except (AgentError, OSError) as error:
         return [{**where, "error": str(from_exception(error))}]
+
+
+def sweep(directories: List[str]) -> List[str]:
+    """Remove what operations that had just begun have left: journals that say nothing and that nobody has; their paths.
+
+    One that is younger than a lease may be about to say something.
+    """
+    removed: List[str] = []
+    for directory in sorted(set(directories)):
+        for path in _journals_in(directory):
+            with contextlib.suppress(AgentError, OSError):  # whatever it is, it is more than nothing
+                found = look(path)
+                if not found.records and not found.active and abs(time.time() - found.changed) > LEASE_SECONDS:
+                    removed += _removed_if_empty(path)
+    return removed
+
+
+def _removed_if_empty(path: str) -> List[str]:
+    """Remove a journal that says nothing, under its lock: somebody may have begun since it was looked at."""
+    opened = Journal(path, resume=True)
+    try:
+        if opened.records:
+            return []
+        opened.remove()
+        return [path]
+    finally:
+        opened.close()
 
 
 def _described(entries: List[Record], locked: bool) -> Dict[str, Any]:

@@ -66,6 +66,7 @@ class Server:
             "ranges_of": facts.ranges_of,
             "staged": leftovers.staged,
             "settle": leftovers.settle,
+            "sweep": leftovers.sweep,
             "recover": leftovers.recover,
             "remove_scratch": scratch.remove,
             "hold": lambda **how: self._begin(stage.Hold, **how),
