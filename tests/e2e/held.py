@@ -1,16 +1,20 @@
 """kvm-clone that stops itself (SIGSTOP) once the destination has journalled a record: `held.py RECORD ARGV…`.
 
 Only the first such record stops it; it goes on when it gets SIGCONT. `before CALL` stops it before that call of the
-agent.
+agent. With `torn RECORD` nothing is stopped: the destination's agent kills itself when it has written half of that
+record, or, with `torn nothing`, when it has made the journal and written nothing.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
+import zipfile
 from typing import Any
 
+from kvm_clone import payload
 from kvm_clone.cli import main
 from kvm_clone.host import Host
 
@@ -39,6 +43,31 @@ def hold_at(record: str) -> None:
     Host.call = holding  # type: ignore[method-assign]
 
 
+_WRITE = "        if os.write(self._fd, line) != len(line):\n"
+"""What agent/journal.py does with a record."""
+
+
+def tear(record: str) -> None:
+    """Let agents be of a package whose journal breaks off within the record."""
+    when, half = ("not self.records", 0) if record == "nothing" else (f"record == {record!r}", 2)
+    written = f"line[:len(line) // {half}]" if half else "b''"
+    broken = f"        if {when}:\n            os.write(self._fd, {written})\n            os.kill(os.getpid(), 9)\n"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(payload.package())) as whole, zipfile.ZipFile(buffer, "w") as archive:
+        for entry in whole.infolist():
+            text = whole.read(entry).decode()
+            if entry.filename.endswith("agent/journal.py"):
+                assert text.count(_WRITE) == 1
+                text = text.replace(_WRITE, broken + _WRITE)
+            archive.writestr(entry, text)
+    package = buffer.getvalue()
+    payload.package = lambda: package  # type: ignore[assignment]
+
+
 if __name__ == "__main__":
-    hold_at(sys.argv.pop(1))
+    point = sys.argv.pop(1)
+    if point.startswith("torn "):
+        tear(point.removeprefix("torn "))
+    else:
+        hold_at(point)
     main()

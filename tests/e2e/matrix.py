@@ -47,7 +47,8 @@ def read(text: str, shape: Shape) -> dict[Cell, str]:
 
 _LEGEND = """# Fault matrix
 
-What was seen when a fault hit right after a record of the journal had become durable (`make test-faults`). After every
+What was seen when a fault hit right after a record of the journal had become durable, or while it was being written
+(`make test-faults`; `nothing`: when the journal was there, and no record yet). After every
 cell: the old VM, if there was one, was untouched or completely replaced; a replica that was synced was bit by bit as
 before, or as its source through whatever its definition named; no VM was defined with incomplete disks; the same
 command with `--idempotent` ended with exit code 0 and a clone equal to its source; no staged file, journal, lock or

@@ -9,12 +9,14 @@ import hashlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import matrix
 import pytest
 from clonekit import (
+    HELD,
     IMPATIENT,
     Done,
     agents,
@@ -29,6 +31,7 @@ from clonekit import (
     picture,
     pids,
     records,
+    running,
     wipe,
 )
 from labclient import REPOSITORY, Lab, Vm
@@ -38,7 +41,7 @@ pytestmark = pytest.mark.e2e
 
 OURS = "metadata/{https://kvm-clone.org/xmlns/clone/1}clone"
 
-RECORDS = ("begin", "create", "durable", "copied", "proven", "publish", "define", "committed", "merged")
+RECORDS = ("nothing", "begin", "create", "durable", "copied", "proven", "publish", "define", "committed", "merged")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Fault:
 
     hit: Callable[[Lab, subprocess.Popen[str]], None]
     heal: Callable[[Lab], None] = lambda lab: None
-    at: tuple[str, ...] = RECORDS
+    at: tuple[str, ...] = RECORDS[1:]
 
 
 def _first_agent(host: str) -> Callable[[Lab, subprocess.Popen[str]], None]:
@@ -58,7 +61,11 @@ def _power(host: str) -> Fault:
     return Fault(lambda lab, child: lab.power("off", host), lambda lab: lab.power("on", host))
 
 
+TORN = "killed within its write"
+"""The destination's agent dies with half of the record written; of `nothing`, when the journal was just made."""
+
 FAULTS = {
+    TORN: Fault(lambda lab, child: None, at=RECORDS),
     "controller killed": Fault(lambda lab, child: child.kill()),
     "source agent killed": Fault(_first_agent("kc-a")),
     "destination agent killed": Fault(_first_agent("kc-b")),
@@ -72,6 +79,10 @@ FAULTS = {
 KINDS = ("clone", "replacing clone", "sync")
 
 FAST = {
+    ("clone", "nothing", TORN),
+    ("clone", "create", TORN),
+    ("replacing clone", "define", TORN),
+    ("sync", "merged", TORN),
     ("clone", "begin", "controller killed"),
     ("clone", "create", "destination agent killed"),
     ("clone", "durable", "receiver killed"),
@@ -232,6 +243,13 @@ ARGV = ("kc-a", "kc-b", "fault", "--idempotent", "--output", "json")
 def hit(lab: Lab, command: str, record: str, fault: str) -> Done:
     """Run the command until the record is journalled, and let the fault come; what then becomes of the command."""
     slow = ("--bandwidth-limit", "2M") if record == "durable" else ()
+    if fault == TORN:
+        program = (sys.executable, str(HELD), f"torn {record}")
+        with running(lab, *ARGV, *slow, "--retries", "0", command=command, program=program) as child:
+            first = ended(child, 150)
+        assert first.code != 0
+        assert "Traceback" not in first.err
+        return first
     with held(lab, record, *ARGV, *slow, *IMPATIENT, "--retries", "1", command=command) as child:
         assert record in [entry["record"] for entry in records(lab)]
         try:
