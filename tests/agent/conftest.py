@@ -7,12 +7,13 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import stream
+from kvm_clone.agent import names, stream
 from kvm_clone.agent.process import start
 
 from .tools import MIB, SshServer, ending, eventually, lacking, need
@@ -24,6 +25,23 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "buffered":
         monkeypatch.setattr(stream, "_splice", None)
     return str(request.param)
+
+
+@pytest.fixture
+def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory that our locks lie in, of this test's own."""
+    directory = tmp_path / "locks"
+    directory.mkdir(mode=0o700)
+    monkeypatch.setattr(names, "_lock_directory", lambda: str(directory))
+    return directory
+
+
+@pytest.fixture
+def open_to_all() -> Iterator[Path]:
+    """A directory that every user may look into; pytest's own ones are for their owner alone."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        yield Path(directory)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvm_clone.agent import image, nbd, qemu
+from kvm_clone.agent.chain import Node
 from kvm_clone.agent.disk import DATA, HOLE, ZERO, Disk, Extent, MemoryDisk, intersect
 from kvm_clone.agent.errors import AgentError
 from kvm_clone.agent.file import FileDisk
@@ -73,7 +74,7 @@ def file(directory: Path, size: int, writes: Sequence[Write]) -> Iterator[Disk]:
 @contextmanager
 def raw_nbd(directory: Path, size: int, writes: Sequence[Write]) -> Iterator[Disk]:
     need("qemu-nbd")
-    disk = qemu.open_nbd(str(make_raw(directory / "disk", size)), "raw", writable=True)
+    disk = qemu.open_nbd([Node(str(make_raw(directory / "disk", size)), "raw")], writable=True)
     with closing(disk):
         yield put(disk, writes)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kvm_clone.agent import facts
+from kvm_clone.agent import facts, journal
 
+from .images import encrypted, forged, make, put
 from .tools import KIB, MIB, make_overlay, make_qcow2, make_raw, noise
 
 SIZE = 4 * MIB
@@ -49,3 +53,96 @@ def test_data_in_an_image_that_rests_on_none(tmp_path: Path) -> None:
     ):
         for own in (False, True):
             assert facts.data_in(str(path), format_, None, own) == 192 * KIB
+
+
+SAID: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any]]] = {
+    "raw": (lambda at: make_raw(at / "disk", MIB + 1, [(0, b"x")]), "raw", {"virtual_size": MIB + 1, "data": 4096}),
+    "raw, like a qcow2 image": (
+        lambda at: make_raw(at / "disk", MIB, [(0, forged(b"/etc/passwd")["qcow2"])]),
+        "raw",
+        {"virtual_size": MIB, "data": 64 * KIB},
+    ),
+    "qcow2": (lambda at: make_qcow2(at / "disk", MIB, [(0, b"x")]), "qcow2", {"virtual_size": MIB, "data": 64 * KIB}),
+    "qcow2 on a base": (
+        lambda at: make(at / "disk", base="/none", base_format="raw"),
+        "qcow2",
+        {"virtual_size": MIB, "backing": "/none", "data": 0},
+    ),
+    "qcow2 with a data file": (
+        lambda at: make(at / "disk", "-o", f"data_file={at / 'data'}"),
+        "qcow2",
+        {"data_file": "{at}/data", "data": 0},
+    ),
+    "qcow2 with a data file that it does not name": (
+        lambda at: put(make(at / "disk"), 72, struct.pack(">Q", 4)),
+        "qcow2",
+        {"data_file": "another file", "data": 0},
+    ),
+    "encrypted qcow2": (encrypted, "qcow2", {"encrypted": True, "data": 0}),
+    "encrypted qcow2 with a data file": (
+        lambda at: put(put(make(at / "disk"), 72, struct.pack(">Q", 4)), 32, struct.pack(">I", 2)),
+        "qcow2",
+        {"encrypted": True, "data_file": "another file", "data": 0},
+    ),
+    "raw, said to be qcow2": (
+        lambda at: make_raw(at / "disk", MIB),
+        "qcow2",
+        {"error": "{at}/disk is no qcow2 image"},
+    ),
+    "qcow2, damaged": (
+        lambda at: put(make(at / "disk"), 4, b"\0\0\0\7"),
+        "qcow2",
+        {"error": "{at}/disk has a damaged qcow2 header"},
+    ),
+    "a format that is not handled": (
+        lambda at: make_raw(at / "disk", MIB),
+        "vmdk",
+        {"error": "{at}/disk has the format vmdk, which is not handled"},
+    ),
+    "a directory": (lambda at: made_directory(at / "disk"), "raw", {"regular": False, "data": 0}),
+    "a FIFO": (lambda at: made_fifo(at / "disk"), "qcow2", {"regular": False, "data": 0}),
+    "nothing": (lambda at: at / "disk", "raw", {"error": "No such file or directory"}),
+}  # fmt: skip
+
+
+def made_directory(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def made_fifo(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize("what", SAID)
+def test_what_is_said_of_a_disk(what: str, tmp_path: Path) -> None:
+    make_it, format_, expected = SAID[what]
+    path = make_it(tmp_path)
+    said = facts.disk(str(path), format_)
+    wanted = {key: value.format(at=tmp_path) if isinstance(value, str) else value for key, value in expected.items()}
+    assert {key: said.get(key) for key in wanted} == wanted
+    for key in {"backing", "data_file", "encrypted", "error"} - wanted.keys():
+        assert key not in said
+    if format_ == "qcow2" and said.get("regular") and not {"data_file", "encrypted"} & said.keys():
+        assert said["image"]["format"] == "qcow2"
+
+
+def test_fingerprints_of_what_is_there(tmp_path: Path) -> None:
+    path = make_raw(tmp_path / "disk", 5)
+    about = path.stat()
+    said = f"{about.st_dev}:{about.st_ino}:5:{about.st_mtime_ns}:{about.st_ctime_ns}"
+    assert facts.fingerprints([str(path), str(tmp_path / "none"), str(path / "below")]) == [said, None, None]
+
+
+def test_by_what_a_host_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    monkeypatch.setattr(facts, "LIBVIRT_SOCKETS", (str(tmp_path / "none"), str(make_raw(tmp_path / "socket", 0))))
+    about = (tmp_path / "socket").stat()
+    said = facts.identity()
+    assert said["boot"] == boot
+    assert said["libvirt"] == f"{about.st_dev}:{about.st_ino}:{about.st_ctime_ns}"
+    assert said["machine"] == journal.this_host().machine
+    monkeypatch.setattr(facts, "LIBVIRT_SOCKETS", ())
+    assert facts.identity()["libvirt"] == ""
+    assert facts._line(str(tmp_path / "none")) == ""

@@ -15,7 +15,7 @@ from kvm_clone.agent.guard import Guard
 
 from .tools import need
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("locks")]
 
 UUID = "6695eb01-f6a4-4304-b9aa-97f2502e193f"
 SOCKET = "/var/lib/libvirt/qemu/kvm-clone-0f.sock"
@@ -27,14 +27,6 @@ case "$*" in
 *backup-dumpxml*) echo '{backup}'; exit {dump} ;;
 esac
 """
-
-
-@pytest.fixture(autouse=True)
-def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    directory = tmp_path / "locks"
-    directory.mkdir()
-    monkeypatch.setattr(stage, "_LOCK_DIRECTORIES", (str(directory),))
-    return directory
 
 
 Virsh = Callable[..., Path]
@@ -104,7 +96,7 @@ def test_the_lock_on_reading_is_not_the_one_on_writing(tmp_path: Path) -> None:
     pool = tmp_path / "pool"
     pool.mkdir()
     watcher = watching()
-    stage.Stage(str(pool), UUID, "0f", {}).finish()
+    stage.Stage(str(pool), UUID, "0f", {}, directories=[str(pool)]).finish()
     watcher.done()
 
 

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -23,7 +24,8 @@ from typing import Any
 import pytest
 
 from kvm_clone import host, payload
-from kvm_clone.agent import digest, errors, qemu, server, stage
+from kvm_clone.agent import digest, errors, names, qemu, server
+from kvm_clone.agent.chain import Node
 from kvm_clone.agent.transfer import Job, Sender
 from kvm_clone.agent.wire import MARKER, RECORD_HEADER, pack_frame, read_frame
 
@@ -48,9 +50,10 @@ pytestmark = pytest.mark.timeout(60)
 Frame = dict[str, Any]
 HOW = [BY_SHA256.method, BY_SHA256.key.hex()]
 
+LOADER = payload.loader().encode()
 WHOLE = payload.preamble().encode() + payload.package()
 COMMANDS = {
-    "argv": [sys.executable, "-I", "-c", payload.loader()],
+    "argv": shlex.split(payload.remote_command(sys.executable))[1:],
     "shell": ["sh", "-c", payload.remote_command(sys.executable)],
 }
 
@@ -156,21 +159,22 @@ def test_login_noise_is_skipped(name: str, tmp_path: Path) -> None:
 
 
 def damaged(at: int) -> bytes:
+    """All of it, with a byte of what the loader takes altered."""
     content = bytearray(WHOLE)
-    content[at] ^= 1
+    content[len(LOADER) + at] ^= 1
     return bytes(content)
 
 
 NOT_WHOLE = {
-    "nothing": (b"", "did not arrive whole"),
-    "a part of the length": (WHOLE[:5], "did not arrive whole"),
-    "a part of the digest": (WHOLE[:71], "did not arrive whole"),
-    "no zip": (WHOLE[:72], "did not arrive whole"),
+    "nothing": (LOADER, "did not arrive whole"),
+    "a part of the length": (WHOLE[: len(LOADER) + 5], "did not arrive whole"),
+    "a part of the digest": (WHOLE[: len(LOADER) + 71], "did not arrive whole"),
+    "no zip": (WHOLE[: len(LOADER) + 72], "did not arrive whole"),
     "half a zip": (WHOLE[: len(WHOLE) // 2], "did not arrive whole"),
     "all but one byte": (WHOLE[:-1], "did not arrive whole"),
     "a damaged digest": (damaged(20), "damaged"),
     "a damaged zip": (damaged(5000), "damaged"),
-    "a damaged last byte": (damaged(len(WHOLE) - 1), "damaged"),
+    "a damaged last byte": (damaged(len(WHOLE) - len(LOADER) - 1), "damaged"),
 }
 
 
@@ -203,7 +207,7 @@ def altered(module: str, text: str) -> bytes:
             added = text.encode() if name == f"kvm_clone/agent/{module}.py" else b""
             archive.writestr(name, package.read(name) + added)
     content = buffer.getvalue()
-    return f"{len(content):08x}{hashlib.sha256(content).hexdigest()}".encode() + content
+    return LOADER + f"{len(content):08x}{hashlib.sha256(content).hexdigest()}".encode() + content
 
 
 def test_what_libraries_print_does_not_reach_the_protocol() -> None:
@@ -548,25 +552,30 @@ def test_an_image_stays_locked_until_the_agent_ends(tmp_path: Path) -> None:
         assert running.call("lock_image", path=str(disk)) == {"id": 1, "ok": None}
         assert running.call("lock_image", path=str(tmp_path / "no"))["error"]["kind"] == errors.MISSING
         with pytest.raises(errors.AgentError):
-            qemu.open_nbd(str(disk), "qcow2", writable=True)
+            qemu.open_nbd([Node(str(disk), "qcow2")], writable=True)
         running.end()
-    qemu.open_nbd(str(disk), "qcow2", writable=True).close()
+    qemu.open_nbd([Node(str(disk), "qcow2")], writable=True).close()
 
 
 @pytest.fixture
 def name() -> Iterator[str]:
     chosen = f"a test's {uuid.uuid4()}"
     yield chosen
-    Path(stage.lock_path(chosen)).unlink(missing_ok=True)
+    Path(names.lock_path(chosen)).unlink(missing_ok=True)
 
 
 SPEC = {"format": "qcow2", "size": MIB, "options": {}, "mode": 0o600, "user": "root", "group": "root"}
 
 
+def where(pool: Path, name: str, operation: str, **how: Any) -> dict[str, Any]:
+    """The arguments of a `stage` call."""
+    said = {"directory": str(pool), "directories": [str(pool)], "about": {"source": {"host": "elsewhere"}}}
+    return {**said, "name": name, "operation": operation, **how}
+
+
 def begin(running: Agent, pool: Path, name: str) -> None:
     """Stage two disks and publish one."""
-    about = {"source": "elsewhere"}
-    assert "ok" in running.call("stage", directory=str(pool), name=name, operation="0f", about=about)
+    assert "ok" in running.call("stage", **where(pool, name, "0f"))
     for disk in ("vda", "vdb"):
         assert "ok" in running.call("create", disk=disk, final=str(pool / disk), spec=SPEC)
     assert "ok" in running.call("publish", disk="vda", final=str(pool / "vda"))
@@ -587,7 +596,7 @@ def test_the_end_undoes_what_was_staged(how: str, name: str, tmp_path: Path) -> 
         _, stderr = running.end()
     assert "Traceback" not in stderr
     assert not list(tmp_path.iterdir())
-    assert not Path(stage.lock_path(name)).exists()
+    assert not Path(names.lock_path(name)).exists()
 
 
 def test_the_end_leaves_what_may_be_committed(name: str, tmp_path: Path) -> None:
@@ -601,9 +610,9 @@ def test_the_end_leaves_what_may_be_committed(name: str, tmp_path: Path) -> None
     with control() as running:
         (found,) = running.call("staged", directories=[str(tmp_path)], name=name)["ok"]
         assert (found["operation"], found["defining"], found["committed"]) == ("0f", True, False)
-        assert "ok" in running.call("settle", directory=str(tmp_path), name=name, committed=True)
-        where = {"directory": str(tmp_path), "name": name, "operation": "0f", "about": {}}
-        assert "ok" in running.call("stage", **where, finishing=True)
+        which = {"directory": str(tmp_path), "name": name, "operation": "0f", "directories": [str(tmp_path)]}
+        assert "ok" in running.call("settle", **which, committed=True)
+        assert "ok" in running.call("stage", **where(tmp_path, name, "0f", finishing=True))
         assert "ok" in running.call("finish")
         running.end()
     assert {entry.name for entry in tmp_path.iterdir()} == {"vda", "vdb"}
@@ -629,7 +638,7 @@ def test_a_killed_agent_leaves_a_journal_for_the_next(name: str, tmp_path: Path)
         running.process.wait()
     assert len(list(tmp_path.iterdir())) == 3
     with control() as running:
-        arguments = {"directory": str(tmp_path), "name": name, "operation": "10", "about": {}}
+        arguments = where(tmp_path, name, "10", discards="0f")
         assert "ok" in running.call("stage", **arguments)
         assert "error" in running.call("stage", **arguments)
         assert "ok" in running.call("finish")
@@ -639,7 +648,7 @@ def test_a_killed_agent_leaves_a_journal_for_the_next(name: str, tmp_path: Path)
 
 PARENT = """
 import subprocess, sys
-process = subprocess.Popen([sys.executable, "-I", "-c", sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+process = subprocess.Popen(["sh", "-c", sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 process.stdin.write(sys.stdin.buffer.read(int(sys.argv[2])))
 process.stdin.flush()
 print(process.pid, flush=True)
@@ -648,10 +657,9 @@ sys.stdin.read()
 
 
 def test_a_controller_that_is_killed(name: str, tmp_path: Path) -> None:
-    arguments = {"directory": str(tmp_path), "name": name, "operation": "0f", "about": {}}
-    frames: list[Frame] = [{"mode": "control"}, {"id": 4, "call": "stage", "args": arguments}]
+    frames: list[Frame] = [{"mode": "control"}, {"id": 4, "call": "stage", "args": where(tmp_path, name, "0f")}]
     content = WHOLE + b"".join(pack_frame(frame) for frame in frames)
-    with ending(python(PARENT, payload.loader(), len(content))) as parent:
+    with ending(python(PARENT, payload.remote_command(sys.executable), len(content))) as parent:
         assert parent.stdin
         assert parent.stdout
         parent.stdin.write(content)

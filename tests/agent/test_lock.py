@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import errors, facts, image, qemu
+from kvm_clone.agent import errors, fingerprint, image, qemu
+from kvm_clone.agent.chain import Node
 from kvm_clone.agent.errors import AgentError
 from kvm_clone.agent.lock import ImageLock, OperationLock
 
@@ -40,7 +41,7 @@ def lock(path: Path) -> Iterator[ImageLock]:
 
 
 def test_a_writer_keeps_us_out(path: Path, format_: str) -> None:
-    with closing(qemu.open_nbd(str(path), format_, writable=True)):
+    with closing(qemu.open_nbd([Node(str(path), format_)], writable=True)):
         with pytest.raises(AgentError) as caught:
             ImageLock(str(path))
         assert caught.value.kind == errors.IN_USE
@@ -48,7 +49,7 @@ def test_a_writer_keeps_us_out(path: Path, format_: str) -> None:
 
 
 def test_a_writer_that_hangs_keeps_us_out(path: Path, format_: str) -> None:
-    with closing(qemu.open_nbd(str(path), format_, writable=True)):
+    with closing(qemu.open_nbd([Node(str(path), format_)], writable=True)):
         (writer,) = processes(str(path))
         os.kill(writer, signal.SIGSTOP)
         try:
@@ -59,7 +60,7 @@ def test_a_writer_that_hangs_keeps_us_out(path: Path, format_: str) -> None:
 
 
 def test_a_refused_lock_leaves_no_descriptor(path: Path, format_: str) -> None:
-    with closing(qemu.open_nbd(str(path), format_, writable=True)):
+    with closing(qemu.open_nbd([Node(str(path), format_)], writable=True)):
         before = os.listdir("/proc/self/fd")
         for _ in range(3):
             with pytest.raises(AgentError):
@@ -70,17 +71,17 @@ def test_a_refused_lock_leaves_no_descriptor(path: Path, format_: str) -> None:
 @pytest.mark.usefixtures("lock")
 def test_we_keep_writers_out(path: Path, format_: str) -> None:
     need("qemu-io")
-    before = (path.read_bytes(), facts.fingerprint(str(path)))
+    before = (path.read_bytes(), fingerprint.of(str(path)))
     writing = subprocess.run(["qemu-io", "-f", format_, "-c", "write 0 512", str(path)], capture_output=True)
     assert b"lock" in writing.stderr
     with pytest.raises(AgentError, match="another process"):
-        qemu.open_nbd(str(path), format_, writable=True)
-    assert (path.read_bytes(), facts.fingerprint(str(path))) == before
+        qemu.open_nbd([Node(str(path), format_)], writable=True)
+    assert (path.read_bytes(), fingerprint.of(str(path))) == before
 
 
 @pytest.mark.usefixtures("lock")
 def test_readers_and_other_locks_go_on(path: Path, format_: str) -> None:
-    before = (path.read_bytes(), facts.fingerprint(str(path)))
+    before = (path.read_bytes(), fingerprint.of(str(path)))
     other = ImageLock(str(path))
     assert qemu.info(str(path), format_)["virtual-size"] == MIB
     subprocess.run(["qemu-img", "compare", "-f", format_, "-F", format_, str(path), str(path)], check=True)
@@ -92,7 +93,7 @@ def test_readers_and_other_locks_go_on(path: Path, format_: str) -> None:
     other.release()
     writing = subprocess.run(["qemu-io", "-f", format_, "-c", "write 0 512", str(path)], capture_output=True)
     assert b"lock" in writing.stderr
-    assert (path.read_bytes(), facts.fingerprint(str(path))) == before
+    assert (path.read_bytes(), fingerprint.of(str(path))) == before
 
 
 def test_a_released_lock_lets_writers_in(path: Path, format_: str, lock: ImageLock) -> None:
@@ -116,10 +117,10 @@ def test_a_dead_holder_lets_writers_in(path: Path, format_: str) -> None:
         assert holder.stdout
         assert holder.stdout.readline() == b"ready\n"
         with pytest.raises(AgentError):
-            qemu.open_nbd(str(path), format_, writable=True)
+            qemu.open_nbd([Node(str(path), format_)], writable=True)
         holder.kill()
         holder.wait()
-    qemu.open_nbd(str(path), format_, writable=True).close()
+    qemu.open_nbd([Node(str(path), format_)], writable=True).close()
 
 
 def test_an_operation_names_its_holder(tmp_path: Path) -> None:

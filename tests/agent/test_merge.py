@@ -2,75 +2,28 @@
 
 from __future__ import annotations
 
-import grp
 import os
-import pwd
+import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import errors, facts, journal, merge, qemu, stage
+from kvm_clone.agent import chain, errors, fingerprint, merge, qemu
 from kvm_clone.agent.errors import AgentError
 
-from .tools import need
+from .synced import SIZE, Synced
+from .tools import eventually, need, processes
 
-pytestmark = pytest.mark.timeout(60)
-
-NAME = "web"
-SIZE = 4 << 20
-
-
-class Synced:
-    """A VM of one disk, whose sync has just committed."""
-
-    def __init__(self, pool: Path, format_: str) -> None:
-        self.pool = pool
-        self.base, self.overlay, self.format = pool / "web.img", pool / "kvm-clone-op-vda.qcow2", format_
-        subprocess.run(["qemu-img", "create", "-q", "-f", format_, self.base, str(SIZE)], check=True)
-        self.write(self.base, "write -P 1 0 1M", format_)
-        self.stage = stage.Stage(str(pool), NAME, "op", {}, keep=True)
-        spec = {
-            "format": "qcow2",
-            "size": SIZE,
-            "options": {},
-            "mode": 0o600,
-            "user": pwd.getpwuid(os.geteuid())[0],
-            "group": grp.getgrgid(os.getegid())[0],
-            "backing": [str(self.base), format_],
-        }
-        part = self.stage.create("vda", str(self.overlay), spec)
-        self.write(Path(part), "write -P 2 0 64k", "write -z 512k 64k")
-        self.stage.publish("vda", str(self.overlay))
-        merge = [{"disk": "vda", "path": str(self.overlay), "base": str(self.base), "base_format": format_}]
-        images = {"vda": [str(self.overlay), facts.fingerprint(str(self.overlay))]}
-        self.stage.note(journal.DEFINE, {"uuid": "", "remove": [], "forget": [], "images": images, "merge": merge})
-        self.stage.note(journal.COMMITTED, {})
-
-    def write(self, path: Path, *commands: str) -> None:
-        """Commands of qemu-io; the last word may be the image's format."""
-        *words, last = commands
-        words, format_ = (words, last) if last in ("raw", "qcow2") else ([*commands], "qcow2")
-        argv = ["qemu-io", "-f", format_, *(one for word in words for one in ("-c", word)), str(path)]
-        subprocess.run(argv, check=True, capture_output=True)
-
-    def reads(self, path: Path, format_: str, command: str) -> bool:
-        """Whether qemu-io finds the pattern."""
-        argv = ["qemu-io", "-r", "-f", format_, "-c", command, str(path)]
-        done = subprocess.run(argv, check=True, capture_output=True, text=True)
-        return "failed" not in done.stdout + done.stderr
-
-    def crash(self) -> None:
-        """End this process's part of it, and take it up as the next run does."""
-        self.stage.release()
-        self.stage = stage.Stage(str(self.pool), NAME, "op", {}, finishing=True)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("locks")]
 
 
 @pytest.fixture(params=["raw", "qcow2"])
-def synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Synced]:
+def synced(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Synced]:
     need("qemu-img", "qemu-io")
-    monkeypatch.setattr(stage, "_LOCK_DIRECTORIES", (str(tmp_path),))
     made = Synced(tmp_path, request.param)
     yield made
     made.stage.release()
@@ -86,7 +39,7 @@ def test_a_merge_writes_everything_down_and_lets_nobody_in_until_it_is_over(sync
             synced.write(path, "write -P 9 0 64k", format_)
     synced.stage.merged()
     assert not synced.overlay.exists()
-    assert synced.stage.seal() == {"vda": facts.fingerprint(str(synced.base))}
+    assert synced.stage.seal() == {"vda": fingerprint.of(str(synced.base))}
     synced.write(synced.base, "write -P 9 0 64k", synced.format)
     assert synced.stage.seal() is None
 
@@ -168,7 +121,7 @@ def test_an_overlay_that_another_process_has_open(tmp_path: Path, monkeypatch: p
     pool = tmp_path / "open"
     pool.mkdir()
     synced = Synced(pool, "raw")
-    other = qemu.open_nbd(str(synced.overlay), "qcow2", writable=True)
+    other = qemu.open_nbd(chain.linear(str(synced.overlay), "qcow2"), writable=True)
     try:
         with pytest.raises(AgentError) as caught:
             synced.stage.merge()
@@ -178,4 +131,85 @@ def test_an_overlay_that_another_process_has_open(tmp_path: Path, monkeypatch: p
         other.close()
     synced.stage.merge()
     assert synced.reads(synced.base, "raw", "read -P 2 0 64k")
+    synced.stage.release()
+
+
+@pytest.mark.parametrize("disk", ["the overlay before the merge", "what is below after it"])
+def test_a_disk_that_was_written_and_given_its_old_mtime(disk: str, synced: Synced) -> None:
+    """As by `touch -r`: the ctime tells."""
+    merged = "after" in disk
+    path, format_ = (synced.base, synced.format) if merged else (synced.overlay, "qcow2")
+    if merged:
+        synced.stage.merge()
+        synced.stage.merged()
+        assert synced.stage.seal() is not None
+    synced.crash()
+    before = path.stat()
+    synced.write(path, "write -P 7 0 64k", format_)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert fingerprint.is_still(str(path), fingerprint.of_stat(before)) == (path.stat().st_size == before.st_size)
+    assert not fingerprint.is_untouched(str(path), fingerprint.of_stat(before))
+    if not merged:
+        synced.stage.merge()
+        synced.stage.merged()
+    assert synced.stage.seal() is None
+
+
+SLOW = """#!/bin/sh
+case "$1" in commit) touch "$0.begun"; {how} ;; esac
+exec {real} "$@"
+"""
+
+
+@pytest.mark.parametrize("how", ["exec sleep 60", "kill -STOP $$"])
+def test_a_merge_that_takes_long_is_let_go_of(how: str, synced: Synced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C does not wait for it, and the next run finishes it."""
+    programs = synced.pool / "bin"
+    programs.mkdir()
+    program = programs / "qemu-img"
+    program.write_text(SLOW.format(how=how, real=shutil.which("qemu-img")))
+    program.chmod(0o755)
+    said: list[AgentError] = []
+
+    def merging() -> None:
+        try:
+            synced.stage.merge()
+        except AgentError as error:
+            said.append(error)
+
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        thread = threading.Thread(target=merging)
+        thread.start()
+        assert eventually((programs / "qemu-img.begun").exists)
+        started = time.monotonic()
+        synced.stage.release()
+        assert time.monotonic() - started < 5
+        thread.join()
+    assert [error.kind for error in said] == [errors.INTERRUPTED]
+    assert not processes(str(synced.overlay))
+    assert synced.reads(synced.overlay, "qcow2", "read -P 2 0 64k")
+    synced.crash()
+    synced.stage.merge()
+    assert synced.reads(synced.base, synced.format, "read -P 2 0 64k")
+    synced.stage.merged()
+    assert synced.stage.seal() is not None
+
+
+def test_a_path_with_lock_in_it_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails otherwise is told at once, and not waited out."""
+    pool = tmp_path / "blocks"
+    pool.mkdir()
+    synced = Synced(pool, "raw")
+    tries = 0
+
+    def failing(overlay: str, *more: object) -> None:
+        nonlocal tries
+        tries += 1
+        raise AgentError(errors.IO, f"qemu-img: Could not open '{overlay}': Input/output error")
+
+    monkeypatch.setattr(qemu, "merge", failing)
+    with pytest.raises(AgentError, match="Input/output error") as caught:
+        synced.stage.merge()
+    assert (caught.value.kind, tries) == (errors.IO, 1)
     synced.stage.release()

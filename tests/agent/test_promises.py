@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent import facts, image, journal, merge, qemu, stage, transfer
+from kvm_clone.agent import chain, fingerprint, image, leftovers, names, qemu, records, transfer
 from kvm_clone.agent.differ import Differ
 from kvm_clone.agent.errors import AgentError
 from kvm_clone.agent.process import run
@@ -74,6 +75,9 @@ class World:
             raise PowerCutError
         self.steps_left -= 1
 
+    def stage(self, operation: str, **how: Any) -> Stage:
+        return Stage(str(self.pool), "web", operation, {}, directories=[str(self.pool)], **how)
+
     def run(self, crash_at: int, cut: float, *, start_over: bool = False) -> bool:
         """Whether it came to its end."""
         self.steps_left = crash_at
@@ -88,22 +92,23 @@ class World:
         return True
 
     def _run(self, cut: float, start_over: bool) -> None:
-        found = next(iter(stage.staged([str(self.pool)], "web")), None)
+        found = next(iter(leftovers.staged([str(self.pool)], "web")), None)
         found = None if found and "error" in found else found
         if found and found["defining"]:
             committed = self.defined is not None and self.defined[0] == found["operation"]
             self.step()
-            stage.settle(str(self.pool), "web", committed=committed)
+            leftovers.settle(str(self.pool), "web", found["operation"], [str(self.pool)], committed=committed)
             self.step()
             if committed:
-                Stage(str(self.pool), "web", found["operation"], {}, finishing=True).finish()
+                self.stage(found["operation"], finishing=True).finish()
                 return
         elif self.defined:
             return
+        earlier = found["operation"] if found else ""
         found = None if start_over else found
         self.operations += 1
         operation = found["operation"] if found else f"{self.operations:02x}"
-        self.held = Stage(str(self.pool), "web", operation, {}, resume=found is not None, keep=True)
+        self.held = self.stage(operation, resume=found is not None, discards=earlier, keep=True)
         kept = {disk: state for disk, state in (found["disks"] if found else {}).items() if state["durable"]}
         self._fill(self.held, kept, cut)
         self._commit(self.held, operation)
@@ -112,7 +117,7 @@ class World:
         spec = {"format": "raw", "size": SIZE, "options": {}, "mode": 0o600, "user": "root", "group": "root"}
         for disk in DISKS:
             self.step()
-            part = staged.part_path(disk, str(self.final(disk)))
+            part = names.part_path(staged.operation, disk, str(self.final(disk)))
             durable = kept[disk]["durable"] if disk in kept else 0
             if disk not in kept:
                 staged.create(disk, str(self.final(disk)), spec)
@@ -122,14 +127,14 @@ class World:
             self.step()
             self._copy(staged, disk, job, Job(part, "raw", durable=durable), cut)
             assert Path(part).read_bytes() == (self.source / disk).read_bytes()
-            staged.note(journal.COPIED, {"disk": disk, "bytes": SIZE})
+            staged.note(records.COPIED, {"disk": disk, "bytes": SIZE})
 
     def _copy(self, staged: Stage, disk: str, source: Job, target: Job, cut: float) -> None:
         content = through_pipe(lambda out: Sender(out, [source], 1, 0).run())
         whole = cut >= 1
 
         def durable(ends: list[int]) -> None:
-            staged.note(journal.DURABLE, {"disk": disk, "end": ends[0]})
+            staged.note(records.DURABLE, {"disk": disk, "end": ends[0]})
 
         failing = suppress(*([] if whole else [AgentError]))
         with arriving(content if whole else content[: int(len(content) * cut)]) as incoming, failing:
@@ -143,11 +148,11 @@ class World:
             self.published[disk] = self.content()[disk]
             staged.publish(disk, str(self.final(disk)))
         self.step()
-        staged.note(journal.DEFINE, {"uuid": "u", "remove": []})
+        staged.note(records.DEFINE, {"uuid": "u", "remove": []})
         self.step()
         self.defined = (operation, self.content())
         self.step()
-        staged.note(journal.COMMITTED, {})
+        staged.note(records.COMMITTED, {})
         self.step()
         staged.finish()
 
@@ -184,8 +189,8 @@ RUNS = st.lists(
 def test_any_sequence_of_runs_and_crashes(seed: int, runs: list[tuple[int, float, bool, bool]]) -> None:
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patched:
         locks = Path(directory) / "locks"
-        locks.mkdir()
-        patched.setattr(stage, "_LOCK_DIRECTORIES", (str(locks),))
+        locks.mkdir(mode=0o700)
+        patched.setattr(names, "_lock_directory", lambda: str(locks))
         patched.setattr(transfer, "DURABLE_BYTES", 1)
         world = World(Path(directory))
         world.write_source(seed)
@@ -222,7 +227,7 @@ class Replica:
         self.base.write_bytes(self.source.read_bytes())
         self.state = self.source.read_bytes()
         self.defined, self.by = self.base, "clone"
-        self.seal: dict[str, str] | None = {"vda": facts.fingerprint(str(self.base))}
+        self.seal: dict[str, str] | None = {"vda": fingerprint.of(str(self.base))}
         self.operations = 0
         self.steps_left = 1 << 30
         self.merged = CLUSTERS
@@ -245,7 +250,7 @@ class Replica:
 
     def guest_writes(self) -> None:
         """The VM is started, writes, and is shut off."""
-        with closing(qemu.open_nbd(str(self.defined), self.format, writable=True)) as disk:
+        with closing(qemu.open_nbd(chain.linear(str(self.defined), self.format), writable=True)) as disk:
             disk.write(CLUSTER // 2, memoryview(b"a guest's"))
             disk.flush()
         self.state = self.state[: CLUSTER // 2] + b"a guest's" + self.state[CLUSTER // 2 + 9 :]
@@ -254,7 +259,7 @@ class Replica:
     def is_unused(self) -> bool:
         if self.seal is None or self.defined != self.base:
             return False
-        return merge.unchanged(self.seal["vda"], facts.fingerprint(str(self.base)))
+        return fingerprint.is_untouched(str(self.base), self.seal["vda"])
 
     def step(self) -> None:
         self.check()
@@ -266,6 +271,9 @@ class Replica:
         """What holds at every instant."""
         assert self.guest_finds() == self.state
         assert (self.pool / "other.raw").read_bytes() == b"not ours"
+
+    def stage(self, operation: str, about: dict[str, Any], **how: Any) -> Stage:
+        return Stage(str(self.pool), "web", operation, about, directories=[str(self.pool)], **how)
 
     def run(self, crash_at: int, cut: float = 1.0, merged: int = CLUSTERS, *, force: bool = False) -> str:
         """How it ended."""
@@ -280,23 +288,25 @@ class Replica:
             self.held = None
 
     def _run(self, cut: float, force: bool) -> str:
-        found = next(iter(stage.staged([str(self.pool)], "web")), None)
+        found = next(iter(leftovers.staged([str(self.pool)], "web")), None)
         if found and found["defining"]:
             committed = self.by == found["operation"]
             self.step()
-            stage.settle(str(self.pool), "web", committed=committed)
+            leftovers.settle(str(self.pool), "web", found["operation"], [str(self.pool)], committed=committed)
             self.step()
             if committed:
-                self.held = Stage(str(self.pool), "web", found["operation"], {}, finishing=True)
+                self.held = self.stage(found["operation"], {}, finishing=True)
                 return self._after_commit(self.held)
         if not self.is_unused and not force:
             return "refused"
         if self.is_unused and not found and self.state == self.source.read_bytes():
             return "nothing to do"
+        earlier = found["operation"] if found else ""
         found = None if force else found
         self.operations += 1
         operation = found["operation"] if found else f"{self.operations:02x}"
-        self.held = Stage(str(self.pool), "web", operation, {"kind": "sync"}, resume=found is not None, keep=True)
+        about = {"kind": "sync"}
+        self.held = self.stage(operation, about, resume=found is not None, discards=earlier, keep=True)
         kept = found["disks"].get("vda") if found else None
         size = self.source.stat().st_size
         usable = kept is not None and kept["durable"] and kept["backing"] == str(self.base) and kept["size"] == size
@@ -311,7 +321,7 @@ class Replica:
         owner = {"mode": 0o600, "user": "root", "group": "root"}
         spec = {"format": "qcow2", "size": size, "options": {}, "backing": [str(self.base), "raw"], **owner}
         self.step()
-        part = staged.part_path("vda", final) if usable else staged.create("vda", final, spec)
+        part = names.part_path(staged.operation, "vda", final) if usable else staged.create("vda", final, spec)
         self.step()
         ranges = self._differing(part)
         if ranges:
@@ -325,7 +335,7 @@ class Replica:
         assert self._differing(part) == []
 
     def _durable(self, staged: Stage, ends: list[int]) -> None:
-        staged.note(journal.DURABLE, {"disk": "vda", "end": ends[0]})
+        staged.note(records.DURABLE, {"disk": "vda", "end": ends[0]})
 
     def _differing(self, part: str) -> list[list[int]]:
         wanted = self.source.read_bytes()
@@ -341,13 +351,13 @@ class Replica:
         staged.publish("vda", str(final))
         self.step()
         overlay = {"disk": "vda", "path": str(final), "base": str(self.base), "base_format": "raw"}
-        images = {"vda": [str(final), facts.fingerprint(str(final))]}
-        staged.note(journal.DEFINE, {"uuid": "u", "remove": [], "merge": [overlay], "images": images})
+        images = {"vda": [str(final), fingerprint.of(str(final))]}
+        staged.note(records.DEFINE, {"uuid": "u", "remove": [], "merge": [overlay], "images": images})
         self.step()
         self.defined, self.by, self.seal = final, operation, None
         self.state = self.source.read_bytes()
         self.step()
-        staged.note(journal.COMMITTED, {})
+        staged.note(records.COMMITTED, {})
         return self._after_commit(staged)
 
     def _after_commit(self, staged: Stage) -> str:
@@ -366,7 +376,7 @@ class Replica:
         staged.finish()
         return "done"
 
-    def merging(self, path: str, _base: str, _format: str) -> None:
+    def merging(self, path: str, _base: chain.Node, _ending: threading.Event) -> None:
         """qemu-img commit, or as much of it as comes before the power is cut."""
         if self.merged < CLUSTERS:
             with closing(image.open_for_reading(path, "qcow2")) as disk, self.base.open("r+b") as base:
@@ -385,8 +395,8 @@ def _send(job: Job, out: int) -> None:
 def replica(seed: int) -> Iterator[Replica]:
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patched:
         locks = Path(directory) / "locks"
-        locks.mkdir()
-        patched.setattr(stage, "_LOCK_DIRECTORIES", (str(locks),))
+        locks.mkdir(mode=0o700)
+        patched.setattr(names, "_lock_directory", lambda: str(locks))
         patched.setattr(transfer, "DURABLE_LEAST", 1)
         found = Replica(Path(directory), seed)
         patched.setattr(qemu, "merge", found.merging)

@@ -13,26 +13,18 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.agent import errors, journal, qemu, stage
+from kvm_clone.agent import errors, leftovers, names, qemu, records, stage
 from kvm_clone.agent.errors import AgentError
 from kvm_clone.agent.lock import WriterLock
 from kvm_clone.agent.stage import Stage
 
 from .tools import KIB, MIB, ending, eventually, lacking, need, processes, python
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("locks")]
 
 NAME = 'a VM\'s "name", with $(everything) but a slash'
 RAW = {"format": "raw", "size": MIB + 1, "options": {}, "mode": 0o640, "user": "root", "group": "root"}
 QCOW2 = {**RAW, "format": "qcow2", "size": MIB, "options": {"cluster_size": "4096", "compat": "1.1"}}
-
-
-@pytest.fixture(autouse=True)
-def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    directory = tmp_path / "locks"
-    directory.mkdir()
-    monkeypatch.setattr(stage, "_LOCK_DIRECTORIES", (str(directory),))
-    return directory
 
 
 @pytest.fixture
@@ -51,13 +43,28 @@ def seen(directory: Path) -> dict[str, tuple[int, int, bytes]]:
     }
 
 
-def begin(pool: Path, operation: str = "0f") -> Stage:
-    return Stage(str(pool), NAME, operation, {"source": "elsewhere"})
+ABOUT = {"source": {"host": "elsewhere"}}
+
+
+def begin(pool: Path, operation: str = "0f", discards: str = "") -> Stage:
+    return Stage(str(pool), NAME, operation, ABOUT, directories=[str(pool)], discards=discards)
 
 
 def finish_earlier(pool: Path, operation: str = "dead") -> None:
     """End an operation that has committed and whose run is gone."""
-    Stage(str(pool), NAME, operation, {}, finishing=True).finish()
+    Stage(str(pool), NAME, operation, {}, directories=[str(pool)], finishing=True).finish()
+
+
+def recover(pool: Path, operation: str = "0f") -> list[str]:
+    return leftovers.recover(str(pool), NAME, operation, [str(pool)])
+
+
+def settle(pool: Path, *, committed: bool, operation: str = "dead") -> None:
+    leftovers.settle(str(pool), NAME, operation, [str(pool)], committed=committed)
+
+
+def part_path(staged: Stage, disk: str, final: Path) -> str:
+    return names.part_path(staged.operation, disk, str(final))
 
 
 def test_a_whole_operation(pool: Path, locks: Path) -> None:
@@ -71,12 +78,12 @@ def test_a_whole_operation(pool: Path, locks: Path) -> None:
         assert os.path.dirname(part) == str(pool)
         assert about.st_mode & 0o777 == 0o640
         assert about.st_blocks * 512 < 512 * KIB
-        staged.note(journal.COPIED, {"disk": disk, "bytes": 0})
+        staged.note(records.COPIED, {"disk": disk, "bytes": 0})
         staged.publish(disk, final)
         assert os.path.samestat(about, os.stat(final))
         assert not os.path.exists(part)
-    staged.note(journal.DEFINE, {"uuid": "u"})
-    staged.note(journal.COMMITTED, {})
+    staged.note(records.DEFINE, {"uuid": "u"})
+    staged.note(records.COMMITTED, {})
     staged.finish()
     assert os.stat(pool / "vda.img").st_size == MIB + 1
     image = qemu.info(str(pool / "vdb.img"), "qcow2")
@@ -89,7 +96,7 @@ def test_a_whole_operation(pool: Path, locks: Path) -> None:
 
 def defining(pool: Path) -> list[tuple[str, bool]]:
     """The operations on our VM that may have committed, and whether that is certain."""
-    found = stage.staged([str(pool)], NAME)
+    found = leftovers.staged([str(pool)], NAME)
     return [(entry["operation"], entry["committed"]) for entry in found if entry["defining"]]
 
 
@@ -97,8 +104,8 @@ Step = Callable[[Stage, Path], object]
 STEPS: list[Step] = [
     lambda staged, pool: staged.create("vda", str(pool / "a name.img"), RAW),
     lambda staged, pool: staged.create("vdb", str(pool / "-n'\".qcow2"), QCOW2),
-    lambda staged, pool: staged.note(journal.COPIED, {"disk": "vda", "bytes": 1}),
-    lambda staged, pool: staged.note(journal.PROVEN, {"disk": "vda"}),
+    lambda staged, pool: staged.note(records.COPIED, {"disk": "vda", "bytes": 1}),
+    lambda staged, pool: staged.note(records.PROVEN, {"disk": "vda"}),
     lambda staged, pool: staged.publish("vda", str(pool / "a name.img")),
     lambda staged, pool: staged.publish("vdb", str(pool / "-n'\".qcow2")),
 ]
@@ -118,7 +125,7 @@ def test_undo_after_any_step(how: str, count: int, pool: Path, locks: Path) -> N
     else:
         staged.release()
         assert defining(pool) == []
-        begin(pool, "10").finish()
+        begin(pool, "10", "0f").finish()
     assert seen(pool) == before
     assert not list(locks.iterdir())
 
@@ -141,7 +148,7 @@ def test_undo_after_a_crash_before_any_system_call(call: str, pool: Path, monkey
             break
         crashes += 1
         staged.release()
-        begin(pool, "ff").undo()
+        begin(pool, "ff", staged.operation).undo()
         assert seen(pool) == before
     assert crashes > 0
     assert seen(pool) == before
@@ -221,16 +228,16 @@ def test_undo_leaves_a_file_that_took_the_place_of_ours(pool: Path) -> None:
 
 HOLDER = """
 import sys, time
-from kvm_clone.agent import stage
+from kvm_clone.agent import names, stage
 pool, locks, name, then = sys.argv[1:]
-stage._LOCK_DIRECTORIES = (locks,)
+names._lock_directory = lambda: locks
 spec = {"format": "raw", "size": 4096, "options": {}, "mode": 0o600, "user": "root", "group": "root"}
-staged = stage.Stage(pool, name, "dead", {"source": "elsewhere"})
+staged = stage.Stage(pool, name, "dead", {"source": {"host": "elsewhere"}}, directories=[pool])
 for disk in ("vda", "vdb"):
     staged.create(disk, f"{pool}/{disk}.img", spec)
 staged.publish("vda", f"{pool}/vda.img")
 for record in then.split():
-    staged.note(record, {})
+    staged.note(record, {"disk": "vda"} if record in ("copied", "proven") else {})
 print("ready", flush=True)
 sys.stdin.read()
 """
@@ -257,16 +264,16 @@ def test_a_live_holder_is_named(holder: subprocess.Popen[bytes], pool: Path) -> 
     before = seen(pool)
     acts: list[Callable[[], object]] = [
         lambda: begin(pool),
-        lambda: stage.settle(str(pool), NAME, committed=True),
-        lambda: stage.recover(str(pool), NAME),
+        lambda: settle(pool, committed=True),
+        lambda: recover(pool, "dead"),
         lambda: finish_earlier(pool),
     ]
     for act in acts:
-        with pytest.raises(AgentError, match=f"operation dead, pid {holder.pid}, source elsewhere") as caught:
+        with pytest.raises(AgentError, match=f"pid {holder.pid}, operation dead, source .*elsewhere") as caught:
             act()
         assert caught.value.kind == errors.LOCKED
     assert seen(pool) == before
-    other = Stage(str(pool), "another VM", "10", {})
+    other = Stage(str(pool), "another VM", "10", {}, directories=[str(pool)])
     other.finish()
 
 
@@ -274,7 +281,7 @@ def test_a_dead_holders_leftovers_are_undone(pool: Path, locks: Path) -> None:
     before = seen(pool)
     dead(pool, locks, "")
     assert len(seen(pool)) == len(before) + 3
-    staged = begin(pool, "10")
+    staged = begin(pool, "10", "dead")
     staged.create("vda", str(pool / "vda.img"), RAW)
     staged.undo()
     assert seen(pool) == before
@@ -288,7 +295,7 @@ def test_what_may_have_been_committed_is_left_to_whoever_asks_libvirt(
     left = seen(pool)
     assert defining(pool) == [("dead", committed)]
     with pytest.raises(AgentError, match="libvirt has to be asked") as caught:
-        begin(pool)
+        begin(pool, discards="dead")
     assert caught.value.kind == errors.UNSUPPORTED
     assert seen(pool) == left
 
@@ -296,10 +303,10 @@ def test_what_may_have_been_committed_is_left_to_whoever_asks_libvirt(
 def test_what_has_committed_is_kept(pool: Path, locks: Path) -> None:
     before = seen_names(pool)
     dead(pool, locks, "define")
-    stage.settle(str(pool), NAME, committed=True)
+    settle(pool, committed=True)
     assert defining(pool) == [("dead", True)]
     finish_earlier(pool)
-    assert stage.staged([str(pool)], NAME) == []
+    assert leftovers.staged([str(pool)], NAME) == []
     assert "vda.img" in seen_names(pool) - before
     begin(pool).finish()
 
@@ -319,31 +326,31 @@ def test_what_was_withdrawn_can_be_undone(how: str, pool: Path, locks: Path) -> 
     before = seen(pool)
     dead(pool, locks, "define")
     with pytest.raises(AgentError, match="libvirt has to be asked"):
-        stage.recover(str(pool), NAME)
-    stage.settle(str(pool), NAME, committed=False)
+        recover(pool, "dead")
+    settle(pool, committed=False)
     assert defining(pool) == []
     if how == "recover":
-        assert stage.recover(str(pool), NAME) == []
+        assert recover(pool, "dead") == []
     else:
-        begin(pool).finish()
+        begin(pool, discards="dead").finish()
     assert seen(pool) == before
     assert not list(locks.iterdir())
 
 
 def test_nothing_is_staged_at_first(pool: Path) -> None:
-    assert stage.staged([str(pool)], NAME) == []
+    assert leftovers.staged([str(pool)], NAME) == []
     staged = begin(pool)
-    (found,) = stage.staged([str(pool), str(pool)], NAME)
+    (found,) = leftovers.staged([str(pool), str(pool)], NAME)
     assert (found["operation"], found["active"], found["defining"]) == ("0f", True, False)
     staged.finish()
-    assert stage.staged([str(pool)], NAME) == []
+    assert leftovers.staged([str(pool)], NAME) == []
 
 
 def test_abandon_after_define_leaves_everything(pool: Path, locks: Path) -> None:
     staged = begin(pool)
     for step in STEPS:
         step(staged, pool)
-    staged.note(journal.DEFINE, {"uuid": "u"})
+    staged.note(records.DEFINE, {"uuid": "u"})
     with pytest.raises(AgentError, match="libvirt has to be asked"):
         staged.undo()
     left = seen_names(pool)
@@ -358,7 +365,7 @@ def test_undo_past_the_commit_point(pool: Path) -> None:
     staged = begin(pool)
     for step in STEPS:
         step(staged, pool)
-    staged.note(journal.DEFINE, {"uuid": "u"})
+    staged.note(records.DEFINE, {"uuid": "u"})
     assert staged.undo(past_commit=True) == []
     assert seen(pool) == before
 
@@ -394,16 +401,16 @@ def test_undo_goes_on_past_a_failure_and_keeps_the_journal(
         staged.abandon()
     elif how == "recover":
         staged.release()
-        (said,) = stage.recover(str(pool), NAME)
+        (said,) = recover(pool)
         assert str(parts[1]) in said
     else:
         staged.release()
         with pytest.raises(AgentError, match=parts[1].name):
-            begin(pool, "10")
+            begin(pool, "10", "0f")
     assert [part.exists() for part in parts] == [False, True, False]
     assert not list(locks.iterdir())
     subprocess.run(["chattr", "-i", str(parts[1])], check=True)
-    begin(pool, "11").finish()
+    begin(pool, "11", "0f").finish()
     assert seen(pool) == before
 
 
@@ -419,7 +426,7 @@ def test_no_room_for_an_image(small: Path) -> None:
 
 def test_no_room_for_the_journal(small: Path, locks: Path) -> None:
     fill(small, but=0)
-    with pytest.raises(AgentError, match=stage.journal_path(str(small), NAME)) as caught:
+    with pytest.raises(AgentError, match=names.journal_path(str(small), NAME)) as caught:
         begin(small)
     assert caught.value.kind == errors.NO_SPACE
     assert seen_names(small) == {"filler"}
@@ -433,8 +440,9 @@ def fill(directory: Path, but: int) -> None:
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path, locks: Path) -> None:
-    with pytest.raises(OSError):
+    with pytest.raises(AgentError, match="nowhere") as caught:
         begin(tmp_path / "nowhere")
+    assert caught.value.kind == errors.MISSING
     assert not list(locks.iterdir())
 
 
@@ -453,17 +461,17 @@ def test_an_operation_that_is_over(pool: Path) -> None:
 
 def test_a_damaged_journal_is_left_alone(pool: Path, locks: Path) -> None:
     begin(pool).release()
-    path = Path(stage.journal_path(str(pool), NAME))
+    path = Path(names.journal_path(str(pool), NAME))
     path.write_bytes(b"damaged\n" + path.read_bytes())
     before = seen(pool)
     for act in (
         lambda: begin(pool),
-        lambda: stage.recover(str(pool), NAME),
-        lambda: stage.settle(str(pool), NAME, committed=False),
+        lambda: recover(pool),
+        lambda: settle(pool, committed=False),
     ):
         with pytest.raises(AgentError, match="damaged"):
             act()
-    (found,) = stage.staged([str(pool)], NAME)
+    (found,) = leftovers.staged([str(pool)], NAME)
     assert "damaged" in found["error"]
     assert seen(pool) == before
     assert not list(locks.iterdir())
@@ -511,15 +519,15 @@ def test_owner_and_mode(pool: Path) -> None:
 def test_a_killed_holder_frees_its_lock_even_while_its_child_lives(pool: Path, locks: Path) -> None:
     dead(pool, locks, "")
     assert eventually(lambda: not processes(str(pool)))
-    begin(pool).undo()
+    begin(pool, discards="dead").undo()
 
 
 def resumed(pool: Path, operation: str = "0f", *, keep: bool = False) -> Stage:
-    return Stage(str(pool), NAME, operation, {"source": "elsewhere"}, resume=True, keep=keep)
+    return Stage(str(pool), NAME, operation, ABOUT, directories=[str(pool)], resume=True, keep=keep)
 
 
 def summary(pool: Path) -> dict[str, Any]:
-    (found,) = stage.staged([str(pool)], NAME)
+    (found,) = leftovers.staged([str(pool)], NAME)
     return found
 
 
@@ -527,9 +535,9 @@ FINALS = {"vda": "a name.img", "vdb": "-n'\".qcow2"}
 SPECS = {"vda": RAW, "vdb": QCOW2}
 HALFWAY: list[Step] = [
     *STEPS[:2],
-    lambda staged, pool: staged.note(journal.DURABLE, {"disk": "vda", "end": 4096}),
-    lambda staged, pool: staged.note(journal.DURABLE, {"disk": "vda", "end": MIB + 1}),
-    lambda staged, pool: staged.note(journal.DURABLE, {"disk": "vda", "end": 8192}),  # what a mended range reports
+    lambda staged, pool: staged.note(records.DURABLE, {"disk": "vda", "end": 4096}),
+    lambda staged, pool: staged.note(records.DURABLE, {"disk": "vda", "end": MIB + 1}),
+    lambda staged, pool: staged.note(records.DURABLE, {"disk": "vda", "end": 8192}),  # what a mended range reports
     *STEPS[2:],
 ]
 DURABLE = [0, 0, 0, 4096, MIB + 1, MIB + 1, MIB + 1, MIB + 1, MIB + 1, MIB + 1]
@@ -538,11 +546,11 @@ DURABLE = [0, 0, 0, 4096, MIB + 1, MIB + 1, MIB + 1, MIB + 1, MIB + 1, MIB + 1]
 def end_it(staged: Stage, pool: Path) -> None:
     """Whatever is there already, end with both disks published."""
     for disk, name in FINALS.items():
-        if not os.path.exists(staged.part_path(disk, str(pool / name))):
+        if not os.path.exists(part_path(staged, disk, pool / name)):
             staged.create(disk, str(pool / name), SPECS[disk])
         staged.publish(disk, str(pool / name))
-    staged.note(journal.DEFINE, {"uuid": "u", "remove": []})
-    staged.note(journal.COMMITTED, {})
+    staged.note(records.DEFINE, {"uuid": "u", "remove": []})
+    staged.note(records.COMMITTED, {})
     staged.finish()
 
 
@@ -573,7 +581,7 @@ def files_of(staged: Stage, pool: Path) -> dict[str, os.stat_result]:
     """Each disk's file, staged or published."""
     found = {}
     for disk, name in FINALS.items():
-        for path in (str(pool / name), staged.part_path(disk, str(pool / name))):
+        for path in (str(pool / name), part_path(staged, disk, pool / name)):
             if os.path.exists(path):
                 found[disk] = os.stat(path)
     return found
@@ -588,9 +596,11 @@ def test_a_crash_while_resuming(then: str, call: str, pool: Path, monkeypatch: p
         for step in HALFWAY:
             step(first, pool)
         first.release()
+        with open(names.journal_path(str(pool), NAME), "ab") as file:
+            file.write(b"a torn ta")
         crashed = dies(functools.partial(resumed, pool, f"{survived:02x}"), call, survived, monkeypatch)
         if then == "undo":
-            assert stage.recover(str(pool), NAME) == []
+            assert recover(pool, f"{survived:02x}") == []
         else:
             again = resumed(pool, f"{survived:02x}")
             assert [name for name in FINALS.values() if (pool / name).exists()] == []
@@ -635,8 +645,8 @@ def contents(directory: Path) -> dict[str, bytes]:
     [
         (lambda pool: None, errors.MISSING),
         (lambda pool: begin(pool, "another").release(), errors.LOCKED),
-        (lambda pool: Path(stage.journal_path(str(pool), NAME)).write_bytes(b""), errors.LOCKED),
-        (lambda pool: begin(pool).note(journal.DEFINE, {"uuid": "u"}), errors.LOCKED),
+        (lambda pool: Path(names.journal_path(str(pool), NAME)).write_bytes(b""), errors.MISSING),
+        (lambda pool: begin(pool).note(records.DEFINE, {"uuid": "u"}), errors.LOCKED),
     ],
     ids=["nothing", "another operation's", "an empty one", "a living one"],
 )
@@ -653,13 +663,13 @@ def test_a_resumed_attempt_is_not_resumed_in_the_midst_of_its_commit(pool: Path)
     staged = begin(pool)
     for step in STEPS:
         step(staged, pool)
-    staged.note(journal.DEFINE, {"uuid": "u"})
+    staged.note(records.DEFINE, {"uuid": "u"})
     staged.release()
     before = contents(pool)
     with pytest.raises(AgentError, match="libvirt has to be asked"):
         resumed(pool)
     assert contents(pool) == before
-    stage.settle(str(pool), NAME, committed=False)
+    settle(pool, committed=False, operation="0f")
     end_it(resumed(pool), pool)
 
 
@@ -699,7 +709,7 @@ def test_resume_leaves_a_file_that_took_the_place_of_ours(pool: Path) -> None:
 @pytest.mark.parametrize("keep", [False, True])
 def test_abandon_keeps_what_is_to_be_kept(keep: bool, resume: bool, pool: Path, locks: Path) -> None:
     before = seen_names(pool)
-    staged = Stage(str(pool), NAME, "0f", {}, keep=keep)
+    staged = Stage(str(pool), NAME, "0f", {}, directories=[str(pool)], keep=keep)
     staged.create("vda", str(pool / "disk.img"), RAW)
     if resume:
         staged.release()
@@ -717,13 +727,13 @@ def test_finish_removes_staged_files_that_were_not_part_of_it(how: str, pool: Pa
     for disk in ("vda", "gone"):
         staged.create(disk, str(pool / f"{disk}.img"), RAW)
     staged.publish("vda", str(pool / "vda.img"))
-    staged.note(journal.DEFINE, {"uuid": "u"})
+    staged.note(records.DEFINE, {"uuid": "u"})
     if how == "finish":
-        staged.note(journal.COMMITTED, {})
+        staged.note(records.COMMITTED, {})
         staged.finish()
     else:
         staged.release()
-        stage.settle(str(pool), NAME, committed=True)
+        settle(pool, committed=True, operation="0f")
         finish_earlier(pool, "0f")
     assert seen_names(pool) - before == {"vda.img"}
 
@@ -732,38 +742,38 @@ def test_settling_again_and_otherwise(pool: Path, locks: Path) -> None:
     """What libvirt says last counts: a VM may be undefined after its commit was settled."""
     dead(pool, locks, "define")
     for committed in (True, True, False):
-        stage.settle(str(pool), NAME, committed=committed)
+        settle(pool, committed=committed)
         assert (summary(pool)["defining"], summary(pool)["committed"]) == (committed, committed)
     left = contents(pool)
-    stage.settle(str(pool), NAME, committed=True)  # nothing is open any more
+    settle(pool, committed=True)  # nothing is open any more
     with pytest.raises(AgentError, match="libvirt has to be asked"):
         finish_earlier(pool)
     assert contents(pool) == left
-    assert stage.recover(str(pool), NAME) == []
+    assert recover(pool, "dead") == []
     with pytest.raises(FileNotFoundError):
-        stage.settle(str(pool), NAME, committed=True)
+        settle(pool, committed=True)
 
 
 def test_what_is_staged_beside_journals_that_say_nothing(pool: Path) -> None:
     for name, content in (("empty", b""), ("torn", b"0000"), ("damaged", b"damaged\n" * 2)):
-        Path(stage.journal_path(str(pool), name)).write_bytes(content)
+        Path(names.journal_path(str(pool), name)).write_bytes(content)
     staged = begin(pool)
     staged.create("vda", str(pool / "vda.img"), RAW)
-    found = stage.staged([str(pool), str(pool), str(pool / "nowhere")])
-    assert len(found) == 5
+    found = leftovers.staged([str(pool), str(pool), str(pool / "nowhere")])
     assert [entry["name"] for entry in found if "error" not in entry] == [NAME]
-    errors_ = [entry["error"] for entry in found if "error" in entry]
-    assert sum("empty" in text for text in errors_) == 3  # the pool has a journal of one torn line of its own
-    assert sum("damaged" in text for text in errors_) == 1
+    # The empty one and the torn ones, of which the pool has one of its own, are nothing.
+    assert [(entry["path"], "damaged" in entry["error"]) for entry in found if "error" in entry] == [
+        (names.journal_path(str(pool), "damaged"), True)
+    ]
     staged.undo()
 
 
 def test_what_a_define_says_is_to_be_removed(pool: Path) -> None:
     staged = begin(pool)
-    staged.note(journal.DEFINE, {"uuid": "u", "remove": ["/old"]})
+    staged.note(records.DEFINE, {"uuid": "u", "remove": ["/old"]})
     assert summary(pool)["remove"] == ["/old"]
-    staged.note(journal.WITHDRAWN, {})
-    staged.note(journal.DEFINE, {"uuid": "u", "remove": ["/new"]})
+    staged.note(records.WITHDRAWN, {})
+    staged.note(records.DEFINE, {"uuid": "u", "remove": ["/new"]})
     assert summary(pool)["remove"] == ["/new"]
     staged.undo(past_commit=True)
 
@@ -772,11 +782,21 @@ def test_remove_files(pool: Path) -> None:
     (pool / "directory").mkdir()
     (pool / "link").symlink_to(pool / "other.qcow2")
     (pool / "old").write_bytes(b"x")
+    held = stage.Hold(NAME, {})
     paths = [str(pool / name) for name in ("old", "missing", "directory", "link")]
-    answers = stage.remove_files(paths)
+    answers = held.remove([{"path": path, "identity": file_id(path)} for path in paths])
     assert [answer["path"] for answer in answers] == paths
     assert [answer["result"] for answer in answers] == ["removed", "missing", "error", "removed"]
     assert answers[2]["error"]
     assert seen_names(pool) >= {"other.qcow2", "directory"}
     assert not {"old", "link"} & seen_names(pool)
-    assert stage.remove_files([]) == []
+    assert held.remove([]) == []
+    held.release()
+
+
+def file_id(path: str) -> str:
+    """Device and inode, as what is to be removed is named by."""
+    if not os.path.lexists(path):
+        return ""
+    about = os.lstat(path)
+    return f"{about.st_dev}:{about.st_ino}"

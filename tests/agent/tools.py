@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 import pytest
 
 import kvm_clone
-from kvm_clone.agent import image, qemu
+from kvm_clone.agent import chain, image, qemu
 from kvm_clone.agent.disk import DATA, Disk, split
 from kvm_clone.agent.nbd import NbdDisk
 from kvm_clone.agent.wire import CHUNK
@@ -176,7 +176,7 @@ def make_raw(path: Path, size: int, writes: Iterable[Write] = ()) -> Path:
 def make_overlay(path: Path, base: Path, format_: str, size: int, writes: Iterable[Write] = ()) -> Path:
     """A qcow2 image that rests on another one, with these writes over it."""
     need("qemu-img", "qemu-nbd")
-    qemu.create(str(path), "qcow2", size, {}, (str(base), format_))
+    qemu.create(str(path), "qcow2", size, {}, chain.Node(str(base), format_))
     disk = image.StagedImage(str(path))
     for offset, data in writes:
         disk.write(offset, memoryview(data))
@@ -229,6 +229,19 @@ def processes(text: str) -> list[int]:
             except OSError:
                 continue
     return found
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root's tests go on as a user with no rights, for this block; others are such a user."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
 
 
 def eventually(true: Callable[[], bool], seconds: float = 10.0) -> bool:

@@ -247,7 +247,7 @@ def hit(lab: Lab, command: str, record: str, fault: str) -> Done:
         program = (sys.executable, str(HELD), f"torn {record}")
         with running(lab, *ARGV, *slow, "--retries", "0", command=command, program=program) as child:
             first = ended(child, 150)
-        assert first.code != 0
+        assert first.code != 0 or record in ("committed", "merged")  # the VM is complete by then, and that is said
         assert "Traceback" not in first.err
         return first
     with held(lab, record, *ARGV, *slow, *IMPATIENT, "--retries", "1", command=command) as child:
