@@ -44,6 +44,17 @@ def duplicate_findings(facts: Facts) -> Iterator[Finding]:
                 yield block("disk-duplicate", disk.target, text, "give each disk a file of its own")
 
 
+def replica_findings(facts: Facts) -> Iterator[Finding]:
+    """Disks of the replica that are one file: what is merged into one would be merged into the other."""
+    images = facts.destination.existing.images if facts.destination.existing is not None else ()
+    for index, image in enumerate(images):
+        for other in images[index + 1 :]:
+            if same_file(image.fingerprint, other.fingerprint, one_host=True):
+                both = f"{image.target} ({image.path}) and {other.target} ({other.path})"
+                text = f"Disks {both} of the replica are one file."
+                yield block("replica-duplicate", image.target, text, "replace the replica: kvm-clone clone --force")
+
+
 def kept_findings(facts: Facts) -> Iterator[Finding]:
     """The files of a VM that is replaced which stay, and why."""
     existing = facts.destination.existing

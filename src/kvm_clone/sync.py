@@ -20,7 +20,7 @@ from kvm_clone.definition import FORMATS
 from kvm_clone.domains import SHUT_OFF
 from kvm_clone.facts import Existing, Facts, ImageFacts, Staged, files_in
 from kvm_clone.findings import EXISTS, Finding, block
-from kvm_clone.identity_checks import duplicate_findings, identity_findings
+from kvm_clone.identity_checks import duplicate_findings, identity_findings, replica_findings
 from kvm_clone.options import Retry, SyncOptions, Verify
 from kvm_clone.placement import PlannedDisk, place, stage_directory
 from kvm_clone.plan import (
@@ -74,7 +74,7 @@ def make_sync_plan(facts: Facts, options: SyncOptions, identity: Identity, own_o
     if same:
         found = same  # nothing else matters
     elif decision.action in (Action.SYNC, Action.RESUME, Action.STOP, Action.STOP_REPLICA):
-        found += [*source_findings(facts.source), *duplicate_findings(facts)]
+        found += [*source_findings(facts.source), *duplicate_findings(facts), *replica_findings(facts)]
         found += [*live_findings(facts.source, options, own_operation)]
         found += [*host_findings(facts, name), *space_findings(facts.destination, disks)]
         found += findings if decision.action is not Action.STOP else []

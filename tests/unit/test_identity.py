@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from cases import IMAGES, OTHER_HOST, SOURCE_HOST, Case, disk_xml, existing, options, staged
+from cases import IMAGES, OTHER_HOST, REPLICA_IMAGE, SOURCE_HOST, Case, disk_xml, existing, options, replica, staged
 
 from kvm_clone.consent import consent_of
 from kvm_clone.errors import ExitCode
@@ -101,6 +101,18 @@ def test_disks_that_are_one_file_under_two_names_are_refused() -> None:
     assert "disk-duplicate" in refused(Case(devices, source={"files": files}))
     files[f"{IMAGES}/link.qcow2"] = "1:3:3:4:5"
     assert refused(Case(devices, source={"files": files})) == set()
+
+
+def test_a_replica_whose_disks_are_one_file_is_not_written_into() -> None:
+    facts = Case().facts()
+    one = replace(REPLICA_IMAGE, target="vda")
+    other = replace(REPLICA_IMAGE, target="vdb", path=f"{IMAGES}/link.qcow2")
+    plan = Case(existing=replica(facts, one, other)).sync(retry=Retry.FORCE)
+    assert "replica-duplicate" in {finding.code for finding in plan.blocking}
+    apart = replica(facts, one, replace(other, fingerprint="1:9:3:4:5"))
+    assert "replica-duplicate" not in {
+        finding.code for finding in Case(existing=apart).sync(retry=Retry.FORCE).blocking
+    }
 
 
 def test_files_of_a_replaced_vm_that_stay_are_named_with_the_reason() -> None:
