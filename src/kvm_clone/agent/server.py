@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import threading
 from typing import Any, Callable, Dict, Optional
 
@@ -17,11 +18,14 @@ from . import facts, guard, hashing, peer, stage
 from .differ import Differ
 from .errors import INTERRUPTED, UNSUPPORTED, AgentError, from_exception
 from .lock import ImageLock
-from .wire import pack_frame, read_frame, write_all
+from .wire import ProtocolError, pack_frame, read_frame, write_all
 
 SILENCE_SECONDS = 30.0
 """Without a frame for so long, the controller is taken for dead: it sends one every few seconds. A cut network closes
 no connection, and a lock must not stay behind."""
+
+_MOST_WORDS = 16 * 1024
+"""Characters of an error's text that are sent: a child's last line can be of any length."""
 
 
 class Server:
@@ -83,7 +87,7 @@ class Server:
                 frame = read_frame(self._source)
                 if frame is None:
                     break
-                threading.Thread(target=self._answer, args=(frame,), daemon=True).start()
+                self._begin_answer(frame)
         except EOFError:
             return  # torn in the midst of a frame: gone all the same
         finally:
@@ -97,23 +101,43 @@ class Server:
         readable, _, _ = select.select([self._source], [], [], SILENCE_SECONDS)
         return bool(readable)
 
-    def _answer(self, frame: Dict[str, Any]) -> None:
-        number = frame.get("id")
+    def _begin_answer(self, frame: Dict[str, Any]) -> None:
         try:
-            call = self._calls.get(str(frame.get("call")))
+            threading.Thread(target=self._answer, args=(frame,), daemon=True).start()
+        except (RuntimeError, MemoryError) as error:
+            self._fail(frame.get("id"), from_exception(error))
+
+    def _answer(self, frame: Dict[str, Any]) -> None:
+        number, name = frame.get("id"), frame.get("call")
+        try:
+            call = self._calls.get(str(name))
             if call is None:
-                raise AgentError(UNSUPPORTED, f"the agent has no call {frame.get('call')!r}")
+                raise AgentError(UNSUPPORTED, f"the agent has no call {name!r}")
             arguments = dict(frame.get("args") or {})
             if call == self._differ.segments:
-                arguments["progress"] = lambda state: self._write({"id": number, "progress": state})
-            self._write({"id": number, "ok": call(**arguments)})
+                arguments["progress"] = lambda state: self._write(pack_frame({"id": number, "progress": state}))
+            answer = {"id": number, "ok": call(**arguments)}
+            try:
+                packed = pack_frame(answer)
+            except ProtocolError as error:
+                raise from_exception(error, f"the answer to {name}") from error
+            self._write(packed)
         except Exception as error:  # noqa: BLE001 - whatever went wrong is the answer
-            self._write({"id": number, "error": from_exception(error).as_dict()})
+            self._fail(number, from_exception(error))
 
-    def _write(self, message: Dict[str, Any]) -> None:
+    def _fail(self, number: Any, error: AgentError) -> None:
+        """Answer with an error. When even that cannot be had, end: the controller would wait for ever."""
+        try:
+            answer = AgentError(error.kind, str(error)[:_MOST_WORDS]).as_dict()
+            self._write(pack_frame({"id": number, "error": answer}))
+        except Exception as failure:  # noqa: BLE001 - memory that is used up, most likely
+            os.write(2, f"kvm-clone: no answer could be given: {type(failure).__name__}\n".encode())
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _write(self, packed: bytes) -> None:
         # A controller that does not listen any more is gone: the end of our input will say so.
         with self._writing, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            write_all(self._out, pack_frame(message))
+            write_all(self._out, packed)
 
     def _lock_image(self, path: str) -> None:
         """Keep every QEMU from writing this image until `unlock_images`, or until this process ends."""

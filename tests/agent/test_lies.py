@@ -1,0 +1,173 @@
+"""Controllers and agents whose other side says what it cannot, too much, or stops in the middle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import struct
+import time
+import zipfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvm_clone import payload
+from kvm_clone.agent import errors
+from kvm_clone.agent.wire import FRAME_LIMIT, pack_channel, pack_frame
+from kvm_clone.errors import InterruptedTransferError, KvmCloneError, TransferError
+from kvm_clone.host import AgentCallError, Host
+from kvm_clone.ssh import SshOptions, parse_address
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def altered(module: str, text: str) -> bytes:
+    """The agent's package with `text` at the end of one of its modules."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(payload.package())) as package, zipfile.ZipFile(buffer, "w") as archive:
+        for name in package.namelist():
+            added = text.encode() if name == f"kvm_clone/agent/{module}.py" else b""
+            archive.writestr(name, package.read(name) + added)
+    return buffer.getvalue()
+
+
+@contextlib.asynccontextmanager
+async def connected(directory: Path) -> AsyncIterator[Host]:
+    """This machine as a host, with its agent; it is to end soon, whatever was said, and to leave no process."""
+    host = Host(parse_address("localhost"), SshOptions(), directory, interactive=False)
+    await host.connect()
+    assert host._process is not None
+    agent = host._process.pid
+    try:
+        yield host
+    finally:
+        begun = time.monotonic()
+        await host.close()
+        assert time.monotonic() - begun < 12
+    assert not Path(f"/proc/{agent}").exists()
+
+
+@pytest.fixture
+def travelling(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes another package travel as the agent."""
+
+    def change(module: str, text: str) -> None:
+        content = altered(module, text)
+        monkeypatch.setattr(payload, "package", lambda: content)
+
+    return change
+
+
+LONG = "x" * (FRAME_LIMIT + 1)
+
+
+def test_an_answer_that_is_too_large_is_an_error(travelling: Any, tmp_path: Path) -> None:
+    travelling("facts", f"\n\ndef host():\n    return 'x' * {FRAME_LIMIT}\n")
+
+    async def run() -> None:
+        async with connected(tmp_path) as host:
+            begun = time.monotonic()
+            with pytest.raises(AgentCallError, match="localhost: the answer to host: a message of") as caught:
+                await host.call("host")
+            assert caught.value.kind == errors.PROTOCOL
+            assert time.monotonic() - begun < 20
+            assert await host.call("exists", path=str(tmp_path)) is True
+
+    asyncio.run(run())
+
+
+def test_a_call_that_is_too_large_is_an_error(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with connected(tmp_path) as host:
+            for question in (LONG, [float("nan")]):
+                with pytest.raises(AgentCallError, match="localhost: exists cannot be asked for: a message") as caught:
+                    await host.call("exists", path=question)
+                assert caught.value.kind == errors.PROTOCOL
+                assert isinstance(caught.value, TransferError)
+            assert not host._calls
+            assert await host.call("exists", path=str(tmp_path)) is True
+
+    asyncio.run(run())
+
+
+def test_an_error_without_end_arrives_cut(travelling: Any, tmp_path: Path) -> None:
+    travelling("facts", f"\n\ndef host():\n    raise OSError(5, 'x' * {FRAME_LIMIT})\n")
+
+    async def run() -> None:
+        async with connected(tmp_path) as host:
+            with pytest.raises(AgentCallError) as caught:
+                await host.call("host")
+            assert 1000 < len(str(caught.value)) < 100_000
+
+    asyncio.run(run())
+
+
+LIAR = """
+
+def _lie(self):
+    number = read_frame(self._source)["id"]
+    write_all(self._out, {before!r})
+    {then}
+    while os.read(self._source, 65536):
+        pass
+
+Server.serve = _lie
+"""
+
+NESTED = b"[" * 100_000
+
+LIES: dict[str, tuple[bytes, str]] = {
+    "a length of 4 GiB": (b"\xff" * 4, ""),
+    "a length of 2 GiB": (b"\x7f\xff\xff\xff", ""),
+    "a length just too large": (struct.pack(">I", FRAME_LIMIT + 1) + b"x" * 100, ""),
+    "a length cut off": (b"\0\0", "os._exit(0)"),
+    "a body cut off": (pack_frame({"id": 1})[:-1], "os._exit(0)"),
+    "a body of nothing": (b"\0\0\0\0", ""),
+    "nested deep": (struct.pack(">I", len(NESTED)) + NESTED, ""),
+    "not JSON": (b"\0\0\0\4oops", ""),
+    "not an object": (b"\0\0\0\2[]", ""),
+    "NaN": (b"\0\0\0\x08{\"a\":NaN", ""),
+    "the bytes of a channel": (pack_channel(1, b"x"), ""),
+    "no number": (pack_frame({"ok": 1}), ""),
+    "a list for a number": (pack_frame({"id": [1], "ok": 1}), ""),
+    "a flag for a number": (pack_frame({"id": True, "ok": 1}), ""),
+    "a number for an error": (b"", "self._write(pack_frame({'id': number, 'error': 5}))"),
+    "a flood": (b"", "[write_all(self._out, bytes(1 << 20)) for _ in range(1000)]"),
+    "noise": (b"", "[write_all(self._out, b'word ' * 200_000) for _ in range(100)]"),
+    "the end": (b"", "os._exit(0)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_an_agent_that_lies_is_lost(name: str, travelling: Any, tmp_path: Path) -> None:
+    before, then = LIES[name]
+    travelling("server", LIAR.format(before=before, then=then))
+
+    async def run() -> KvmCloneError:
+        async with connected(tmp_path) as host:
+            with pytest.raises(InterruptedTransferError, match="the connection to localhost was lost") as caught:
+                await asyncio.wait_for(host.call("host"), 20)
+            assert host.lost
+            with pytest.raises(InterruptedTransferError):
+                await host.call("host")
+            return caught.value
+
+    error = asyncio.run(run())
+    assert len(str(error)) < 1000
+    if then != "os._exit(0)":
+        assert "does not keep to the protocol" in str(error)
+    assert error.remedy
+
+
+def test_an_error_of_a_kind_that_is_none(travelling: Any, tmp_path: Path) -> None:
+    travelling("server", LIAR.format(before=b"", then="self._write(pack_frame({'id': number, 'error': {'kind': []}}))"))
+
+    async def run() -> None:
+        async with connected(tmp_path) as host:
+            with pytest.raises(KvmCloneError, match="no reason given"):
+                await host.call("host")
+
+    asyncio.run(run())
