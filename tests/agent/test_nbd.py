@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import errors, facts, image, nbd, qemu
+from kvm_clone.agent import errors, facts, image, nbd, nbd_session, qemu
 from kvm_clone.agent.disk import DATA
 from kvm_clone.agent.errors import AgentError, from_exception
 from kvm_clone.agent.nbd import NbdDisk
@@ -116,7 +116,7 @@ def test_a_server_that_is_killed_while_it_writes(disk: NbdDisk, tmp_path: Path) 
 
 @pytest.mark.parametrize("act", ["write", "read"])
 def test_a_server_that_hangs(act: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nbd, "_TIMEOUT", 1.0)
+    monkeypatch.setattr(nbd_session, "_TIMEOUT", 1.0)
     path = make_qcow2(tmp_path / "disk", 64 * MIB)
     disk = qemu.open_nbd(str(path), "qcow2", writable=True)
     (server,) = processes(str(path))
@@ -144,11 +144,14 @@ def test_writing_to_a_read_only_export(tmp_path: Path) -> None:
 NOT_NBD = {
     "another protocol": (b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n", ProtocolError),
     "zeros": (bytes(18), ProtocolError),
-    "the oldstyle handshake": (struct.pack(">QQQ", nbd._MAGIC, 0x420281861253, MIB), ProtocolError),
-    "no fixed newstyle": (struct.pack(">QQH", nbd._MAGIC, nbd._OPTION_MAGIC, 0), ProtocolError),
-    "nonsense after the greeting": (struct.pack(">QQH", nbd._MAGIC, nbd._OPTION_MAGIC, 3) + b"?" * 20, ProtocolError),
+    "the oldstyle handshake": (struct.pack(">QQQ", nbd_session._MAGIC, 0x420281861253, MIB), ProtocolError),
+    "no fixed newstyle": (struct.pack(">QQH", nbd_session._MAGIC, nbd_session._OPTION_MAGIC, 0), ProtocolError),
+    "nonsense after the greeting": (
+        struct.pack(">QQH", nbd_session._MAGIC, nbd_session._OPTION_MAGIC, 3) + b"?" * 20,
+        ProtocolError,
+    ),
     "nothing": (b"", ConnectionResetError),
-    "a part of a greeting": (struct.pack(">Q", nbd._MAGIC), ConnectionResetError),
+    "a part of a greeting": (struct.pack(">Q", nbd_session._MAGIC), ConnectionResetError),
 }
 
 
