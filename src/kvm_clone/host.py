@@ -197,6 +197,10 @@ class Host:
         ]
 
     def _start_failure(self, status: int | None, error: Exception) -> KvmCloneError:
+        if isinstance(error, TimeoutError):
+            self._stderr.append(f"no agent was ready within {_READY_SECONDS:.0f} s of the login's start")
+        elif isinstance(error, wire.ProtocolError):  # more telling than what the login prints
+            self._stderr.append(str(error))
         said = self._said()
         if status in (126, 127) or "python3: not found" in said or "python3: command not found" in said:
             return RefusedError(

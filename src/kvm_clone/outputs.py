@@ -34,7 +34,7 @@ async def read_past_noise(stream: asyncio.StreamReader, start: bytes, seconds: f
     """
     skipped = 0
     async with asyncio.timeout(seconds):
-        while True:
+        while skipped <= wire.NOISE_LIMIT:
             try:
                 line = await stream.readline()
             except ValueError:  # a line longer than the stream's buffer, which readline has dropped
@@ -42,11 +42,10 @@ async def read_past_noise(stream: asyncio.StreamReader, start: bytes, seconds: f
                 continue
             if line.startswith(start) and line.endswith(b"\n"):
                 return line
-            skipped += len(line)
             if not line:
                 raise EOFError("the connection ended before the agent was ready")
-            if skipped > wire.NOISE_LIMIT:
-                raise wire.ProtocolError("the login prints without end instead of running the agent")
+            skipped += len(line)
+    raise wire.ProtocolError("the login prints without end instead of running the agent")
 
 
 async def ended(process: asyncio.subprocess.Process) -> None:
