@@ -80,6 +80,10 @@ def unpack_record(header: bytes) -> Record:
         raise ProtocolError(f"not a record of the data stream: {header.hex()}")
     if type_ == DATA and length > CHUNK:
         raise ProtocolError(f"a data record of {length} bytes, more than {CHUNK}")
+    if (type_ in (DATA, ZERO)) != bool(length) and type_ != END:
+        raise ProtocolError(f"a record of type {type_} and {length} bytes")
+    if flags & ~COMPRESSED or (flags and type_ != DATA):
+        raise ProtocolError(f"a record of type {type_} with the flags {flags:#x}")
     return Record(type_, disk, offset, length, flags)
 
 
