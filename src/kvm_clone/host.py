@@ -36,6 +36,9 @@ _PING_SECONDS = 5.0
 _READY_SECONDS = 60.0
 """How long a login and Python's start may take after the connection stands."""
 
+_OURS = "kvm-clone: "
+"""Starts what the agent and its loader say on stderr before they give up."""
+
 _LIBVIRT_SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock")
 """The monolithic daemon's (or its proxy's), then the modular one's, which serves storage calls too."""
 
@@ -208,8 +211,10 @@ class Host:
                 subject=self.name,
                 remedy="install python3 (3.9 or newer) there",
             )
-        if "kvm-clone:" in said:
-            return RefusedError(f"{self.name}: {said.strip().splitlines()[-1]}", subject=self.name)
+        ours = [line.removeprefix(_OURS) for line in self._stderr if line.startswith(_OURS)]
+        if ours:
+            remedy = _REMEDIES[kinds.LIMIT] if "cannot run here" in ours[0] or "limits" in ours[0] else ""
+            return RefusedError(f"{self.name}: {ours[0]}", subject=self.name, remedy=remedy)
         return ssh.failure(self.name, said or str(error), status)
 
     def _said(self) -> str:

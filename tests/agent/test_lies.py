@@ -21,6 +21,9 @@ from kvm_clone.errors import InterruptedTransferError, KvmCloneError, TransferEr
 from kvm_clone.host import AgentCallError, Host
 from kvm_clone.ssh import SshOptions, parse_address
 
+from .test_loader import WHOLE, agent
+from .tools import need
+
 pytestmark = pytest.mark.timeout(60)
 
 
@@ -171,3 +174,50 @@ def test_an_error_of_a_kind_that_is_none(travelling: Any, tmp_path: Path) -> Non
                 await host.call("host")
 
     asyncio.run(run())
+
+
+def test_an_agent_that_cannot_even_answer_ends(travelling: Any, tmp_path: Path) -> None:
+    """The controller must not wait for ever."""
+    travelling("server", "\n\ndef pack_frame(message):\n    raise MemoryError\n")
+
+    async def run() -> None:
+        async with connected(tmp_path) as host:
+            with pytest.raises(InterruptedTransferError, match="no answer could be given: MemoryError"):
+                await asyncio.wait_for(host.call("host"), 20)
+
+    asyncio.run(run())
+
+
+GO = {"go": True, "jobs": [], "parallel": 1, "rate": 0}
+
+BAD_REQUESTS: dict[str, list[dict[str, Any]]] = {
+    "no jobs": [{"mode": "receive"}],
+    "jobs that are none": [{"mode": "receive", "jobs": [{"nonsense": 1}]}],
+    "a number for jobs": [{"mode": "receive", "jobs": 5}],
+    "nothing to send": [{"mode": "send"}, {"go": True}],
+    "jobs that are none to send": [{"mode": "send"}, {**GO, "jobs": ["x"]}],
+    "a receiver by half": [{"mode": "send", "ssh": ["ssh"]}, GO],
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_a_request_that_cannot_be_understood(name: str) -> None:
+    with agent("argv", WHOLE, *BAD_REQUESTS[name]) as running:
+        running.process.wait(20)
+        status, said = running.end()
+    assert status == 3
+    assert said.startswith("kvm-clone: ")
+    assert said.count("\n") == 1
+
+
+def test_a_sender_whose_ssh_fails_leaves_it_the_last_word() -> None:
+    need("ssh")
+    ssh = ["ssh", "-F", "/dev/null", "-o", "BatchMode=yes", "-p", "1", "--", "127.0.0.1"]
+    request = {"mode": "send", "ssh": ssh, "known_hosts": "", "command": "x", "preamble": payload.preamble()}
+    with agent("argv", WHOLE, request) as running:
+        running.ready()
+        time.sleep(1)
+        status, said = running.end()
+    assert status == 3
+    assert said.startswith("ssh: connect to host 127.0.0.1 port 1")
+    assert said.count("\n") == 1

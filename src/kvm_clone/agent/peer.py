@@ -9,7 +9,7 @@ import time
 from typing import Any, Dict, List
 
 from . import process
-from .errors import AgentError
+from .errors import AgentError, from_exception
 from .wire import NOISE_LIMIT, write_all
 
 FAST_CIPHERS = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com"
@@ -36,17 +36,20 @@ _WORDS = 16 * 1024
 
 def probe(ssh: List[str], known_hosts: str, measured: bool = True) -> Dict[str, Any]:
     """Whether this host can run a command by `ssh`: `error` is empty when it can, and `rate` (bytes/s) is measured."""
-    argv = [*command(ssh, known_hosts), MEASURE]
-    child = process.start(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        argv = [*command(ssh, known_hosts), MEASURE]
+        child = process.start(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    except (AgentError, OSError) as error:  # no ssh here, or limits that forbid it: there is the other route
+        return {"error": str(from_exception(error, "starting ssh")), "rate": 0.0}
     with child:
         try:
             conversation = _Conversation(child, measured)
-            error = conversation.hold(time.monotonic() + PROBE_SECONDS)
-            if not error and not conversation.answered:
-                error = _ended_early(argv[0], child, conversation.words)
+            reason = conversation.hold(time.monotonic() + PROBE_SECONDS)
+            if not reason and not conversation.answered:
+                reason = _ended_early(argv[0], child, conversation.words)
         finally:
             child.kill()
-    return {"error": error, "rate": 0.0 if error else conversation.rate}
+    return {"error": reason, "rate": 0.0 if reason else conversation.rate}
 
 
 def _ended_early(program: str, child: subprocess.Popen[bytes], words: bytes) -> str:
