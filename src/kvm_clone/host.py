@@ -27,6 +27,7 @@ from kvm_clone.errors import (
     RefusedError,
     TransferError,
 )
+from kvm_clone.outputs import ended, heard_out, lines_of, read_past_noise, reaped
 from kvm_clone.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,9 @@ _PING_SECONDS = 5.0
 
 _READY_SECONDS = 60.0
 """How long a login and Python's start may take after the connection stands."""
+
+_OURS = "kvm-clone: "
+"""Starts what the agent and its loader say on stderr before they give up."""
 
 LOCK_PATIENCE_SECONDS = 75.0
 """How long we wait for agents of ours that were cut off to let go of their locks: longer than a receiver's patience."""
@@ -61,12 +65,13 @@ _REMEDIES = {
     kinds.INTERRUPTED: "run the command again",
     kinds.READ_ONLY: "name another pool with --pool",
     kinds.EXISTS: "remove or rename that file, or choose another --new-name or --pool",
+    kinds.LIMIT: "raise what limits that user there (ulimit -a shows it), then run the command again",
 }
 
 
 def call_error(answer: dict[str, Any], host: str) -> KvmCloneError:
     """The exception for an agent's error answer."""
-    kind, message = answer.get("kind", kinds.BUG), answer.get("message", "no reason given")
+    kind, message = str(answer.get("kind", kinds.BUG)), answer.get("message", "no reason given")
     if kind == kinds.LOCKED:
         remedy = "wait until that operation has ended"
         return LockedError(f"{host}: {message}", subject=host, remedy=remedy)
@@ -121,12 +126,13 @@ class Host:
 
     async def close(self) -> None:
         """End the agent, and with it the connection."""
-        for task in self._tasks:
+        for task in self._tasks[1:]:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks[1:], return_exceptions=True)
         await asyncio.gather(*(tunnel.close() for tunnel in self._tunnels.values()))
         if self._process is not None:
             await end_process(self._process)
+            await heard_out(self._process, self._tasks[0])  # unread, its stderr would keep it from its end
             self._process = None
 
     def _master_argv(self) -> list[str]:
@@ -181,10 +187,11 @@ class Host:
             await read_marker(process.stdout, None if self._interactive else _READY_SECONDS)
         except (EOFError, OSError, TimeoutError, wire.ProtocolError) as error:
             await end_process(process)
-            await errors
+            await heard_out(process, errors)
             raise self._start_failure(process.returncode, error) from error
         except BaseException:
             await end_process(process)
+            await heard_out(process, errors)
             raise
         self._process = process
         self._tasks = [
@@ -194,6 +201,10 @@ class Host:
         ]
 
     def _start_failure(self, status: int | None, error: Exception) -> KvmCloneError:
+        if isinstance(error, TimeoutError):
+            self._stderr.append(f"no agent was ready within {_READY_SECONDS:.0f} s of the login's start")
+        elif isinstance(error, wire.ProtocolError):  # more telling than what the login prints
+            self._stderr.append(str(error))
         said = self._said()
         if status in (126, 127) or "python3: not found" in said or "python3: command not found" in said:
             return RefusedError(
@@ -201,8 +212,10 @@ class Host:
                 subject=self.name,
                 remedy="install python3 (3.9 or newer) there",
             )
-        if "kvm-clone:" in said:
-            return RefusedError(f"{self.name}: {said.strip().splitlines()[-1]}", subject=self.name)
+        ours = [line.removeprefix(_OURS) for line in self._stderr if line.startswith(_OURS)]
+        if ours:
+            remedy = _REMEDIES[kinds.LIMIT] if "cannot run here" in ours[0] or "limits" in ours[0] else ""
+            return RefusedError(f"{self.name}: {ours[0]}", subject=self.name, remedy=remedy)
         return ssh.failure(self.name, said or str(error), status)
 
     def _said(self) -> str:
@@ -210,10 +223,9 @@ class Host:
 
     async def _collect_stderr(self, process: asyncio.subprocess.Process) -> None:
         assert process.stderr is not None
-        async for line in process.stderr:
-            text = line.decode(errors="replace").rstrip()
-            self._stderr.append(text)
-            log.debug("%s: %s", self.name, text)
+        async for line in lines_of(process.stderr):
+            self._stderr.append(line)
+            log.debug("%s: %s", self.name, line)
 
     async def _read_answers(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
@@ -224,7 +236,9 @@ class Host:
                         self._tunnels[frame.channel].receive(frame.data)
                 else:
                     self._take(frame)
-        except (EOFError, OSError, wire.ProtocolError) as error:
+        except wire.ProtocolError as error:
+            self._stderr.append(f"the agent there does not keep to the protocol: {error}")
+        except (EOFError, OSError) as error:
             log.debug("%s: %s", self.name, error)
         await asyncio.sleep(0.1)  # ssh's last words come over another pipe
         said = self._said().strip().splitlines()
@@ -241,16 +255,19 @@ class Host:
             tunnel.receive(b"")
 
     def _take(self, frame: dict[str, Any]) -> None:
-        future, progress = self._calls.get(frame.get("id", -1), (None, None))
+        number, error = frame.get("id"), frame.get("error", {})
+        if type(number) is not int or not isinstance(error, dict):
+            raise wire.ProtocolError(f"an answer that is none: {str(frame)[:200]}")
+        future, progress = self._calls.get(number, (None, None))
         if future is None or future.done():
             return
         if "progress" in frame:
             if progress is not None:
                 progress(frame["progress"])
             return
-        del self._calls[frame["id"]]
+        del self._calls[number]
         if "error" in frame:
-            future.set_exception(call_error(frame["error"], self.name))
+            future.set_exception(call_error(error, self.name))
         else:
             future.set_result(frame.get("ok"))
 
@@ -285,8 +302,12 @@ class Host:
         assert self._process.stdin is not None
         number = random.getrandbits(48) + 1
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        try:
+            frame = wire.pack_frame({"id": number, "call": name, "args": arguments})
+        except wire.ProtocolError as error:
+            raise AgentCallError(kinds.PROTOCOL, f"{name} cannot be asked for: {error}", self.name) from error
         self._calls[number] = (future, progress)
-        self._process.stdin.write(wire.pack_frame({"id": number, "call": name, "args": arguments}))
+        self._process.stdin.write(frame)
         return await future
 
     async def libvirt_uri(self, *, fenced: bool = False) -> str:
@@ -327,21 +348,8 @@ async def once_free(host: Host, name: str, /, *, patience: float, **arguments: A
 
 async def read_marker(stream: asyncio.StreamReader, seconds: float | None) -> str:
     """Skip noise up to the agent's marker; what it says of itself. Raises EOFError, TimeoutError, ProtocolError."""
-    skipped = 0
-    async with asyncio.timeout(seconds):
-        while True:
-            try:
-                line = await stream.readline()
-            except ValueError:  # a line longer than the stream's buffer, which readline has dropped
-                skipped += 64 * 1024
-                continue
-            if line.startswith(wire.MARKER) and line.endswith(b"\n"):
-                return _checked(line[len(wire.MARKER) :].decode(errors="replace").strip())
-            skipped += len(line)
-            if not line:
-                raise EOFError("the connection ended before the agent was ready")
-            if skipped > wire.NOISE_LIMIT:
-                raise wire.ProtocolError("the login prints without end instead of running the agent")
+    line = await read_past_noise(stream, wire.MARKER, seconds)
+    return _checked(line[len(wire.MARKER) :].decode(errors="replace").strip())
 
 
 def _checked(identity: str) -> str:
@@ -366,17 +374,16 @@ async def read_any(stream: asyncio.StreamReader) -> dict[str, Any] | wire.Channe
         if error.partial:
             raise EOFError("the stream ended within a frame") from error
         return None
-    body = await stream.readexactly(wire.frame_length(header))
-    return wire.unpack_channel(body) if wire.is_channel(header) else wire.unpack_body(body)
+    return wire.unpack_frame(header, await stream.readexactly(wire.body_length(header)))
 
 
 async def end_process(process: asyncio.subprocess.Process, patience: float = 5.0) -> None:
-    """Close a child's input, which ends an agent, and kill it if it does not end."""
+    """Close a child's input, which ends an agent, and kill it if it does not end. Nobody else may read its stdout."""
     if process.stdin is not None:
         process.stdin.close()
     try:
         async with asyncio.timeout(patience):
-            await process.wait()
+            await ended(process)
     except TimeoutError:
         await kill_process(process)
     else:
@@ -384,11 +391,14 @@ async def end_process(process: asyncio.subprocess.Process, patience: float = 5.0
 
 
 async def kill_process(process: asyncio.subprocess.Process) -> None:
-    """Kill a child. Not by its own method: that reaps a child that has just ended, behind asyncio's back."""
+    """Kill a child. Not by its own method: that reaps a child that has just ended, behind asyncio's back.
+
+    Nobody else may read its stdout.
+    """
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
-    await process.wait()
+    await reaped(process)
     await _forget_input(process)
 
 

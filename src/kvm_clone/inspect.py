@@ -15,6 +15,7 @@ import libvirt
 from kvm_clone import definition, domains, live, ssh, vms
 from kvm_clone.agent import errors as kinds
 from kvm_clone.agent import peer, uses
+from kvm_clone.agent.wire import ProtocolError
 from kvm_clone.errors import RefusedError
 from kvm_clone.facts import (
     DestinationFacts,
@@ -30,6 +31,7 @@ from kvm_clone.facts import (
 )
 from kvm_clone.host import AgentCallError, Host, kill_process
 from kvm_clone.options import Options, Route, SyncOptions
+from kvm_clone.outputs import read_past_noise
 from kvm_clone.tasks import together
 
 
@@ -207,15 +209,16 @@ async def _measure_relay(source: Host, destination: Host) -> float:
         reader = await asyncio.create_subprocess_exec(*argv, stdin=out, stdout=asyncio.subprocess.PIPE, stderr=devnull)
         children.append(reader)
         assert reader.stdout is not None
-        if await reader.stdout.readline() != b"ready\n":
-            return 0.0
+        await read_past_noise(reader.stdout, peer.READY, peer.PROBE_SECONDS)
         began = time.monotonic()
         argv = source.session_argv(f"timeout {peer.MEASURED_SECONDS} head -c {peer.MEASURED_BYTES} /dev/zero")
         children.append(await asyncio.create_subprocess_exec(*argv, stdin=devnull, stdout=into, stderr=devnull))
         os.close(into)
         into = -1
-        arrived = (await reader.stdout.readline()).strip()
-        return int(arrived or 0) / max(time.monotonic() - began, 1e-6)
+        arrived = await read_past_noise(reader.stdout, b"", peer.PROBE_SECONDS)
+        return int(arrived) / max(time.monotonic() - began, 1e-6)
+    except (EOFError, OSError, ValueError, ProtocolError):  # a rate is a hint: what is wrong, others say
+        return 0.0
     finally:
         for descriptor in (out, into):
             if descriptor >= 0:

@@ -19,7 +19,11 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The zip format's first date: the same files make the same bytes, so that the hash names a version."""
 
 _LOADER = """
-import hashlib, os, sys
+import sys
+def fail(kind, error, trace):
+    sys.stderr.write("kvm-clone: the agent cannot run here: %s: %s\\n" % (kind.__name__, error))
+sys.excepthook = fail
+import hashlib, os
 if sys.version_info < (3, 9):
     sys.exit("kvm-clone: this host has Python %d.%d, the agent needs 3.9 or newer" % sys.version_info[:2])
 def take(count):

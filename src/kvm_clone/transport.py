@@ -24,6 +24,7 @@ from kvm_clone.errors import InterruptedTransferError, TransferError
 from kvm_clone.host import Host, call_error, end_process, kill_process, read_frame, read_marker, spawn_options
 from kvm_clone.inspect import direct_ssh
 from kvm_clone.options import Route
+from kvm_clone.outputs import heard_out
 
 READY_SECONDS = 45.0
 """How long a stream may be kept ready before it is used: less than its agents' patience, agent.__main__."""
@@ -104,23 +105,45 @@ class Stream:
         """
         receive = {"mode": "receive", "vm": orders.vm, "jobs": [job.receiving() for job in orders.jobs]}
         send = {"jobs": [job.sending() for job in orders.jobs], "parallel": orders.parallel, "rate": orders.rate}
-        if self._into is not None:
-            await asyncio.to_thread(wire.write_all, self._into, wire.pack_frame(receive))
-            self.let_go()
-        self._sender.write(wire.pack_frame({"go": True, "receive": receive, **send}))
-        error: dict[str, Any] | None = None
-        done = False
-        while not done and error is None:
-            frame = await read_frame(self._answers)
-            if frame is None:
-                break
-            if "written" in frame:
-                on_written(frame["written"])
-            if "durable" in frame:
-                on_durable(frame["durable"])
-            error = frame.get("error")
-            done = frame.get("done", False)
+        done, error = False, None
+        try:
+            order = wire.pack_frame({"go": True, "receive": receive, **send})
+            if await self._tell_receiver(wire.pack_frame(receive)):
+                self._sender.write(order)
+                done, error = await self._hear(len(orders.jobs), on_written, on_durable)
+        except wire.ProtocolError as broken:
+            error = {"kind": kinds.PROTOCOL, "message": f"the data stream: {broken}"}
         await self._settle(done, error)
+
+    async def _tell_receiver(self, request: bytes) -> bool:
+        """Whether the receiver has its request, or gets it from the sender; False when it is gone."""
+        try:
+            if self._into is not None:
+                await asyncio.to_thread(wire.write_all, self._into, request)
+        except BrokenPipeError:
+            return False
+        self.let_go()
+        return True
+
+    async def _hear(self, count: int, on_written: OnBytes, on_durable: OnBytes) -> tuple[bool, dict[str, Any] | None]:
+        """Whether the receiver is done, and what it said went wrong. Raises ProtocolError."""
+        while (frame := await self._answer()) is not None:
+            if "written" in frame:
+                on_written(_amounts(frame["written"], count))
+            if "durable" in frame:
+                on_durable(_amounts(frame["durable"], count))
+            if "error" in frame:
+                return False, _error(frame["error"])
+            if frame.get("done") is True:
+                return True, None
+        return False, None
+
+    async def _answer(self) -> dict[str, Any] | None:
+        """The receiver's next frame, None when the stream of them has broken off: the children's last words say why."""
+        try:
+            return await read_frame(self._answers)
+        except (EOFError, OSError):
+            return None
 
     def let_go(self) -> None:
         """Close our end of the pipe to the receiver: its end is the sender's alone to tell."""
@@ -141,6 +164,19 @@ class Stream:
         raise InterruptedTransferError(
             f"the copy was interrupted: {said}", subject=self._sender.host, remedy="run the command again"
         )
+
+
+def _amounts(said: Any, count: int) -> list[int]:
+    """Bytes for each job. Raises ProtocolError when it is anything else."""
+    if not isinstance(said, list) or len(said) != count or not all(type(one) is int and one >= 0 for one in said):
+        raise wire.ProtocolError(f"no amounts for {count} disks: {str(said)[:200]}")
+    return said
+
+
+def _error(said: Any) -> dict[str, Any]:
+    if not isinstance(said, dict):
+        raise wire.ProtocolError(f"an error that is none: {str(said)[:200]}")
+    return said
 
 
 class _Child:
@@ -180,13 +216,13 @@ class _Child:
                 async with asyncio.timeout(_END_SECONDS):
                     await self.process.wait()
         await end_process(self.process, patience=_END_SECONDS)
-        await self._reader
+        await heard_out(self.process, self._reader)
         return self.process.returncode or 0
 
     async def kill(self) -> None:
         """Make it end now."""
         await kill_process(self.process)
-        await self._reader
+        await heard_out(self.process, self._reader)
 
 
 async def _spawn(argv: list[str], host: str, destination: str, stdin: int, stdout: int) -> _Child:
@@ -234,12 +270,29 @@ async def _ready(child: _Child, stream: asyncio.StreamReader) -> None:
     try:
         await read_marker(stream, _READY_SECONDS)
     except (EOFError, OSError, TimeoutError, wire.ProtocolError) as error:
-        await child.end(willing=False)
-        raise _not_ready(child, error) from error
+        raise await _given_up(child, error) from error
 
 
-def _not_ready(child: _Child, error: Exception) -> TransferError:
-    text = f"the data stream could not be set up: {child.said or error or type(error).__name__}"
+async def _give_itself(receiver: _Child, into: int) -> None:
+    """Write the receiver's own code into its pipe, which takes all of it at once only where pipes can be enlarged."""
+    package = payload.preamble().encode() + payload.package()
+    writing = asyncio.create_task(asyncio.to_thread(wire.write_all, into, package))
+    try:
+        async with asyncio.timeout(_READY_SECONDS):
+            await asyncio.shield(writing)
+    except (OSError, TimeoutError, asyncio.CancelledError) as error:
+        await receiver.kill()  # the writing ends with it: there is no other reader
+        await asyncio.gather(writing, return_exceptions=True)
+        if isinstance(error, asyncio.CancelledError):
+            raise
+        raise await _given_up(receiver, error) from error
+
+
+async def _given_up(child: _Child, error: Exception) -> TransferError:
+    """End the child; why it did not get ready. One that is not at its end already would not come to it by itself."""
+    await (child.end(willing=False) if isinstance(error, EOFError) else child.kill())
+    reason = str(error) if isinstance(error, wire.ProtocolError) else child.said or error or type(error).__name__
+    text = f"the data stream could not be set up: {reason}"
     return InterruptedTransferError(text, subject=child.host, remedy="run the command again")
 
 
@@ -271,7 +324,7 @@ async def _relay(source: Host, destination: Host) -> AsyncIterator[Stream]:
         children.append(receiver)
         os.close(out)
         out = -1
-        await asyncio.to_thread(wire.write_all, into, payload.preamble().encode() + payload.package())
+        await _give_itself(receiver, into)
         assert receiver.process.stdout is not None
         await _ready(receiver, receiver.process.stdout)
         stream = Stream(sender, receiver, receiver.process.stdout, into)
@@ -288,24 +341,37 @@ async def _relay(source: Host, destination: Host) -> AsyncIterator[Stream]:
 
 
 async def _pipe_ready(sender: _Child, out: int) -> None:
-    """Wait for the marker in a pipe that another process will read from: not a byte more may be taken."""
+    """Wait for the marker in a pipe that another process will read from."""
     try:
         async with asyncio.timeout(_READY_SECONDS):
-            await asyncio.to_thread(_take_marker, out)
+            await _take_marker(out)
     except (EOFError, OSError, TimeoutError, wire.ProtocolError) as error:
-        await sender.end(willing=False)
-        raise _not_ready(sender, error) from error
+        raise await _given_up(sender, error) from error
 
 
-def _take_marker(out: int) -> None:
-    line = b""
-    for _ in range(wire.NOISE_LIMIT):
-        byte = os.read(out, 1)
-        if not byte:
-            raise EOFError("the connection ended before the agent was ready")
-        line += byte
-        if byte == b"\n":
-            if line == wire.MARKER + payload.identity().encode() + b"\n":
+async def _take_marker(out: int) -> None:
+    """Skip noise up to the marker, behind which a sender says nothing until it is told to go.
+
+    Raises EOFError, ProtocolError.
+    """
+    loop = asyncio.get_running_loop()
+    marker = wire.MARKER + payload.identity().encode()
+    readable = asyncio.Event()
+    skipped, rest = 0, b""
+    loop.add_reader(out, readable.set)
+    try:
+        while skipped <= wire.NOISE_LIMIT:
+            await readable.wait()
+            readable.clear()
+            part = os.read(out, 1 << 16)
+            if not part:
+                raise EOFError("the connection ended before the agent was ready")
+            skipped += len(part)
+            *lines, rest = (rest + part).split(b"\n")
+            if marker in lines:
+                if lines[-1] != marker or rest:
+                    raise wire.ProtocolError("something prints into the data stream, behind the agent's marker")
                 return
-            line = b""
+    finally:
+        loop.remove_reader(out)
     raise wire.ProtocolError("the login prints without end instead of running the agent")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -62,11 +63,26 @@ def small(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
     """An ssh server of our own on this machine, which lets us in."""
+    with _serving(tmp_path_factory.mktemp("sshd")) as server:
+        yield server
+
+
+@pytest.fixture
+def login(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SshServer, Path]]:
+    """Another one, and the file of shell commands that each login runs first."""
+    directory = tmp_path_factory.mktemp("login")
+    (directory / "rc").touch()
+    force = f'. {directory}/rc; eval "$SSH_ORIGINAL_COMMAND"'
+    with _serving(directory, ForceCommand=force) as server:
+        yield server, directory / "rc"
+
+
+@contextmanager
+def _serving(directory: Path, **more: str) -> Iterator[SshServer]:
     need("ssh", "ssh-keygen")
     program = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None:
         lacking("sshd is not installed")
-    directory = tmp_path_factory.mktemp("sshd")
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / name)], check=True)
     if os.geteuid() == 0:
@@ -81,6 +97,7 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
         "StrictModes": "no",
         "UsePAM": "no",
         "PermitRootLogin": "yes",
+        **more,
     }
     argv = [program, "-D", "-e", "-f", "/dev/null", *(f"-o{key}={value}" for key, value in options.items())]
     with (directory / "log").open("wb") as log, ending(start(argv, stderr=log)):

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import errors, facts, image, nbd, qemu
-from kvm_clone.agent.chain import Node
+from kvm_clone.agent import errors, facts, image, nbd, nbd_session, qemu
 from kvm_clone.agent.disk import DATA
 from kvm_clone.agent.errors import AgentError, from_exception
 from kvm_clone.agent.nbd import NbdDisk
@@ -46,7 +45,7 @@ pytestmark = pytest.mark.timeout(30)
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[NbdDisk]:
-    opened = qemu.open_nbd([Node(str(make_qcow2(tmp_path / "disk", 64 * MIB)), "qcow2")], writable=True)
+    opened = qemu.open_nbd(str(make_qcow2(tmp_path / "disk", 64 * MIB)), "qcow2", writable=True)
     yield opened
     try:
         opened.close()
@@ -117,9 +116,9 @@ def test_a_server_that_is_killed_while_it_writes(disk: NbdDisk, tmp_path: Path) 
 
 @pytest.mark.parametrize("act", ["write", "read"])
 def test_a_server_that_hangs(act: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nbd, "_TIMEOUT", 1.0)
+    monkeypatch.setattr(nbd_session, "_TIMEOUT", 1.0)
     path = make_qcow2(tmp_path / "disk", 64 * MIB)
-    disk = qemu.open_nbd([Node(str(path), "qcow2")], writable=True)
+    disk = qemu.open_nbd(str(path), "qcow2", writable=True)
     (server,) = processes(str(path))
     os.kill(server, signal.SIGSTOP)
     begun = time.monotonic()
@@ -134,7 +133,7 @@ def test_a_server_that_hangs(act: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_writing_to_a_read_only_export(tmp_path: Path) -> None:
     path = make_qcow2(tmp_path / "disk", MIB, [(0, b"kept")])
-    with closing(qemu.open_nbd([Node(str(path), "qcow2")], writable=False)) as disk:
+    with closing(qemu.open_nbd(str(path), "qcow2", writable=False)) as disk:
         disk.write(0, memoryview(b"lost"))
         with pytest.raises(OSError, match="write at 0"):
             disk.flush()
@@ -145,11 +144,14 @@ def test_writing_to_a_read_only_export(tmp_path: Path) -> None:
 NOT_NBD = {
     "another protocol": (b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n", ProtocolError),
     "zeros": (bytes(18), ProtocolError),
-    "the oldstyle handshake": (struct.pack(">QQQ", nbd._MAGIC, 0x420281861253, MIB), ProtocolError),
-    "no fixed newstyle": (struct.pack(">QQH", nbd._MAGIC, nbd._OPTION_MAGIC, 0), ProtocolError),
-    "nonsense after the greeting": (struct.pack(">QQH", nbd._MAGIC, nbd._OPTION_MAGIC, 3) + b"?" * 20, ProtocolError),
+    "the oldstyle handshake": (struct.pack(">QQQ", nbd_session._MAGIC, 0x420281861253, MIB), ProtocolError),
+    "no fixed newstyle": (struct.pack(">QQH", nbd_session._MAGIC, nbd_session._OPTION_MAGIC, 0), ProtocolError),
+    "nonsense after the greeting": (
+        struct.pack(">QQH", nbd_session._MAGIC, nbd_session._OPTION_MAGIC, 3) + b"?" * 20,
+        ProtocolError,
+    ),
     "nothing": (b"", ConnectionResetError),
-    "a part of a greeting": (struct.pack(">Q", nbd._MAGIC), ConnectionResetError),
+    "a part of a greeting": (struct.pack(">Q", nbd_session._MAGIC), ConnectionResetError),
 }
 
 
@@ -268,7 +270,7 @@ def test_qemu_nbd_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     path = make_qcow2(tmp_path / "disk", MIB)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(AgentError, match="qemu-nbd is not installed") as caught:
-        qemu.open_nbd([Node(str(path), "qcow2")], writable=True)
+        qemu.open_nbd(str(path), "qcow2", writable=True)
     assert caught.value.kind == errors.MISSING
 
 
@@ -276,20 +278,20 @@ def test_qemu_nbd_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_an_image_of_another_format(writable: bool, tmp_path: Path) -> None:
     path = make_raw(tmp_path / "disk", MIB)
     with pytest.raises(AgentError, match="Image is not in qcow2 format"):
-        qemu.open_nbd([Node(str(path), "qcow2")], writable=writable)
-    with pytest.raises(AgentError, match="is no qcow2 image"):
+        qemu.open_nbd(str(path), "qcow2", writable=writable)
+    with pytest.raises(AgentError, match="Image is not in qcow2 format"):
         image.open_for_reading(str(path), "qcow2")
     assert not processes(str(path))
 
 
 def test_an_image_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(AgentError, match="No such file"):
-        qemu.open_nbd([Node(str(tmp_path / "disk"), "qcow2")], writable=True)
+        qemu.open_nbd(str(tmp_path / "disk"), "qcow2", writable=True)
 
 
 def test_an_image_that_another_process_writes(disk: NbdDisk, tmp_path: Path) -> None:
     with pytest.raises(AgentError, match="another process"):
-        qemu.open_nbd([Node(str(tmp_path / "disk"), "qcow2")], writable=True)
+        qemu.open_nbd(str(tmp_path / "disk"), "qcow2", writable=True)
 
 
 def test_descriptors_do_not_leak(tmp_path: Path) -> None:
@@ -299,7 +301,7 @@ def test_descriptors_do_not_leak(tmp_path: Path) -> None:
         with closing(image.StagedImage(path)) as staged:
             staged.compress(True)
         with pytest.raises(AgentError):
-            qemu.open_nbd([Node(sys.executable, "qcow2")], writable=False)
+            qemu.open_nbd(sys.executable, "qcow2", writable=False)
     assert len(os.listdir("/proc/self/fd")) == before
 
 

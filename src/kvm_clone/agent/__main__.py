@@ -19,7 +19,7 @@ from . import names, peer, process, server, transfer
 from .errors import INTERRUPTED, PROTOCOL, AgentError, from_exception
 from .lock import holder_of
 from .stream import enlarge_pipe
-from .wire import MARKER, ProtocolError, pack_frame, read_frame, write_all
+from .wire import MARKER, pack_frame, read_frame, write_all
 
 FAILED = 3
 """Exit status of an agent that could not do its work and has said why."""
@@ -53,7 +53,7 @@ def main(payload: str, version: str) -> NoReturn:
             _receive(request, out)
         else:
             raise AgentError(PROTOCOL, f"the agent has no mode {mode!r}")
-    except (AgentError, ProtocolError, OSError, EOFError) as error:
+    except Exception as error:  # noqa: BLE001 - one line is what the controller tells its user
         print(f"kvm-clone: {from_exception(error)}", file=sys.stderr, flush=True)
         _exit(FAILED)
     _exit(0)
@@ -87,6 +87,7 @@ def _send(request: Dict[str, Any], out: int, payload: str) -> None:
     enlarge_pipe(out)
     go = _next_frame()
     if go is None:
+        _exit_if_ended(child)
         raise AgentError(INTERRUPTED, "the controller went away")
     threading.Thread(target=_exit_with_controller, daemon=True).start()
     try:
@@ -126,8 +127,19 @@ def _start_receiver(request: Dict[str, Any], out: int, payload: str) -> subproce
     enlarge_pipe(child.stdin.fileno())
     with open(payload, "rb") as file:
         package = file.read()
-    write_all(child.stdin.fileno(), request["preamble"].encode() + package)
+    try:
+        write_all(child.stdin.fileno(), request["preamble"].encode() + package)
+    except BrokenPipeError:
+        child.wait()
+        _exit_if_ended(child)
+        raise
     return child
+
+
+def _exit_if_ended(child: Optional[subprocess.Popen[bytes]]) -> None:
+    """When ssh has failed, its own last words are on our stderr, and nothing of ours may stand before them."""
+    if child is not None and child.poll():
+        _exit(FAILED)
 
 
 def _receive(request: Dict[str, Any], out: int) -> None:

@@ -8,8 +8,9 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 from . import digest, image
 from .disk import Ranges
-from .errors import from_exception
+from .errors import PROTOCOL, AgentError, from_exception
 from .hashing import How
+from .wire import ProtocolError
 
 Progress = Callable[[Dict[str, Any]], None]
 
@@ -58,16 +59,20 @@ class Differ:
         if not ranges:
             return
         wanted = _by_segment(ranges)
+        missing = sum(end - start for start, end in ranges)
         try:
             disk = image.open_for_reading(path, image_format)
             try:
                 for segment in digest.segments(disk, How(how[0], bytes.fromhex(how[1])), ranges):
                     self._remember((path, how, wanted[segment.offset]), segment.blocks)
+                    missing -= segment.length
                     yield segment
             finally:
                 disk.close()
-        except OSError as error:
+        except (OSError, ProtocolError) as error:
             raise from_exception(error, f"reading {path}") from error
+        if missing:  # what no extent tells of was not digested, and would count as equal
+            raise AgentError(PROTOCOL, f"the extents of {path} leave out {missing} bytes")
 
     def _remember(self, key: Tuple[str, _How, _Parts], blocks: bytes) -> None:
         self._blocks[key] = blocks

@@ -136,11 +136,25 @@ def joined(ranges: Iterable[Tuple[int, int]], gap: int = 0) -> List[Tuple[int, i
     return found
 
 
-def thinned(ranges: List[Tuple[int, int]], gap: int) -> List[Tuple[int, int]]:
-    """The same ranges; if there are too many, those joined that are at most `gap` bytes apart, or more if need be."""
+def thinned(ranges: Iterable[Tuple[int, int]], gap: int) -> List[Tuple[int, int]]:
+    """The same ranges; if there are too many, those joined that are at most `gap` bytes apart, or more if need be.
+
+    Never holds more than twice as many as are told.
+    """
+    found: List[Tuple[int, int]] = []
+    reach = 0
+    for one in ranges:
+        found.append(one)
+        if len(found) > 2 * MOST_RANGES:
+            found, reach = _fewer(found, reach, gap)
+    return _fewer(found, reach, gap)[0]
+
+
+def _fewer(ranges: List[Tuple[int, int]], reach: int, gap: int) -> Tuple[List[Tuple[int, int]], int]:
+    """At most MOST_RANGES, and how far apart may be what is joined next; at first only what touches is joined."""
     while len(ranges) > MOST_RANGES:
-        ranges, gap = joined(ranges, gap), 2 * gap
-    return ranges
+        ranges, reach = joined(ranges, reach), 2 * reach or gap
+    return ranges, reach
 
 
 class MemoryDisk(Disk):

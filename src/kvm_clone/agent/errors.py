@@ -13,6 +13,7 @@ EXISTS = "exists"  # a file that must not be there is there
 IN_USE = "in-use"  # another process writes the image
 INTERRUPTED = "interrupted"  # the peer went away
 IO = "io"
+LIMIT = "limit"  # the host has no more of what limits ration: memory, open files, processes, a file's size
 LOCKED = "locked"  # another operation holds the lock
 MISSING = "missing"  # a file or program is not there
 NO_SPACE = "no-space"
@@ -23,9 +24,14 @@ UNSUPPORTED = "unsupported"
 
 _KIND_OF_ERRNO = {
     errno.EACCES: PERMISSION,
+    errno.EAGAIN: LIMIT,
     errno.EDQUOT: NO_SPACE,
     errno.EEXIST: EXISTS,
+    errno.EFBIG: LIMIT,
+    errno.EMFILE: LIMIT,
+    errno.ENFILE: LIMIT,
     errno.ENOENT: MISSING,
+    errno.ENOMEM: LIMIT,
     errno.ENOSPC: NO_SPACE,
     errno.EPERM: PERMISSION,
     errno.EPIPE: INTERRUPTED,
@@ -59,4 +65,6 @@ def from_exception(error: BaseException, doing: str = "") -> AgentError:
         return AgentError(INTERRUPTED, f"{prefix}{error or 'the peer went away'}")
     if isinstance(error, ProtocolError):
         return AgentError(PROTOCOL, f"{prefix}{error}")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "new thread" in str(error)):
+        return AgentError(LIMIT, f"{prefix}the host's limits forbid it: {str(error) or 'no more memory'}")
     return AgentError(BUG, f"{prefix}{type(error).__name__}: {error}")

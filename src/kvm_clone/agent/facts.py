@@ -158,10 +158,10 @@ def ranges_of(path: str, image_format: str, data: bool) -> List[List[int]]:
     """
     opened = image.open_for_reading(path, image_format)
     try:
-        found = joined((one.offset, one.end) for one in opened.extents() if (one.kind == DATA) is data)
+        found = thinned(((one.offset, one.end) for one in opened.extents() if (one.kind == DATA) is data), BLOCK)
     finally:
         opened.close()
-    return [list(pair) for pair in thinned(found, BLOCK)]
+    return [list(pair) for pair in joined(found)]
 
 
 def free(path: str) -> int:
@@ -174,7 +174,7 @@ def dirty(uri: str, bitmap: str) -> List[List[int]]:
     """The [start, end) pairs in bytes that a dirty bitmap of an NBD export names. Raises AgentError (missing)."""
     export = nbd.connect(uri, nbd.DIRTY_BITMAP + bitmap)
     try:
-        return [list(pair) for pair in thinned(list(export.dirty()), BLOCK)]
+        return [list(pair) for pair in thinned(export.dirty(), BLOCK)]
     finally:
         export.close()
 

@@ -1,8 +1,11 @@
 """A disk behind an NBD server.
 
-The protocol is that of https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md: fixed newstyle handshake,
-structured replies, and the metadata contexts `base:allocation` for extents and `qemu:dirty-bitmap:NAME` for a dirty
-bitmap (QEMU's docs/interop/nbd.txt). All integers are big-endian.
+The protocol is that of https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md: structured replies, and the
+metadata contexts `base:allocation` for extents and `qemu:dirty-bitmap:NAME` for a dirty bitmap (QEMU's
+docs/interop/nbd.txt). All integers are big-endian.
+
+A server is not believed: what it says is held against what it was asked, costs no more memory than that, and has to be
+over in time. What does not fit is a ProtocolError, and the connection is of no use from there on.
 """
 
 from __future__ import annotations
@@ -13,27 +16,21 @@ import os
 import socket
 import struct
 import urllib.parse
-from typing import Dict, Iterator, List, Optional, Tuple, Union
+from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 from .disk import DATA, HOLE, ZERO, Disk, Extent, Ranges, bounded, intersect
 from .errors import MISSING, AgentError
+from .nbd_session import MOST_WORDS, Session, in_time, set_timeout
 from .stream import Incoming
 from .wire import CHUNK, ProtocolError
 
-_MAGIC = 0x4E42444D41474943  # "NBDMAGIC"
-_OPTION_MAGIC = 0x49484156454F5054  # "IHAVEOPT"
-_OPTION_REPLY_MAGIC = 0x3E889045565A9
 _REQUEST_MAGIC = 0x25609513
 _SIMPLE_REPLY_MAGIC = 0x67446698
 _STRUCTURED_REPLY_MAGIC = 0x668E33EF
 
-_FLAG_FIXED_NEWSTYLE, _FLAG_NO_ZEROES = 1, 2
-_OPT_GO, _OPT_STRUCTURED_REPLY, _OPT_SET_META_CONTEXT = 7, 8, 10
-_REP_ACK, _REP_INFO, _REP_META_CONTEXT, _REP_ERROR_BIT = 1, 3, 4, 1 << 31
-_INFO_EXPORT = 0
 _CMD_READ, _CMD_WRITE, _CMD_DISC, _CMD_FLUSH, _CMD_WRITE_ZEROES, _CMD_BLOCK_STATUS = 0, 1, 2, 3, 6, 7
 _REPLY_NONE, _REPLY_OFFSET_DATA, _REPLY_OFFSET_HOLE, _REPLY_BLOCK_STATUS = 0, 1, 2, 5
-_REPLY_ERROR_BIT = 1 << 15
+_REPLY_ERROR_BIT, _REPLY_ERROR_OFFSET = 1 << 15, 1 << 15 | 2
 _REPLY_FLAG_DONE = 1
 _STATE_HOLE, _STATE_ZERO = 1, 2
 _STATE_DIRTY = 1
@@ -41,11 +38,12 @@ _STATE_DIRTY = 1
 ALLOCATION, DIRTY_BITMAP = "base:allocation", "qemu:dirty-bitmap:"
 """Metadata contexts; the second is followed by the bitmap's name."""
 
-_OPTION = struct.Struct(">QII")  # magic, option, length
-_OPTION_REPLY = struct.Struct(">QIII")  # magic, option, type, length
 _REQUEST = struct.Struct(">IHHQQI")  # magic, flags, type, cookie, offset, length
 _SIMPLE_REPLY = struct.Struct(">IIQ")  # magic, error, cookie
 _CHUNK_REST = struct.Struct(">HHQI")  # flags, type, cookie, length: what follows a structured reply's magic
+_HOLE = struct.Struct(">QI")  # offset, length
+_ERROR = struct.Struct(">IH")  # code, length of the message
+_EXTENT = struct.Struct(">II")  # length, state
 
 IN_FLIGHT = 16
 """Write requests that may wait for their replies: enough to keep the server's threads busy."""
@@ -56,8 +54,64 @@ _ZERO_LIMIT = 1 << 30
 _SWEEP = 64 * CHUNK
 """Bytes. Ranges that are closer together are asked for in one go: a reply names many extents."""
 
-_TIMEOUT = 300.0
-"""Seconds a server on this same host may take for one reply before it counts as dead."""
+_MOST_CHUNKS = 8192
+"""Chunks of one reply: a request of CHUNK bytes whose blocks of 512 are data and hole in turn has a quarter."""
+
+_MOST_EXTENTS = 1 << 20
+"""Extents in one block status. QEMU says 131,072 at most."""
+
+_ERRORS = {errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC, errno.EOVERFLOW, errno.ENOTSUP,
+           errno.ESHUTDOWN}  # fmt: skip
+"""What a server may name, by Linux's numbers; anything else is to be taken for EINVAL."""
+
+_NAMES = {_CMD_READ: "read", _CMD_WRITE: "write", _CMD_WRITE_ZEROES: "zero", _CMD_BLOCK_STATUS: "block status"}
+
+
+class _Request(NamedTuple):
+    """A request that waits for its reply."""
+
+    command: int
+    offset: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+    def __str__(self) -> str:
+        return f"{_NAMES[self.command]} at {self.offset}" if self.command in _NAMES else "flush"
+
+
+class _Content:
+    """What one reply brings: it is written into `view`, or kept as `extents` in the form of the wire."""
+
+    def __init__(self, view: Optional[memoryview] = None) -> None:
+        self.view = view
+        self.extents: Optional[bytes] = None
+        self._pieces: List[Tuple[int, int]] = []
+        self._arrived = 0
+
+    def piece(self, asked: _Request, offset: int, length: int) -> memoryview:
+        """Where the content of that range belongs. Raises ProtocolError when it was not asked for, or came already."""
+        self._arrived += length
+        if self.view is None or asked.command != _CMD_READ or self._arrived > asked.length:
+            raise ProtocolError(f"an NBD server sends content that nobody asked for ({asked})")
+        if not length or offset < asked.offset or offset + length > asked.end:
+            raise ProtocolError(f"an NBD server sends {length} bytes at {offset}, which is outside of the {asked}")
+        self._pieces.append((offset, offset + length))
+        return self.view[offset - asked.offset : offset - asked.offset + length]
+
+    def check(self, asked: _Request) -> None:
+        """Raises ProtocolError when a part of what was asked for is missing."""
+        position = asked.offset
+        for start, end in sorted(self._pieces) if asked.command == _CMD_READ else ():
+            if start != position:
+                break
+            position = end
+        if asked.command == _CMD_READ and position != asked.end:
+            raise ProtocolError(f"an NBD server does not send all of what was asked for ({asked})")
+        if asked.command == _CMD_BLOCK_STATUS and not self.extents:
+            raise ProtocolError("an NBD block status without extents")
 
 
 class NbdDisk(Disk):
@@ -65,26 +119,24 @@ class NbdDisk(Disk):
 
     def __init__(self, connection: socket.socket, export: str = "", context: str = ALLOCATION) -> None:
         """`context`: what block status is asked about."""
-        self._socket = connection
-        self._export = export.encode()
-        self._socket.settimeout(None)
-        _set_timeout(connection, _TIMEOUT)
+        self._session = Session(connection)
+        self._export = export
         self._cookie = 0
-        self._waiting: Dict[int, Tuple[str, int, int]] = {}  # cookie: what it does, start, end
+        self._waiting: Dict[int, _Request] = {}
         self._failure: Optional[OSError] = None
-        self._context: Optional[int] = None
-        self.size = 0
-        self._shake_hands(context.encode())
+        self._broken: Union[OSError, ProtocolError, None] = None
+        self.size, self._structured, self._context = self._session.shake_hands(export.encode(), context.encode())
 
     def extents(self, start: int = 0, end: Optional[int] = None) -> Iterator[Extent]:
         """See Disk. Everything is data when the server cannot say."""
         position, stop = bounded(self, start, end)
+        if self._context is None and position < stop:
+            yield Extent(position, stop - position, DATA)
+            return
         while position < stop:
             for length, state in self._block_status(position, min(stop - position, _ZERO_LIMIT)):
                 kind = (HOLE if state & _STATE_HOLE else ZERO) if state & _STATE_ZERO else DATA
-                length = min(length, stop - position)
-                if length:
-                    yield Extent(position, length, kind)
+                yield Extent(position, length, kind)
                 position += length
 
     def within(self, ranges: Ranges) -> Iterator[Extent]:
@@ -98,22 +150,21 @@ class NbdDisk(Disk):
         Raises AgentError (missing) when the server does not have it.
         """
         if self._context is None:
-            raise AgentError(MISSING, f"there is no such dirty bitmap of {self._export.decode()}")
+            raise AgentError(MISSING, f"there is no such dirty bitmap of {self._export}")
         position = 0
         while position < self.size:
             for length, state in self._block_status(position, min(self.size - position, _ZERO_LIMIT)):
-                end = min(position + length, self.size)
-                if state & _STATE_DIRTY and end > position:
-                    yield position, end
-                position = end
+                if state & _STATE_DIRTY:
+                    yield position, position + length
+                position += length
 
     def readinto(self, offset: int, view: memoryview) -> None:
         """See Disk."""
         for start in range(0, len(view), CHUNK):
             part = view[start : start + CHUNK]
             self._drain()
-            self._request(_CMD_READ, offset + start, len(part), f"read at {offset + start}")
-            self._reply(into=part, at=offset + start)
+            self._request(_CMD_READ, offset + start, len(part))
+            self._reply(part)
             self._raise_failure()
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -127,8 +178,8 @@ class NbdDisk(Disk):
         """See Disk."""
         if source.can_move:
             self._begin_write(offset, length)
-            with _timeout():
-                source.move(self._socket.fileno(), length)
+            with in_time():
+                source.move(self._session.fileno(), length)
         else:
             super().receive(offset, length, source)
 
@@ -138,10 +189,10 @@ class NbdDisk(Disk):
             self._reply()
         self._raise_failure()
         # The content follows at once: MSG_MORE keeps the header from going out alone.
-        self._request(_CMD_WRITE, offset, length, f"write at {offset}", socket.MSG_MORE)
+        self._request(_CMD_WRITE, offset, length, socket.MSG_MORE)
 
     def _overlaps(self, low: int, high: int) -> bool:
-        return any(start < high and low < end for _, start, end in self._waiting.values())
+        return any(asked.offset < high and low < asked.end for asked in self._waiting.values())
 
     def zero(self, offset: int, length: int) -> None:
         """See Disk."""
@@ -149,34 +200,39 @@ class NbdDisk(Disk):
         while offset < end:
             part = min(_ZERO_LIMIT, end - offset)
             self._drain()
-            self._request(_CMD_WRITE_ZEROES, offset, part, f"zero at {offset}")
+            self._request(_CMD_WRITE_ZEROES, offset, part)
             offset += part
 
     def flush(self) -> None:
         """See Disk."""
         self._drain()
-        self._request(_CMD_FLUSH, 0, 0, "flush")
+        self._request(_CMD_FLUSH, 0, 0)
         self._drain()
         self._raise_failure()
 
     def close(self) -> None:
         """See Disk. Says goodbye, so that the server closes the image in order."""
-        if self._socket.fileno() < 0:
+        if self._session.fileno() < 0:
             return
         # A server that is gone already has nothing to be told; what had to be durable, flush has made sure of.
-        with contextlib.suppress(OSError):
-            self._request(_CMD_DISC, 0, 0, "disconnect")
-        self._socket.close()
+        with contextlib.suppress(OSError, ProtocolError):
+            self._request(_CMD_DISC, 0, 0)
+        self._session.close()
 
-    def _request(self, command: int, offset: int, length: int, what: str, flags: int = 0) -> None:
+    def _request(self, command: int, offset: int, length: int, flags: int = 0) -> None:
+        if self._broken is not None:
+            raise self._broken
         self._cookie += 1
         self._send(_REQUEST.pack(_REQUEST_MAGIC, 0, command, self._cookie, offset, length), flags)
         if command != _CMD_DISC:
-            self._waiting[self._cookie] = (what, offset, offset + length)
+            self._waiting[self._cookie] = _Request(command, offset, length)
 
     def _send(self, data: Union[bytes, memoryview], flags: int = 0) -> None:
-        with _timeout():
-            self._socket.sendall(data, flags)
+        try:
+            self._session.send(data, flags)
+        except OSError as error:  # with half a request sent, nothing can follow
+            self._broken = error
+            raise
 
     def _drain(self) -> None:
         while self._waiting:
@@ -186,118 +242,105 @@ class NbdDisk(Disk):
         if self._failure:
             raise self._failure
 
-    def _fail(self, code: int, what: str) -> None:
-        # The codes are Linux's errno values by definition. The first failure is the telling one.
-        self._failure = self._failure or OSError(code, f"{os.strerror(code)} ({what})")
+    def _reply(self, into: Optional[memoryview] = None) -> _Content:
+        """Read one whole reply; what it brings. Raises ProtocolError, and OSError when there is no server any more."""
+        if self._broken is not None:
+            raise self._broken
+        self._session.begin()
+        content = _Content(into)
+        try:
+            for _ in range(_MOST_CHUNKS):
+                if self._chunk(content):
+                    return content
+            raise ProtocolError("an NBD reply without end")
+        except (OSError, ProtocolError) as error:
+            self._broken = error
+            raise
 
-    def _reply(self, into: Optional[memoryview] = None, at: int = 0) -> List[Tuple[int, int]]:
-        """Read one whole reply; the extents it brings, if it is one that does."""
-        extents: List[Tuple[int, int]] = []
-        while True:
-            magic = int.from_bytes(self._read(4), "big")
-            if magic == _SIMPLE_REPLY_MAGIC:
-                _, code, cookie = _SIMPLE_REPLY.unpack(magic.to_bytes(4, "big") + self._read(12))
-                what = self._finish(cookie)
-                if code:
-                    self._fail(code, what)
-                elif into is not None:
-                    self._read_into(into)
-                return extents
-            if magic != _STRUCTURED_REPLY_MAGIC:
-                raise ProtocolError(f"not an NBD reply: magic {magic:#x}")
-            flags, kind, cookie, length = _CHUNK_REST.unpack(self._read(_CHUNK_REST.size))
-            self._chunk(kind, cookie, length, into, at, extents)
-            if flags & _REPLY_FLAG_DONE:
-                self._finish(cookie)
-                return extents
+    def _chunk(self, content: _Content) -> bool:
+        """Read a simple reply or a chunk of a structured one; whether the reply ends with it."""
+        magic = int.from_bytes(self._session.read(4), "big")
+        if magic == _SIMPLE_REPLY_MAGIC:
+            _, code, cookie = _SIMPLE_REPLY.unpack(magic.to_bytes(4, "big") + self._session.read(12))
+            self._simple(self._asked(cookie), code, content)
+            ends = True
+        elif magic == _STRUCTURED_REPLY_MAGIC and self._structured:
+            flags, kind, cookie, length = _CHUNK_REST.unpack(self._session.read(_CHUNK_REST.size))
+            ends = bool(flags & _REPLY_FLAG_DONE)
+            self._structure(self._asked(cookie), kind, length, content, ends=ends)
+        else:
+            raise ProtocolError(f"not an NBD reply: magic {magic:#x}")
+        if ends:
+            asked = self._waiting.pop(cookie)
+            if self._failure is None:
+                content.check(asked)
+        return ends
 
-    def _chunk(
-        self,
-        kind: int,
-        cookie: int,
-        length: int,
-        into: Optional[memoryview],
-        at: int,
-        extents: List[Tuple[int, int]],
-    ) -> None:
-        """One chunk of a structured reply."""
-        if kind == _REPLY_OFFSET_DATA and into is not None:
-            start = int.from_bytes(self._read(8), "big") - at
-            self._read_into(into[start : start + length - 8])
-        elif kind == _REPLY_OFFSET_HOLE and into is not None:
-            offset, count = struct.unpack(">QI", self._read(length))
-            into[offset - at : offset - at + count] = bytes(count)
-        elif kind == _REPLY_BLOCK_STATUS:
-            body = self._read(length)
-            extents.extend(struct.iter_unpack(">II", body[4:]))
-        elif kind & _REPLY_ERROR_BIT:
-            code = int.from_bytes(self._read(length)[:4], "big")
-            self._fail(code, self._waiting.get(cookie, ("request", 0, 0))[0])
-        elif kind != _REPLY_NONE or length:
-            raise ProtocolError(f"an NBD reply of unknown type {kind}")
-
-    def _finish(self, cookie: int) -> str:
+    def _asked(self, cookie: int) -> _Request:
         if cookie not in self._waiting:
             raise ProtocolError(f"an NBD reply to no request of ours, cookie {cookie}")
-        return self._waiting.pop(cookie)[0]
+        return self._waiting[cookie]
 
-    def _block_status(self, offset: int, length: int) -> List[Tuple[int, int]]:
-        """(length, state) pairs from `offset` on; together they may cover less than asked."""
-        if self._context is None:
-            return [(length, 0)]
+    def _simple(self, asked: _Request, code: int, content: _Content) -> None:
+        if code:
+            self._fail(code, asked)
+        elif asked.command == _CMD_READ:
+            if self._structured:
+                raise ProtocolError("an NBD server sends content without structure")
+            self._session.read_into(content.piece(asked, asked.offset, asked.length))
+
+    def _structure(self, asked: _Request, kind: int, length: int, content: _Content, *, ends: bool) -> None:
+        """One chunk's body."""
+        if kind == _REPLY_OFFSET_DATA and length > 8:
+            offset = int.from_bytes(self._session.read(8), "big")
+            self._session.read_into(content.piece(asked, offset, length - 8))
+        elif kind == _REPLY_OFFSET_HOLE and length == _HOLE.size:
+            offset, count = _HOLE.unpack(self._session.read(length))
+            view = content.piece(asked, offset, count)
+            view[:] = bytes(count)
+        elif kind == _REPLY_BLOCK_STATUS and asked.command == _CMD_BLOCK_STATUS and content.extents is None:
+            content.extents = self._extents(length)
+        elif kind & _REPLY_ERROR_BIT:
+            self._error(asked, kind, length)
+        elif kind != _REPLY_NONE or length or not ends:
+            raise ProtocolError(f"an NBD reply of type {kind} and {length} bytes to a {asked}")
+
+    def _extents(self, length: int) -> bytes:
+        """A block status' extents as they are on the wire."""
+        count, rest = divmod(length - 4, _EXTENT.size)
+        if rest or not 0 < count <= _MOST_EXTENTS:
+            raise ProtocolError(f"an NBD block status of {length} bytes")
+        context = int.from_bytes(self._session.read(4), "big")
+        if context != self._context:
+            raise ProtocolError(f"an NBD block status of context {context}, which nobody asked for")
+        return self._session.read(length - 4)
+
+    def _error(self, asked: _Request, kind: int, length: int) -> None:
+        if not _ERROR.size <= length <= MOST_WORDS:
+            raise ProtocolError(f"an NBD error of {length} bytes")
+        body = self._session.read(length)
+        code, words = _ERROR.unpack_from(body)
+        rest = length - _ERROR.size - words
+        if rest < 0 or (kind == _REPLY_ERROR_OFFSET and rest != 8) or not code:
+            raise ProtocolError(f"an NBD error {code} that has {words} of {length} bytes for its text")
+        self._fail(code, asked)
+
+    def _fail(self, code: int, asked: _Request) -> None:
+        # The first failure is the telling one.
+        code = code if code in _ERRORS else errno.EINVAL
+        self._failure = self._failure or OSError(code, f"{os.strerror(code)} ({asked})")
+
+    def _block_status(self, offset: int, length: int) -> Iterator[Tuple[int, int]]:
+        """(length, state) pairs from `offset` on; together they may cover less than asked, but not nothing."""
         self._drain()
-        self._request(_CMD_BLOCK_STATUS, offset, length, f"block status at {offset}")
-        extents = self._reply()
+        self._request(_CMD_BLOCK_STATUS, offset, length)
+        extents = self._reply().extents
         self._raise_failure()
-        if not extents:
-            raise ProtocolError("an NBD block status without extents")
-        return extents
-
-    def _read(self, count: int) -> bytes:
-        data = bytearray(count)
-        self._read_into(memoryview(data))
-        return bytes(data)
-
-    def _read_into(self, view: memoryview) -> None:
-        while view:
-            with _timeout():
-                count = self._socket.recv_into(view)
-            if not count:
-                raise ConnectionResetError(errno.ECONNRESET, "the NBD server closed the connection")
-            view = view[count:]
-
-    def _shake_hands(self, query: bytes) -> None:
-        magic, option_magic, flags = struct.unpack(">QQH", self._read(18))
-        if magic != _MAGIC or option_magic != _OPTION_MAGIC or not flags & _FLAG_FIXED_NEWSTYLE:
-            raise ProtocolError("not an NBD server of the fixed newstyle")
-        self._socket.sendall(struct.pack(">I", _FLAG_FIXED_NEWSTYLE | flags & _FLAG_NO_ZEROES))
-        if self._option(_OPT_STRUCTURED_REPLY, b"") is not None:
-            name = struct.pack(">I", len(self._export)) + self._export
-            request = name + struct.pack(">II", 1, len(query)) + query
-            for kind, body in self._option(_OPT_SET_META_CONTEXT, request) or []:
-                if kind == _REP_META_CONTEXT:
-                    self._context = int.from_bytes(body[:4], "big")
-        infos = self._option(_OPT_GO, struct.pack(">I", len(self._export)) + self._export + struct.pack(">H", 0))
-        for kind, body in infos or []:
-            if kind == _REP_INFO and int.from_bytes(body[:2], "big") == _INFO_EXPORT:
-                self.size = int.from_bytes(body[2:10], "big")
-                return
-        raise ProtocolError("the NBD server does not offer its export")
-
-    def _option(self, option: int, data: bytes) -> Optional[List[Tuple[int, bytes]]]:
-        """The replies to an option, or None when the server refuses it."""
-        self._socket.sendall(_OPTION.pack(_OPTION_MAGIC, option, len(data)) + data)
-        replies: List[Tuple[int, bytes]] = []
-        while True:
-            magic, _, kind, length = _OPTION_REPLY.unpack(self._read(_OPTION_REPLY.size))
-            if magic != _OPTION_REPLY_MAGIC:
-                raise ProtocolError(f"not an NBD option reply: magic {magic:#x}")
-            body = self._read(length)
-            if kind & _REP_ERROR_BIT:
-                return None
-            if kind == _REP_ACK:
-                return replies
-            replies.append((kind, body))
+        for count, state in _EXTENT.iter_unpack(extents or b""):
+            if not count or not length:  # the last one alone may go beyond what was asked
+                raise ProtocolError(f"an NBD block status at {offset} that has an extent of {count} bytes too many")
+            yield min(count, length), state
+            length -= min(count, length)
 
 
 def connect(uri: str, context: str = ALLOCATION) -> NbdDisk:
@@ -306,6 +349,7 @@ def connect(uri: str, context: str = ALLOCATION) -> NbdDisk:
     (path,) = urllib.parse.parse_qs(parts.query)["socket"]
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        set_timeout(connection)  # a server that does not accept keeps a client waiting too
         _reach(connection, path)
         return NbdDisk(connection, urllib.parse.unquote(parts.path[1:]), context)
     except BaseException:
@@ -315,7 +359,8 @@ def connect(uri: str, context: str = ALLOCATION) -> NbdDisk:
 
 def _reach(connection: socket.socket, path: str) -> None:
     try:
-        connection.connect(path)
+        with in_time():
+            connection.connect(path)
     except (FileNotFoundError, ConnectionRefusedError) as error:  # a guest that powers off takes the job with it
         raise ConnectionResetError(errno.ECONNRESET, f"there is no NBD server behind {path}") from error
 
@@ -335,19 +380,3 @@ def _swept(ranges: Ranges) -> Iterator[List[Tuple[int, int]]]:
         near.append((start, end))
     if near:
         yield near
-
-
-@contextlib.contextmanager
-def _timeout() -> Iterator[None]:
-    """What a socket says when its time is over, in clear words."""
-    try:
-        yield
-    except BlockingIOError as error:
-        raise OSError(errno.ETIMEDOUT, f"the NBD server did nothing for {_TIMEOUT:.0f} s") from error
-
-
-def _set_timeout(connection: socket.socket, seconds: float) -> None:
-    # Not settimeout(): that makes the descriptor non-blocking, and splice needs it blocking.
-    value = struct.pack("ll", int(seconds), 0)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import time
 from typing import Any, Dict, List
 
 from . import process
-from .errors import AgentError
-from .wire import write_all
+from .errors import AgentError, from_exception
+from .wire import NOISE_LIMIT, write_all
 
 FAST_CIPHERS = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com"
 """ssh's Ciphers: these first, the rest as it was. With AES instructions they cost a third of the default's time."""
@@ -19,31 +20,110 @@ MEASURED_SECONDS = 0.3
 MEASURED_BYTES = 64 * 1024 * 1024
 """A measurement sends for so long, and so much at most: enough for a rough rate, and soon over on a slow link."""
 
-MEASURE = "echo ready; wc -c"
-"""What the other end runs to be measured against: it says how many bytes it got."""
+READY = b"ready\n"
+MEASURE = "echo; echo ready; wc -c"
+"""What the other end runs to be measured against: it says READY behind what its login prints, and how many bytes it
+got."""
+
+PROBE_SECONDS = 60.0
+"""How long a probe may take, the login included."""
+
+_END_SECONDS = 5.0
+
+_WORDS = 16 * 1024
+"""Bytes of the end of stderr that are kept for ssh's last words."""
 
 
 def probe(ssh: List[str], known_hosts: str, measured: bool = True) -> Dict[str, Any]:
     """Whether this host can run a command by `ssh`: `error` is empty when it can, and `rate` (bytes/s) is measured."""
-    argv = [*command(ssh, known_hosts), MEASURE]
-    child = process.start(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert child.stdin is not None
-    assert child.stdout is not None
-    rate = 0.0
     try:
-        if child.stdout.readline() == b"ready\n":
-            began = time.monotonic()
-            sent = 0
-            while measured and sent < MEASURED_BYTES and time.monotonic() - began < MEASURED_SECONDS:
-                sent += os.write(child.stdin.fileno(), bytes(65536))
-            child.stdin.close()
-            child.stdout.readline()
-            rate = sent / max(time.monotonic() - began, 1e-6)
-    except BrokenPipeError:
-        rate = 0.0  # ssh will say why
-    child.stdin = None
-    _, stderr = child.communicate()
-    return {"error": process.last_words(argv[0], child.returncode, stderr) if child.returncode else "", "rate": rate}
+        argv = [*command(ssh, known_hosts), MEASURE]
+        child = process.start(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    except (AgentError, OSError) as error:  # no ssh here, or limits that forbid it: there is the other route
+        return {"error": str(from_exception(error, "starting ssh")), "rate": 0.0}
+    with child:
+        try:
+            conversation = _Conversation(child, measured)
+            reason = conversation.hold(time.monotonic() + PROBE_SECONDS)
+            if not reason and not conversation.answered:
+                reason = _ended_early(argv[0], child, conversation.words)
+        finally:
+            child.kill()
+    return {"error": reason, "rate": 0.0 if reason else conversation.rate}
+
+
+def _ended_early(program: str, child: subprocess.Popen[bytes], words: bytes) -> str:
+    """Why a child did that has closed its outputs."""
+    try:
+        status = child.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"{program} does not end"
+    return process.last_words(program, status, words) if status else "the login there does not run what it is asked to"
+
+
+class _Conversation:
+    """A measurement against the far end: everything that comes is read, and no more is sent than is taken.
+
+    A login may print whatever it likes, on stdout (skipped up to NOISE_LIMIT) and on stderr (of any amount).
+    """
+
+    def __init__(self, child: subprocess.Popen[bytes], measured: bool) -> None:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stderr is not None
+        self._child = child
+        self._in, self._out, self._err = child.stdin, child.stdout, child.stderr
+        os.set_blocking(self._in.fileno(), False)
+        self._measured = measured
+        self._began = 0.0
+        self._sent = 0
+        self._noise = 0
+        self._line = b""
+        self.words = b""
+        self.rate = 0.0
+        self.answered = False
+
+    def hold(self, deadline: float) -> str:
+        """Talk until the far end has counted, or has ended; why it cannot be talked to."""
+        outputs = [self._out, self._err]
+        while outputs and not self.answered:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return f"no answer within {PROBE_SECONDS:.0f} seconds"
+            sending = [self._in] if self._began and not self._in.closed else []
+            readable, writable, _ = select.select(outputs, sending, [], left)
+            for output in readable:
+                part = os.read(output.fileno(), 1 << 16)
+                if not part:
+                    outputs.remove(output)
+                elif output is self._err:
+                    self.words = (self.words + part)[-_WORDS:]
+                else:
+                    self._hear(part)
+            if self._noise > NOISE_LIMIT:
+                return "the login prints without end instead of running a command"
+            if writable:
+                self._send()
+        return ""
+
+    def _hear(self, part: bytes) -> None:
+        *lines, self._line = (self._line + part).split(b"\n")
+        for line in lines:
+            if self._began:
+                self.answered = True
+                self.rate = self._sent / max(time.monotonic() - self._began, 1e-6)
+            elif line + b"\n" == READY:
+                self._began = time.monotonic()
+        self._noise += len(part)
+
+    def _send(self) -> None:
+        if self._measured and self._sent < MEASURED_BYTES and time.monotonic() - self._began < MEASURED_SECONDS:
+            try:
+                self._sent += os.write(self._in.fileno(), bytes(65536))
+            except BrokenPipeError:  # ssh will say why
+                self._in.close()
+        else:
+            self._in.close()
 
 
 def command(ssh: List[str], known_hosts: str) -> List[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import threading
 from typing import Any, Callable, Dict, List, Optional
 
@@ -18,11 +19,14 @@ from .differ import Differ
 from .errors import INTERRUPTED, UNSUPPORTED, AgentError, from_exception
 from .lock import ImageLock
 from .relay import Relay
-from .wire import ChannelData, pack_channel, pack_frame, read_any, write_all
+from .wire import ChannelData, ProtocolError, pack_channel, pack_frame, read_any, write_all
 
 SILENCE_SECONDS = 30.0
 """Without a frame for so long, the controller is taken for dead: it sends one every few seconds. A cut network closes
 no connection, and a lock must not stay behind."""
+
+_MOST_WORDS = 16 * 1024
+"""Characters of an error's text that are sent: a child's last line can be of any length."""
 
 
 class Server:
@@ -97,7 +101,7 @@ class Server:
                 if isinstance(frame, ChannelData):
                     self._pass_on(frame)
                 else:
-                    threading.Thread(target=self._answer, args=(frame,), daemon=True).start()
+                    self._begin_answer(frame)
         except EOFError:
             return  # torn in the midst of a frame: gone all the same
         finally:
@@ -111,26 +115,43 @@ class Server:
         readable, _, _ = select.select([self._source], [], [], SILENCE_SECONDS)
         return bool(readable)
 
-    def _answer(self, frame: Dict[str, Any]) -> None:
-        number = frame.get("id")
+    def _begin_answer(self, frame: Dict[str, Any]) -> None:
         try:
-            call = self._calls.get(str(frame.get("call")))
+            threading.Thread(target=self._answer, args=(frame,), daemon=True).start()
+        except (RuntimeError, MemoryError) as error:
+            self._fail(frame.get("id"), from_exception(error))
+
+    def _answer(self, frame: Dict[str, Any]) -> None:
+        number, name = frame.get("id"), frame.get("call")
+        try:
+            call = self._calls.get(str(name))
             if call is None:
-                raise AgentError(UNSUPPORTED, f"the agent has no call {frame.get('call')!r}")
+                raise AgentError(UNSUPPORTED, f"the agent has no call {name!r}")
             arguments = dict(frame.get("args") or {})
             if call == self._differ.segments:
-                arguments["progress"] = lambda state: self._write({"id": number, "progress": state})
-            self._write({"id": number, "ok": call(**arguments)})
+                arguments["progress"] = lambda state: self._write(pack_frame({"id": number, "progress": state}))
+            answer = {"id": number, "ok": call(**arguments)}
+            try:
+                packed = pack_frame(answer)
+            except ProtocolError as error:
+                raise from_exception(error, f"the answer to {name}") from error
+            self._write(packed)
         except Exception as error:  # noqa: BLE001 - whatever went wrong is the answer
-            self._write({"id": number, "error": from_exception(error).as_dict()})
+            self._fail(number, from_exception(error))
 
-    def _write(self, message: Dict[str, Any]) -> None:
-        self._put(pack_frame(message))
+    def _fail(self, number: Any, error: AgentError) -> None:
+        """Answer with an error. When even that cannot be had, end: the controller would wait for ever."""
+        try:
+            answer = AgentError(error.kind, str(error)[:_MOST_WORDS]).as_dict()
+            self._write(pack_frame({"id": number, "error": answer}))
+        except Exception as failure:  # noqa: BLE001 - memory that is used up, most likely
+            os.write(2, f"kvm-clone: no answer could be given: {type(failure).__name__}\n".encode())
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    def _put(self, frame: bytes) -> None:
+    def _write(self, packed: bytes) -> None:
         # A controller that does not listen any more is gone: the end of our input will say so.
         with self._writing, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            write_all(self._out, frame)
+            write_all(self._out, packed)
 
     def _relay(self, fenced: bool) -> int:
         """Open libvirt's socket; the number of the channel that carries it.
@@ -139,7 +160,7 @@ class Server:
         """
         hold = self._held() if fenced else None
         channel = max(self._relays, default=0) + 1
-        relay = Relay(facts.LIBVIRT_SOCKETS, lambda data: self._put(pack_channel(channel, data)), hold)
+        relay = Relay(facts.LIBVIRT_SOCKETS, lambda data: self._write(pack_channel(channel, data)), hold)
         self._relays[channel] = relay
         return channel
 

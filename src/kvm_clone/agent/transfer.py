@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Callable, Dict, Generator, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Generator, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 from . import image
 from .disk import DATA as DATA_KIND
@@ -139,7 +139,10 @@ class Sender:
             disk.close()
 
     def _extents(self, index: int, disk: Disk, job: Job, *, compressed: bool) -> Iterator[None]:
-        for extent in disk.within(job.ranges if job.ranges is not None else [[0, disk.size]]):
+        ranges = job.ranges if job.ranges is not None else [[0, disk.size]]
+        left = sum(end - start for start, end in ranges)
+        for extent in disk.within(ranges):
+            left -= extent.length
             if not job.fresh:  # QEMU stores compressed only what was never written
                 extent = extent._replace(compressed=False)
             if extent.kind != DATA_KIND:
@@ -149,6 +152,8 @@ class Sender:
                 for piece in split(extent, CHUNK if compressed else self._pacer.most):
                     self._data(index, disk, piece)
                     yield
+        if left:  # what no extent tells of would be missing at the other end
+            raise AgentError(PROTOCOL, f"the extents of {job.path} leave out {left} bytes")
 
     def _data(self, index: int, disk: Disk, piece: Extent) -> None:
         self._pacer.wait(piece.length)
@@ -185,6 +190,7 @@ class Receiver:
         self._report = report
         self._reported = time.monotonic()
         self._open: Dict[int, Disk] = {}
+        self._finished: Set[int] = set()
         self.written = [0] * len(jobs)
 
     def run(self) -> None:
@@ -220,6 +226,8 @@ class Receiver:
             return
         if record.disk >= len(self._jobs):
             raise ProtocolError(f"a record for disk {record.disk} of {len(self._jobs)}")
+        if record.disk in self._finished:
+            raise ProtocolError(f"a record for disk {record.disk} behind its end")
         job = self._jobs[record.disk]
         try:
             disk = self._disk(record.disk)
@@ -268,12 +276,16 @@ class Receiver:
         finally:
             disk.close()
         image.settle(self._jobs[index].path)
+        self._finished.add(index)
         self._durable[index] = self._reached[index] = size
         self._say_durable(self._durable)
 
     def _end(self, record: Record) -> None:
-        if record.length != sum(self.written) or self._open:
+        if record.length != sum(self.written):
             raise AgentError(INTERRUPTED, f"the source sent {record.length} bytes, {sum(self.written)} arrived here")
+        if len(self._finished) != len(self._jobs):
+            missing = len(self._jobs) - len(self._finished)
+            raise AgentError(INTERRUPTED, f"the stream ended before the end of {missing} of its disks")
         self._report(self.written)
 
     def _report_now_and_then(self) -> None:
@@ -285,7 +297,7 @@ class Receiver:
 
 def _zero_data(disk: Disk, start: int, end: int) -> None:
     """Make the range read as zeros; what does so already is left alone, so that an image does not grow by it."""
-    for extent in list(disk.extents(start, end)):
+    for extent in disk.extents(start, end):
         if extent.kind == DATA_KIND:
             disk.zero(extent.offset, extent.length)
 
