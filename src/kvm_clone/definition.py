@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvm_clone.errors import RefusedError
+from kvm_clone.units import scaled
 from kvm_clone.xmlspan import Document, Node
 
 FORMATS = ("raw", "qcow2")
@@ -51,7 +52,7 @@ class DiskXml:
 
 @dataclass(frozen=True)
 class OsFile:
-    """A file of the host that the guest boots from: "loader", "kernel", "initrd" or "dtb", and its path."""
+    """A file of the host that the guest boots from: "loader", "kernel", "initrd", "dtb" or "shim", and its path."""
 
     role: str
     path: str
@@ -213,20 +214,17 @@ def _number(domain: Node, tag: str, default: int) -> int:
 
 
 def _memory(domain: Node) -> int:
-    """Return the size in bytes. The units are those of libvirt's virScaleInteger, KiB when there is none."""
+    """Return the size in bytes."""
     number = _number(domain, "memory", 0)
     unit = domain.find_attributes("memory").get("unit") or "KiB"
-    if unit.lower() in ("b", "byte", "bytes"):
-        return number
-    power = "KMGTPE".find(unit[0].upper()) + 1
-    base = {"": 1024, "ib": 1024, "b": 1000}.get(unit[1:].lower())
-    if not power or base is None:
+    size = scaled(number, unit)
+    if size is None:
         raise RefusedError(f"The domain's <memory> is in an unknown unit, {unit!r}.")
-    return int(number * base**power)
+    return size
 
 
 def _os_files(domain: Node) -> Iterator[OsFile]:
-    for role in ("loader", "kernel", "initrd", "dtb"):
+    for role in ("loader", "kernel", "initrd", "dtb", "shim"):
         path = domain.find_text("os", role)
         if path:
             yield OsFile(role, path)
