@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from kvm_clone import definition, domains
+from kvm_clone.cpu import cpu_findings
 from kvm_clone.decide import Decision
 from kvm_clone.facts import DestinationFacts, Directory, Facts, ImageFacts, SourceFacts
 from kvm_clone.findings import Finding, Severity, block
@@ -161,9 +162,8 @@ def _ability_findings(destination: DestinationFacts, xml: definition.DomainXml) 
     if xml.vcpus > can.cpus:
         text = f"The VM has {xml.vcpus} vCPUs, {host} has {can.cpus} CPUs."
         yield Finding("vcpus", Severity.WARNING, host, text, "it will run, but slower")
-    if xml.cpu_model and can.cpu_models and not can.cpu_models.get(xml.cpu_model, False):
-        text = f"{host} cannot give the VM its CPU model, {xml.cpu_model}."
-        yield block("cpu-model", host, text, "choose a model that both hosts have: virsh domcapabilities")
+    if xml.cpu is not None and not can.refusal:
+        yield from cpu_findings(host, xml.cpu, can.cpu)
     for network in xml.networks:
         if network not in can.networks:
             remedy = f"define it on {host}: virsh net-define"

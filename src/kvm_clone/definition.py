@@ -67,6 +67,22 @@ class Feature:
 
 
 @dataclass(frozen=True)
+class CpuXml:
+    """The <cpu>. `check`: how libvirt compares it with the host's at a start: none, partial, full.
+
+    `model`: None where it is not asked for by name. `fallback`: whether another model may be given. `eased`: some of
+    the model's features are optional or disabled. `markup`: the element as it is written.
+    """
+
+    markup: str
+    mode: str
+    check: str
+    model: str | None = None
+    fallback: str = "allow"
+    eased: bool = False
+
+
+@dataclass(frozen=True)
 class DomainXml:
     """What a plan needs to know of a definition.
 
@@ -88,7 +104,7 @@ class DomainXml:
     features: tuple[Feature, ...]
     networks: tuple[str, ...] = ()
     bridges: tuple[str, ...] = ()
-    cpu_model: str | None = None
+    cpu: CpuXml | None = None
 
     @property
     def own_disks(self) -> tuple[DiskXml, ...]:
@@ -128,7 +144,7 @@ def read_domain(xml: str) -> DomainXml:
 
     Raises RefusedError when `xml` is no domain's, or its memory or vcpu is not a number.
     """
-    _, domain, name = parse(xml)
+    document, domain, name = parse(xml)
     machine = domain.find_attributes("os", "type")
     os_files = tuple(_os_files(domain))
     has_loader = any(file.role == "loader" for file in os_files)
@@ -148,7 +164,7 @@ def read_domain(xml: str) -> DomainXml:
         features=(*_outside_state(domain), *_host_devices(domain)),
         networks=tuple(_connected_to(domain, "network")),
         bridges=tuple(_connected_to(domain, "bridge")),
-        cpu_model=_cpu_model(domain),
+        cpu=_cpu(document, domain),
     )
 
 
@@ -273,10 +289,22 @@ def _connected_to(domain: Node, kind: str) -> Iterator[str]:
             yield source.attributes[kind]
 
 
-def _cpu_model(domain: Node) -> str | None:
-    """Return the CPU model that is asked for by name; the host's own, or the emulator's default, has none."""
-    mode = domain.find_attributes("cpu").get("mode", "custom")
-    return domain.find_text("cpu", "model") if mode == "custom" else None
+def _cpu(document: Document, domain: Node) -> CpuXml | None:
+    """Return the <cpu>, with what libvirt puts for a check that is not said (qemuDomainDefCPUPostParse)."""
+    cpu = domain.find("cpu")
+    if cpu is None:
+        return None
+    mode = cpu.attributes.get("mode", "custom")
+    model = cpu.find_text("model") if mode == "custom" else None
+    compared = mode == "host-model" or (model is not None and domain.attributes.get("type") != "qemu")
+    return CpuXml(
+        document.markup(cpu),
+        mode,
+        cpu.attributes.get("check") or ("partial" if compared else "none"),
+        model,
+        cpu.find_attributes("model").get("fallback", "allow"),
+        any(feature.attributes.get("policy") in ("disable", "optional") for feature in cpu.find_all("feature")),
+    )
 
 
 def _source(device: Node) -> str:
