@@ -473,7 +473,7 @@ def _add_way_on(error: TransferError, watched: _Watched, kept: str | None) -> No
 def _identity(facts: Facts) -> Identity:
     source = random.SystemRandom()
     macs = tuple(rewrite.new_mac(random.Random(source.getrandbits(64))) for _ in facts.source.xml.macs)
-    return Identity(operation=uuid.uuid4().hex[:12], uuid=str(uuid.uuid4()), macs=macs)
+    return Identity(uuid.uuid4().hex[:12], str(uuid.uuid4()), macs, genid=str(uuid.uuid4()))
 
 
 def _result(plan: Plan, outcome: Outcome, request: Request, seconds: float) -> Result:

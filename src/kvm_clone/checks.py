@@ -13,6 +13,7 @@ from kvm_clone.facts import DestinationFacts, Directory, Facts, ImageFacts, Sour
 from kvm_clone.findings import Finding, Severity, block
 from kvm_clone.options import CloneOptions, Options, Route
 from kvm_clone.placement import PlannedDisk
+from kvm_clone.reference_checks import reference_findings
 from kvm_clone.units import format_bytes, format_duration, format_rate
 from kvm_clone.xmlspan import is_xml
 
@@ -145,7 +146,7 @@ def host_findings(facts: Facts, name: str) -> Iterator[Finding]:
                 f"{host} lacks {file.path}, the {file.role} that VM {name} boots with.",
                 f"copy it to {host} at the same path",
             )
-    yield from _reference_findings(destination, xml)
+    yield from reference_findings(facts, name)
 
 
 def _ability_findings(destination: DestinationFacts, xml: definition.DomainXml) -> Iterator[Finding]:
@@ -266,25 +267,3 @@ def _replace_findings(facts: Facts, options: CloneOptions, name: str, decision: 
 def _is_name(name: str) -> bool:
     """Whether libvirt and XML take the name, and a file can have it."""
     return bool(name.strip()) and name not in (".", "..") and not re.search("[/\n]", name) and is_xml(name)
-
-
-def _reference_findings(destination: DestinationFacts, xml: definition.DomainXml) -> Iterator[Finding]:
-    host = destination.host.name
-    for disk in xml.media:
-        if disk.type == "file" and disk.path and not destination.present.get(disk.path, False):
-            text = (
-                f"{host} lacks {disk.path}, the medium in {disk.target}; the reference is kept, the VM may not start."
-            )
-            yield Finding("medium-missing", Severity.WARNING, disk.target, text, "copy it there, or eject it")
-    for disk in xml.referenced_disks:
-        kind = "shared" if disk.shareable else "read-only"
-        if disk.type == "file" and not destination.present.get(disk.path or "", False):
-            yield block(
-                "referenced-disk-missing",
-                disk.target,
-                f"{host} lacks {disk.path}, the {kind} disk {disk.target}, which is not copied.",
-                f"make it available on {host} at the same path",
-            )
-        else:
-            text = f"The {kind} disk {disk.target} ({disk.path}) is not copied; {host} uses what it has there."
-            yield Finding("referenced-disk", Severity.WARNING, disk.target, text)

@@ -12,6 +12,8 @@ from kvm_clone.definition import DomainXml
 from kvm_clone.domains import Abilities, Domain, Pool
 from kvm_clone.live import Live
 from kvm_clone.ownership import Provenance, Seal, definition_digest
+from kvm_clone.references import Reference
+from kvm_clone.things import Things
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class SourceFacts:
     """The VM at the source.
 
     `live`: what is known of it while it runs, None when it does not. `directories`: where a backup job's scratch may
-    lie. `reader`: who else copies it by a backup job. `libvirt`: its version there, see Abilities.
+    lie. `reader`: who else copies it by a backup job. `libvirt`: its version there, see Abilities. `references`: what
+    the definition refers to, its own disks left out; `things`: what of that the source has.
     """
 
     host: HostFacts
@@ -88,6 +91,8 @@ class SourceFacts:
     directories: Mapping[str, Directory] = field(default_factory=dict)
     reader: str = ""
     libvirt: int = 0
+    references: tuple[Reference, ...] = ()
+    things: Things = field(default_factory=Things)
 
     @property
     def fingerprint(self) -> str:
@@ -174,7 +179,7 @@ class DestinationFacts:
 
     `domains`: its VMs' UUIDs by name. `directories`: those that disks may land in, by path. `present`: whether each
     path that the definition refers to is there. `paths_in_use`: what any VM there refers to. `staged_error`: why the
-    journal of an earlier attempt cannot be read.
+    journal of an earlier attempt cannot be read. `things`: what it has of all that the definition refers to.
     """
 
     host: HostFacts
@@ -187,6 +192,7 @@ class DestinationFacts:
     staged_error: str = ""
     abilities: Abilities = field(default_factory=Abilities)
     paths_in_use: frozenset[str] = frozenset()
+    things: Things = field(default_factory=Things)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import libvirt
 
-from kvm_clone import definition, domains, live, ssh, vms
+from kvm_clone import definition, domains, host_things, live, ssh, things, vms
 from kvm_clone.agent import errors as kinds
 from kvm_clone.agent import peer
 from kvm_clone.errors import RefusedError
@@ -28,6 +28,7 @@ from kvm_clone.facts import (
 )
 from kvm_clone.host import AgentCallError, Host, kill_process
 from kvm_clone.options import Options, Route, SyncOptions
+from kvm_clone.references import Role, references
 from kvm_clone.tasks import together
 
 
@@ -50,7 +51,7 @@ async def inspect(
         facts = await _source(source, source_libvirt, vm)
         name = options.name_for(facts.domain.name)
         replica = isinstance(options, SyncOptions)
-        return facts, await _destination(destination, destination_libvirt, facts.xml, name, replica=replica)
+        return facts, await _destination(destination, destination_libvirt, facts, name, replica=replica)
 
     (source_facts, destination_facts), reach = await together(
         both_hosts(),
@@ -71,9 +72,17 @@ async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> Source
         )
     xml = definition.read_domain(domain.xml)
     running = domain.state in domains.RUNNING
-    about, images = await together(host.call("host"), _images(host, xml, domain.state))
-    if not running:
-        return SourceFacts(host_facts(host.name, about), domain, xml, images)
+    kept = things.kept(references(domain.xml), xml)
+    about, images, paths = await together(
+        host.call("host"), _images(host, xml, domain.state), host.call("look", paths=things.paths_of(kept))
+    )
+    facts = SourceFacts(host_facts(host.name, about), domain, xml, images, references=kept, things=things.Things(paths))
+    return await _running(host, connection, facts) if running else facts
+
+
+async def _running(host: Host, connection: libvirt.virConnect, facts: SourceFacts) -> SourceFacts:
+    """The facts with what is to be known of a running VM."""
+    vm, images = facts.domain.name, facts.images
     with domains.failing_as(f"asking {host.name} for {vm!r}", vm):
         now, version, pools = await together(
             asyncio.to_thread(live.look, connection, vm),
@@ -83,10 +92,10 @@ async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> Source
     paths = {posixpath.dirname(image.path) for image in images if image.path}
     paths |= {pool.path for pool in pools if pool.active and pool.type in domains.FILE_POOLS}
     reader, *directories = await together(
-        host.call("reader", domain=domain.uuid), *(host.call("directory", path=path) for path in sorted(paths))
+        host.call("reader", domain=facts.domain.uuid), *(host.call("directory", path=path) for path in sorted(paths))
     )
     found = {answer["path"]: directory_facts(answer) for answer in directories}
-    return SourceFacts(host_facts(host.name, about), domain, xml, images, now, found, reader, version)
+    return replace(facts, live=now, directories=found, reader=reader, libvirt=version)
 
 
 async def _images(host: Host, xml: definition.DomainXml, state: str) -> tuple[ImageFacts, ...]:
@@ -110,40 +119,44 @@ async def _image(host: Host, disk: definition.DiskXml, state: str) -> ImageFacts
 
 
 async def _destination(
-    host: Host, connection: libvirt.virConnect, xml: definition.DomainXml, name: str, *, replica: bool
+    host: Host, connection: libvirt.virConnect, source: SourceFacts, name: str, *, replica: bool
 ) -> DestinationFacts:
+    xml = source.xml
     with domains.failing_as(f"asking libvirt on {host.name}", host.name):
-        names, pools, abilities, in_use, existing = await together(
+        names, pools, abilities, in_use, objects, existing = await together(
             asyncio.to_thread(domains.names, connection),
             asyncio.to_thread(domains.pools, connection),
             asyncio.to_thread(domains.abilities, connection, xml),
             asyncio.to_thread(domains.paths_of_others, connection, ""),
+            asyncio.to_thread(host_things.objects, connection, source.references),
             _existing(host, connection, name, replica=replica),
         )
     own = (*xml.own_disks, *(existing.xml.own_disks if existing is not None else ()))
     wanted = {pool.path for pool in pools if pool.path}
     wanted |= {posixpath.dirname(disk.path) for disk in own if disk.path and disk.type == "file"}
-    referred = {file.path for file in xml.os_files}
-    referred |= {f"/sys/class/net/{bridge}" for bridge in xml.bridges}
+    referred = {*(file.path for file in xml.os_files), *things.paths_of(source.references)}
     referred |= {disk.path for disk in (*xml.media, *xml.referenced_disks) if disk.path and disk.type == "file"}
-    paths, files = sorted(wanted), sorted(referred)
-    about, staged, directories, present = await together(
+    addresses = {one.value for one in source.references if one.role is Role.ADDRESS}
+    paths = sorted(wanted)
+    about, staged, directories, found, resources = await together(
         host.call("host"),
         host.call("staged", directories=paths, name=name),
         together(*(host.call("directory", path=path) for path in paths)),
-        together(*(host.call("exists", path=path) for path in files)),
+        host.call("look", paths=sorted(referred)),
+        host.call("resources", addresses=sorted(addresses)),
     )
     return DestinationFacts(
         host_facts(host.name, about),
         names,
         pools,
         {path: directory_facts(answer) for path, answer in zip(paths, directories, strict=True)},
-        dict(zip(files, present, strict=True)),
+        {path: kind != things.MISSING for path, kind in found.items()},
         existing,
         next((staged_facts(answer) for answer in staged if "error" not in answer), None),
         "; ".join(f"{answer['path']}: {answer['error']}" for answer in staged if "error" in answer),
         abilities,
         frozenset(in_use),
+        things.Things(found, things.resources(resources), objects),
     )
 
 

@@ -92,6 +92,26 @@ def _inactive_network(lab: Lab, vm: Vm) -> Iterator[list[str]]:
         lab.run("kc-b", "virsh", "net-undefine", "idle")
 
 
+def _arguments(*values: str) -> Situation:
+    """QEMU's own arguments."""
+    inside = "".join(f"<q:arg value='{value}'/>" for value in values)
+    return _definition("</domain>", f"<q:commandline xmlns:q='{QEMU}'>{inside}</q:commandline></domain>")
+
+
+QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
+SECOND = f"{IMAGES}/second.raw"
+
+
+@contextmanager
+def _with_a_second_disk(lab: Lab, vm: Vm) -> Iterator[list[str]]:
+    _on(lab, "kc-a", f"truncate -s 1M {SECOND}")
+    try:
+        with _arguments("-drive", f"file={SECOND},format=raw,if=virtio")(lab, vm) as options:
+            yield options
+    finally:
+        _on(lab, "kc-a", f"rm {SECOND}")
+
+
 @contextmanager
 def _same_uuid(lab: Lab, vm: Vm) -> Iterator[list[str]]:
     xml = lab.run("kc-a", "virsh", "dumpxml", "--inactive", vm.name).stdout
@@ -137,6 +157,7 @@ BLOCKING: dict[str, tuple[Situation, str]] = {
     ),
     "boot-file-missing": (_definition("</type>", "</type><kernel>/boot/own-kernel</kernel>"), "/boot/own-kernel"),
     "name": (_options("--new-name", "a/b"), "cannot be a VM's name"),
+    "data-not-copied": (_with_a_second_disk, SECOND),
 }
 
 
@@ -159,6 +180,30 @@ def test_a_blocking_finding(lab: Lab, vm: Vm, code: str) -> None:
     assert text in refused.err
 
 
+FILTER = "<filterref filter='only-here'/>"
+ISCSI = (
+    "<driver name='qemu' type='raw'/><auth username='u'><secret type='iscsi' usage='no such secret'/></auth>"
+    "<source protocol='iscsi' name='iqn.2020-01.org.example:t/1'><host name='192.0.2.7' port='3260'/></source>"
+)
+
+
+def _top(xml: str) -> Situation:
+    return _definition("<os>", f"{xml}<os>")
+
+
+@contextmanager
+def _with_a_neighbour(lab: Lab, vm: Vm) -> Iterator[list[str]]:
+    """A VM on kc-b whose serial port writes to the same file."""
+    xml = lab.run("kc-a", "virsh", "dumpxml", "--inactive", vm.name).stdout
+    other = re.sub("<uuid>.*?</uuid>|<disk.*</disk>", "", xml, flags=re.DOTALL)
+    other = other.replace(f"<name>{vm.name}</name>", "<name>neighbour</name>")
+    lab.run("kc-b", "virsh", "define", "/dev/stdin", input=other)
+    try:
+        yield []
+    finally:
+        lab.run("kc-b", "virsh", "undefine", "neighbour")
+
+
 NOT_BLOCKING: dict[str, tuple[Situation, str]] = {
     "vcpus": (_definition(r"<vcpu[^>]*>1</vcpu>", "<vcpu>99</vcpu>"), "99 vCPUs"),
     "network-inactive": (_inactive_network, "idle"),
@@ -173,6 +218,36 @@ NOT_BLOCKING: dict[str, tuple[Situation, str]] = {
         "hostdev",
     ),
     "estimate": (_options(), "measured"),
+    "path-missing": (
+        _device("<input type='passthrough' bus='virtio'><source evdev='/dev/input/event77'/></input>"),
+        "/dev/input/event77",
+    ),
+    "hugepages-missing": (_top("<memoryBacking><hugepages/></memoryBacking>"), "2.0 MiB"),
+    "numa-missing": (_top("<numatune><memory mode='strict' nodeset='3'/></numatune>"), "NUMA node 3"),
+    "cpuset-missing": (_top("<cputune><vcpupin vcpu='0' cpuset='700'/></cputune>"), "CPU 700"),
+    "nwfilter-missing": (
+        _device(f"<interface type='network'><source network='default'/>{FILTER}</interface>"),
+        "only-here",
+    ),
+    "secret-missing": (
+        _device(f"<disk type='network' device='cdrom'>{ISCSI}<target dev='sdx' bus='sata'/></disk>"),
+        "iscsi/no such secret",
+    ),
+    "interface-missing": (_device("<interface type='direct'><source dev='eth77' mode='bridge'/></interface>"), "eth77"),
+    "host-device-missing": (
+        _device(
+            "<hostdev mode='subsystem' type='pci'><source><address bus='0x77' slot='0' function='0'/></source>"
+            "</hostdev>"
+        ),
+        "pci:0000:77:00.0",
+    ),
+    "address-missing": (_device("<graphics type='vnc' port='-1' listen='192.0.2.7'/>"), "192.0.2.7"),
+    "seclabel-missing": (
+        _definition("</domain>", "<seclabel type='dynamic' model='selinux' relabel='yes'/></domain>"),
+        "selinux",
+    ),
+    "command-line": (_arguments("-device", "virtio-balloon-pci"), "-device"),
+    "path-renamed": (_with_a_neighbour, "neighbour"),
 }
 
 
@@ -183,6 +258,22 @@ def test_a_finding_that_only_tells(lab: Lab, vm: Vm, code: str) -> None:
         status, findings = _dry_run(lab, options)
     assert status == 0
     assert [one for one in findings if one["code"] == code and one["severity"] != "blocking" and text in one["text"]]
+
+
+MISSING_MEDIA = {
+    "block": "<disk type='block' device='cdrom'><source dev='/dev/sr9'/>%s</disk>",
+    "volume": "<disk type='volume' device='cdrom'><source pool='default' volume='seed.iso'/>%s</disk>",
+}
+
+
+@pytest.mark.parametrize("kind", MISSING_MEDIA)
+def test_a_medium_that_is_no_file(lab: Lab, vm: Vm, kind: str) -> None:
+    with _device(MISSING_MEDIA[kind] % "<target dev='sdx' bus='sata'/>")(lab, vm):
+        status, findings = _dry_run(lab, [])
+    assert status == 0
+    assert [(one["code"], one["subject"]) for one in findings if one["severity"] == "warning"] == [
+        ("medium-missing", "sdx")
+    ]
 
 
 RUNNABLE = {

@@ -13,7 +13,7 @@ import select
 import threading
 from typing import Any, Callable, Dict, Optional
 
-from . import facts, guard, hashing, peer, stage
+from . import facts, guard, hashing, peer, stage, things
 from .differ import Differ
 from .errors import INTERRUPTED, UNSUPPORTED, AgentError, from_exception
 from .lock import ImageLock
@@ -43,6 +43,8 @@ class Server:
             "disk": facts.disk,
             "directory": facts.directory,
             "exists": os.path.exists,
+            "look": things.look,
+            "resources": things.resources,
             "probe": peer.probe,
             "lock_image": self._lock_image,
             "unlock_images": self._unlock_images,
