@@ -16,7 +16,7 @@ from typing import Self
 
 import libvirt
 
-from kvm_clone import domains, live, measure, operations, rewrite, runtime, ssh, staging, vms
+from kvm_clone import domains, live, measure, operations, rewrite, runtime, ssh, staging, trial, vms
 from kvm_clone.decide import Action
 from kvm_clone.errors import (
     ConnectError,
@@ -342,7 +342,7 @@ class Client:
             watched.on_event(PhaseStarted(Phase.INSPECT, f"looking at {request.vm} and at both hosts"))
             facts = await inspect(from_host, from_libvirt, to_host, to_libvirt, request.vm, request.options)
             watched.check(facts)
-            yield _plan(facts, request.options, own_operation), hosts
+            yield await trial.judged(_plan(facts, request.options, own_operation), to_libvirt), hosts
 
     @contextlib.asynccontextmanager
     async def _connected(self, *names: str) -> AsyncIterator[list[tuple[Host, libvirt.virConnect]]]:

@@ -117,12 +117,15 @@ def failing_as(what: str, subject: str) -> Iterator[None]:
     try:
         yield
     except libvirt.libvirtError as error:
-        kind = InterruptedTransferError if _daemon_is_gone(error) else TransferError
+        kind = InterruptedTransferError if daemon_is_gone(error) else TransferError
         raise kind(f"{what}: {error.get_error_message()}", subject=subject) from error
 
 
-def _daemon_is_gone(error: libvirt.libvirtError) -> bool:
-    """There is no code for it: libvirt's socket layer says it in words (rpc/virnetclient.c, rpc/virnetsocket.c)."""
+def daemon_is_gone(error: libvirt.libvirtError) -> bool:
+    """Whether the connection is lost.
+
+    There is no code for it: libvirt's socket layer says it in words (rpc/virnetclient.c, rpc/virnetsocket.c).
+    """
     texts = (
         "client socket is closed",
         "Broken pipe",

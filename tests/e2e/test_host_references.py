@@ -107,3 +107,25 @@ def test_a_cpu_that_the_host_can_give_as_it_is_asked_for(lab: Lab, cpu: str) -> 
     done = kvm_clone(lab, "clone", "kc-a", "kc-b", "processor")
     assert done.code == 0, done.err
     lab.run("kc-b", "virsh", "start", "processor")
+
+
+def test_a_sync_that_the_destination_would_refuse_touches_nothing(lab: Lab) -> None:
+    modules = "/usr/lib/x86_64-linux-gnu/qemu"
+    define(lab, "shown")
+    assert kvm_clone(lab, "clone", "kc-a", "kc-b", "shown").code == 0
+    xml = lab.run("kc-a", "virsh", "dumpxml", "--inactive", "shown").stdout
+    video = "<graphics type='vnc' port='-1'/><video><model type='virtio'/></video></devices>"
+    lab.run("kc-a", "virsh", "define", "/dev/stdin", input=xml.replace("</devices>", video))
+    lab.run("kc-b", "sh", "-c", f"mkdir -p /run/modules && cp {modules}/accel-*.so /run/modules/ && touch /run/modules")
+    lab.run("kc-b", "mount", "--bind", "/run/modules", modules)
+    try:
+        lab.run("kc-b", "virsh", "start", "shown")
+        before = picture(lab, "kc-b")
+        done = kvm_clone(lab, "sync", "kc-a", "kc-b", "shown", "--force")
+        assert done.code == 3, done.err
+        assert "does not support video model" in done.err
+        assert picture(lab, "kc-b") == before
+        assert lab.run("kc-b", "virsh", "domstate", "shown").stdout.strip() == "running"
+    finally:
+        lab.run("kc-b", "virsh", "destroy", "shown")  # its QEMU has modules open
+        lab.run("kc-b", "umount", modules)

@@ -99,7 +99,22 @@ def _arguments(*values: str) -> Situation:
 
 
 QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
+VIRTIO_VIDEO = "<graphics type='vnc' port='-1'/><video><model type='virtio'/></video>"
+MODULES = "/usr/lib/x86_64-linux-gnu/qemu"
 SECOND = f"{IMAGES}/second.raw"
+
+
+@contextmanager
+def _without_a_module(lab: Lab, vm: Vm) -> Iterator[list[str]]:
+    """The VM has a virtio display, and QEMU on kc-b lacks the module for it."""
+    copied = f"mkdir -p /run/modules; cp {MODULES}/accel-*.so /run/modules/"
+    script = f"{copied}; touch /run/modules; mount --bind /run/modules {MODULES}"  # libvirt looks at the mtime
+    _on(lab, "kc-b", script)
+    try:
+        with _device(VIRTIO_VIDEO)(lab, vm) as options:
+            yield options
+    finally:
+        _on(lab, "kc-b", f"umount {MODULES}")
 
 
 @contextmanager
@@ -157,6 +172,7 @@ BLOCKING: dict[str, tuple[Situation, str]] = {
     ),
     "boot-file-missing": (_definition("</type>", "</type><kernel>/boot/own-kernel</kernel>"), "/boot/own-kernel"),
     "name": (_options("--new-name", "a/b"), "cannot be a VM's name"),
+    "definition-refused": (_without_a_module, "does not support video model 'virtio'"),
     "data-not-copied": (_with_a_second_disk, SECOND),
 }
 
@@ -181,6 +197,7 @@ def test_a_blocking_finding(lab: Lab, vm: Vm, code: str) -> None:
 
 
 FILTER = "<filterref filter='only-here'/>"
+PCI = "<source><address type='pci' domain='0x0000' bus='0x77' slot='0x00' function='0x0'/></source>"
 ISCSI = (
     "<driver name='qemu' type='raw'/><auth username='u'><secret type='iscsi' usage='no such secret'/></auth>"
     "<source protocol='iscsi' name='iqn.2020-01.org.example:t/1'><host name='192.0.2.7' port='3260'/></source>"
@@ -288,6 +305,32 @@ def test_a_cpu_that_runs_there_although_its_model_does_not(lab: Lab, vm: Vm, how
         status, findings = _dry_run(lab, [])
     assert status == 0
     assert "cpu-model" not in [one["code"] for one in findings]
+
+
+def test_what_a_define_accepts_is_not_refused(lab: Lab, vm: Vm) -> None:
+    """Everything at once that libvirt defines and cannot start; it is cloned, and libvirt says so only at the start."""
+    devices = "".join(
+        [
+            f"<interface type='hostdev'>{PCI}</interface>",
+            "<hostdev mode='subsystem' type='usb'><source><vendor id='0x1'/><product id='0x2'/></source></hostdev>",
+            MISSING_MEDIA["volume"] % "<target dev='sdx' bus='sata'/>",
+            f"<disk type='network' device='cdrom'>{ISCSI}<target dev='sdy' bus='sata'/></disk>",
+            "<graphics type='vnc' port='-1'><listen type='network' network='nowhere'/></graphics>",
+        ]
+    )
+    top = (
+        "<memoryBacking><hugepages/></memoryBacking><numatune><memory mode='strict' nodeset='3'/></numatune>"
+        "<cputune><vcpupin vcpu='0' cpuset='700'/></cputune>"
+    )
+    with _device(devices)(lab, vm), _top(top)(lab, vm):
+        status, _ = _dry_run(lab, [])
+        done = kvm_clone(lab, "clone", "kc-a", "kc-b", "checked")
+    try:
+        assert (status, done.code) == (0, 0), done.err
+        start = lab.run("kc-b", "virsh", "start", "checked", check=False)
+        assert start.returncode != 0
+    finally:
+        remove(lab, "kc-b", "checked")
 
 
 def test_an_emulator_that_the_destination_lacks(lab: Lab, vm: Vm) -> None:
