@@ -139,8 +139,8 @@ def _of_option(option: str, text: str, where: str) -> Iterator[Reference]:
     for key, value in parts:
         if option == "device" and key == "host" and first.startswith("vfio-pci"):
             yield Reference("qemu:commandline", where, _pci(value), Role.HOST_DEVICE)
-        for path in _paths(value):
-            known = _known(option, key, first or value)
+        known = _known(option, key, first or value)
+        for path in _paths(value) or _relative(known, key, value):
             made = known.made or (known.role is Role.SOCKET and listening)
             quiet = known.readonly or readonly
             yield Reference("qemu:commandline", where, path, known.role, made, quiet and known.role is Role.DATA)
@@ -161,13 +161,21 @@ def _pci(address: str) -> str:
     return f"pci:{address}" if address.count(":") > 1 else f"pci:0000:{address}"
 
 
-def _paths(value: str) -> Iterator[str]:
-    """Yield the absolute path that a value is, or holds as a URI's socket."""
+def _paths(value: str) -> list[str]:
+    """Return the absolute path that a value is, or holds as a URI's socket."""
     whole = _PATH.fullmatch(value)
-    if whole is not None:
-        yield whole[1]
-    else:
-        yield from _SOCKET_OF_URI.findall(value)
+    return [whole[1]] if whole is not None else _SOCKET_OF_URI.findall(value)
+
+
+_RELATIVE = {"drive": ("file", "filename"), "blockdev": ("filename",), "object": ("mem-path",)}
+"""Keys whose value is a file's name, by option; of other options with content it is the value without a key."""
+
+
+def _relative(known: _Known, key: str, value: str) -> list[str]:
+    """Return the path of content that is named by a relative one: libvirt starts QEMU in the root directory."""
+    keys = _RELATIVE.get(known.options, ("",))
+    named = known.role is Role.DATA and key.rpartition(".")[2] in keys
+    return [f"/{value}"] if named and re.fullmatch("[^:=]+", value) else []
 
 
 def _parts(text: str) -> Iterator[tuple[str, str]]:
