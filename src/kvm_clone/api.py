@@ -16,7 +16,7 @@ from typing import Self
 
 import libvirt
 
-from kvm_clone import connections, domains, live, measure, operations, rewrite, runtime, ssh, staging, vms
+from kvm_clone import connections, domains, live, measure, operations, rewrite, runtime, ssh, staging, trial, vms
 from kvm_clone.consent import Consent, consent_of
 from kvm_clone.decide import Action
 from kvm_clone.errors import (
@@ -364,7 +364,7 @@ class Client:
             asked.on_event(PhaseStarted(Phase.INSPECT, f"looking at {request.vm} and at both hosts"))
             facts = await inspect(from_host, from_libvirt, to_host, to_libvirt, request.vm, request.options)
             asked.check(facts)
-            yield _plan(facts, request.options, own_operation), hosts
+            yield await trial.judged(_plan(facts, request.options, own_operation), to_libvirt), hosts
 
     @contextlib.asynccontextmanager
     async def _connected(self, *names: str) -> AsyncIterator[list[tuple[Host, libvirt.virConnect]]]:
@@ -485,7 +485,7 @@ def _add_way_on(error: TransferError, asked: _Watched, kept: str | None) -> None
 def _identity(facts: Facts) -> Identity:
     source = random.SystemRandom()
     macs = tuple(rewrite.new_mac(random.Random(source.getrandbits(64))) for _ in facts.source.xml.macs)
-    return Identity(operation=uuid.uuid4().hex[:12], uuid=str(uuid.uuid4()), macs=macs)
+    return Identity(uuid.uuid4().hex[:12], str(uuid.uuid4()), macs, genid=str(uuid.uuid4()))
 
 
 def _result(plan: Plan, outcome: Outcome, request: Request, seconds: float) -> Result:

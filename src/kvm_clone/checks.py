@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterator
 
 from kvm_clone import definition, domains
+from kvm_clone.cpu import cpu_findings
 from kvm_clone.decide import Decision
 from kvm_clone.facts import DestinationFacts, Directory, Facts, ImageFacts, SourceFacts
 from kvm_clone.findings import Finding, Severity, block
 from kvm_clone.identity_checks import kept_findings
 from kvm_clone.options import CloneOptions, Options, Route
 from kvm_clone.placement import PlannedDisk
+from kvm_clone.reference_checks import reference_findings
 from kvm_clone.units import format_bytes, format_duration, format_rate
 from kvm_clone.xmlspan import is_xml
 
@@ -145,7 +147,7 @@ def host_findings(facts: Facts, name: str) -> Iterator[Finding]:
                 f"{host} lacks {file.path}, the {file.role} that VM {name} boots with.",
                 f"copy it to {host} at the same path",
             )
-    yield from _reference_findings(destination, xml)
+    yield from reference_findings(facts, name)
 
 
 def _ability_findings(destination: DestinationFacts, xml: definition.DomainXml) -> Iterator[Finding]:
@@ -162,9 +164,8 @@ def _ability_findings(destination: DestinationFacts, xml: definition.DomainXml) 
     if xml.vcpus > can.cpus:
         text = f"The VM has {xml.vcpus} vCPUs, {host} has {can.cpus} CPUs."
         yield Finding("vcpus", Severity.WARNING, host, text, "it will run, but slower")
-    if xml.cpu_model and can.cpu_models and not can.cpu_models.get(xml.cpu_model, False):
-        text = f"{host} cannot give the VM its CPU model, {xml.cpu_model}."
-        yield block("cpu-model", host, text, "choose a model that both hosts have: virsh domcapabilities")
+    if xml.cpu is not None and not can.refusal:
+        yield from cpu_findings(host, xml.cpu, can.cpu)
     for network in xml.networks:
         if network not in can.networks:
             remedy = f"define it on {host}: virsh net-define"
@@ -270,25 +271,3 @@ def _replace_findings(facts: Facts, options: CloneOptions, name: str, decision: 
 def _is_name(name: str) -> bool:
     """Whether libvirt and XML take the name, and a file can have it."""
     return bool(name.strip()) and name not in (".", "..") and not re.search("[/\n]", name) and is_xml(name)
-
-
-def _reference_findings(destination: DestinationFacts, xml: definition.DomainXml) -> Iterator[Finding]:
-    host = destination.host.name
-    for disk in xml.media:
-        if disk.type == "file" and disk.path and not destination.present.get(disk.path, False):
-            text = (
-                f"{host} lacks {disk.path}, the medium in {disk.target}; the reference is kept, the VM may not start."
-            )
-            yield Finding("medium-missing", Severity.WARNING, disk.target, text, "copy it there, or eject it")
-    for disk in xml.referenced_disks:
-        kind = "shared" if disk.shareable else "read-only"
-        if disk.type == "file" and not destination.present.get(disk.path or "", False):
-            yield block(
-                "referenced-disk-missing",
-                disk.target,
-                f"{host} lacks {disk.path}, the {kind} disk {disk.target}, which is not copied.",
-                f"make it available on {host} at the same path",
-            )
-        else:
-            text = f"The {kind} disk {disk.target} ({disk.path}) is not copied; {host} uses what it has there."
-            yield Finding("referenced-disk", Severity.WARNING, disk.target, text)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvm_clone.errors import RefusedError
+from kvm_clone.units import scaled
 from kvm_clone.xmlspan import Document, Node
 
 FORMATS = ("raw", "qcow2")
@@ -53,7 +54,7 @@ class DiskXml:
 
 @dataclass(frozen=True)
 class OsFile:
-    """A file of the host that the guest boots from: "loader", "kernel", "initrd" or "dtb", and its path."""
+    """A file of the host that the guest boots from: "loader", "kernel", "initrd", "dtb" or "shim", and its path."""
 
     role: str
     path: str
@@ -65,6 +66,22 @@ class Feature:
 
     kind: str
     detail: str
+
+
+@dataclass(frozen=True)
+class CpuXml:
+    """The <cpu>. `check`: how libvirt compares it with the host's at a start: none, partial, full.
+
+    `model`: None where it is not asked for by name. `fallback`: whether another model may be given. `eased`: some of
+    the model's features are optional or disabled. `markup`: the element as it is written.
+    """
+
+    markup: str
+    mode: str
+    check: str
+    model: str | None = None
+    fallback: str = "allow"
+    eased: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,7 @@ class DomainXml:
     features: tuple[Feature, ...]
     networks: tuple[str, ...] = ()
     bridges: tuple[str, ...] = ()
-    cpu_model: str | None = None
+    cpu: CpuXml | None = None
 
     @property
     def own_disks(self) -> tuple[DiskXml, ...]:
@@ -129,7 +146,7 @@ def read_domain(xml: str) -> DomainXml:
 
     Raises RefusedError when `xml` is no domain's, or its memory or vcpu is not a number.
     """
-    _, domain, name = parse(xml)
+    document, domain, name = parse(xml)
     machine = domain.find_attributes("os", "type")
     os_files = tuple(_os_files(domain))
     has_loader = any(file.role == "loader" for file in os_files)
@@ -149,7 +166,7 @@ def read_domain(xml: str) -> DomainXml:
         features=(*_outside_state(domain), *_host_devices(domain)),
         networks=tuple(_connected_to(domain, "network")),
         bridges=tuple(_connected_to(domain, "bridge")),
-        cpu_model=_cpu_model(domain),
+        cpu=_cpu(document, domain),
     )
 
 
@@ -215,20 +232,17 @@ def _number(domain: Node, tag: str, default: int) -> int:
 
 
 def _memory(domain: Node) -> int:
-    """Return the size in bytes. The units are those of libvirt's virScaleInteger, KiB when there is none."""
+    """Return the size in bytes."""
     number = _number(domain, "memory", 0)
     unit = domain.find_attributes("memory").get("unit") or "KiB"
-    if unit.lower() in ("b", "byte", "bytes"):
-        return number
-    power = "KMGTPE".find(unit[0].upper()) + 1
-    base = {"": 1024, "ib": 1024, "b": 1000}.get(unit[1:].lower())
-    if not power or base is None:
+    size = scaled(number, unit)
+    if size is None:
         raise RefusedError(f"The domain's <memory> is in an unknown unit, {unit!r}.")
-    return int(number * base**power)
+    return size
 
 
 def _os_files(domain: Node) -> Iterator[OsFile]:
-    for role in ("loader", "kernel", "initrd", "dtb"):
+    for role in ("loader", "kernel", "initrd", "dtb", "shim"):
         path = domain.find_text("os", role)
         if path:
             yield OsFile(role, path)
@@ -277,10 +291,22 @@ def _connected_to(domain: Node, kind: str) -> Iterator[str]:
             yield source.attributes[kind]
 
 
-def _cpu_model(domain: Node) -> str | None:
-    """Return the CPU model that is asked for by name; the host's own, or the emulator's default, has none."""
-    mode = domain.find_attributes("cpu").get("mode", "custom")
-    return domain.find_text("cpu", "model") if mode == "custom" else None
+def _cpu(document: Document, domain: Node) -> CpuXml | None:
+    """Return the <cpu>, with what libvirt puts for a check that is not said (qemuDomainDefCPUPostParse)."""
+    cpu = domain.find("cpu")
+    if cpu is None:
+        return None
+    mode = cpu.attributes.get("mode", "custom")
+    model = cpu.find_text("model") if mode == "custom" else None
+    compared = mode == "host-model" or (model is not None and domain.attributes.get("type") != "qemu")
+    return CpuXml(
+        document.markup(cpu),
+        mode,
+        cpu.attributes.get("check") or ("partial" if compared else "none"),
+        model,
+        cpu.find_attributes("model").get("fallback", "allow"),
+        any(feature.attributes.get("policy") in ("disable", "optional") for feature in cpu.find_all("feature")),
+    )
 
 
 def _source(device: Node) -> str:

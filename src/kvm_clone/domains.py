@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import libvirt
 
 from kvm_clone import definition, ownership
+from kvm_clone.cpu import CpuFacts, compare_cpu
 from kvm_clone.errors import ConnectError, InterruptedTransferError, KvmCloneError, TransferError
 from kvm_clone.xmlspan import Document
 
@@ -70,7 +71,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a host can give a VM: memory in bytes, CPUs, CPU models by name (whether usable), networks (whether active).
+    """What a host can give a VM: memory in bytes, CPUs, its CPU, networks (whether active).
 
     `refusal`: why libvirt there cannot run the VM's emulator, machine type or architecture. `version`: libvirt's own,
     as major * 1,000,000 + minor * 1,000 + release. `uuid`: the host's own.
@@ -79,7 +80,7 @@ class Abilities:
     memory: int = 0
     cpus: int = 0
     refusal: str = ""
-    cpu_models: Mapping[str, bool] = field(default_factory=dict)
+    cpu: CpuFacts = field(default_factory=CpuFacts)
     networks: Mapping[str, bool] = field(default_factory=dict)
     version: int = 0
     uuid: str = ""
@@ -126,12 +127,15 @@ def failing_as(what: str, subject: str) -> Iterator[None]:
     try:
         yield
     except libvirt.libvirtError as error:
-        kind = InterruptedTransferError if _daemon_is_gone(error) else TransferError
+        kind = InterruptedTransferError if daemon_is_gone(error) else TransferError
         raise kind(f"{what}: {error.get_error_message()}", subject=subject) from error
 
 
-def _daemon_is_gone(error: libvirt.libvirtError) -> bool:
-    """There is no code for it: libvirt's socket layer says it in words (rpc/virnetclient.c, rpc/virnetsocket.c)."""
+def daemon_is_gone(error: libvirt.libvirtError) -> bool:
+    """Whether the connection is lost.
+
+    There is no code for it: libvirt's socket layer says it in words (rpc/virnetclient.c, rpc/virnetsocket.c).
+    """
     texts = (
         "client socket is closed",
         "Broken pipe",
@@ -178,13 +182,10 @@ def _checkpoints(domain: libvirt.virDomain) -> tuple[str, ...]:
 def abilities(connection: libvirt.virConnect, xml: definition.DomainXml) -> Abilities:
     """What the host can give a VM of this definition. Raises libvirt.libvirtError."""
     memory, cpus = connection.getInfo()[1:3]
-    models: dict[str, bool] = {}
-    refusal = ""
+    cpu, refusal = CpuFacts(), ""
     try:
         answer = connection.getDomainCapabilities(xml.emulator, xml.arch, xml.machine, xml.type)
-        for mode in Document(answer).root.find_all("cpu", "mode"):
-            if mode.attributes.get("name") == "custom":
-                models = {one.text: one.attributes.get("usable") != "no" for one in mode.find_all("model")}
+        cpu = compare_cpu(connection, xml, answer)
     except libvirt.libvirtError as error:
         refusal = error.get_error_message()
     networks = {}
@@ -192,7 +193,7 @@ def abilities(connection: libvirt.virConnect, xml: definition.DomainXml) -> Abil
         with _passing_over(libvirt.VIR_ERR_NO_NETWORK):
             networks[network.name()] = bool(network.isActive())
     version = connection.getLibVersion()
-    return Abilities(memory * 1024 * 1024, cpus, refusal, models, networks, version, host_uuid(connection))
+    return Abilities(memory * 1024 * 1024, cpus, refusal, cpu, networks, version, host_uuid(connection))
 
 
 def host_uuid(connection: libvirt.virConnect) -> str:

@@ -14,6 +14,8 @@ from kvm_clone.domains import Abilities, Domain, Pool
 from kvm_clone.identity import HostIdentity, same_host
 from kvm_clone.live import Live
 from kvm_clone.ownership import Pending, Provenance, Seal, definition_digest, read_pending
+from kvm_clone.references import Reference
+from kvm_clone.things import Things
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class SourceFacts:
 
     `live`: what is known of it while it runs, None when it does not. `directories`: where a backup job's scratch may
     lie. `reader`: who else copies it by a backup job. `libvirt`: its version there, see Abilities. `files`: the
-    fingerprints of all files that it uses as disks or media, by their paths.
+    fingerprints of all files that it uses as disks or media, by their paths. `references`: what the definition refers
+    to, its own disks left out; `things`: what of that the source has.
     """
 
     host: HostFacts
@@ -93,6 +96,8 @@ class SourceFacts:
     reader: str = ""
     libvirt: int = 0
     files: Mapping[str, str] = field(default_factory=dict)
+    references: tuple[Reference, ...] = ()
+    things: Things = field(default_factory=Things)
 
     @property
     def fingerprint(self) -> str:
@@ -205,7 +210,7 @@ class DestinationFacts:
 
     `domains`: its VMs' UUIDs by name. `directories`: those that disks may land in, by path. `present`: whether each
     path that the definition refers to is there. `paths_in_use`: what any VM there refers to. `staged_error`: why the
-    journal of an earlier attempt cannot be read.
+    journal of an earlier attempt cannot be read. `things`: what it has of all that the definition refers to.
     """
 
     host: HostFacts
@@ -218,6 +223,7 @@ class DestinationFacts:
     staged_error: str = ""
     abilities: Abilities = field(default_factory=Abilities)
     paths_in_use: frozenset[str] = frozenset()
+    things: Things = field(default_factory=Things)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import libvirt
 
-from kvm_clone import definition, domains, live, ssh, vms
+from kvm_clone import definition, domains, host_things, live, ssh, things, vms
 from kvm_clone.agent import errors as kinds
 from kvm_clone.agent import peer, uses
 from kvm_clone.agent.wire import ProtocolError
@@ -32,6 +32,7 @@ from kvm_clone.facts import (
 from kvm_clone.host import AgentCallError, Host, kill_process
 from kvm_clone.options import Options, Route, SyncOptions
 from kvm_clone.outputs import read_past_noise
+from kvm_clone.references import Role, references
 from kvm_clone.tasks import together
 
 
@@ -77,10 +78,35 @@ async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> Source
         )
     xml = definition.read_domain(domain.xml)
     running = domain.state in domains.RUNNING
-    about, images, files = await together(host.call("host"), _images(host, xml, domain.state), fingerprints(host, xml))
-    there = host_facts(host.name, about, uuid)
-    if not running:
-        return SourceFacts(there, domain, xml, images, files=files)
+    kept = things.kept(references(domain.xml), xml)
+    about, images, files, paths = await together(
+        host.call("host"),
+        _images(host, xml, domain.state),
+        fingerprints(host, xml),
+        host.call("look", paths=things.paths_of(kept)),
+    )
+    facts = SourceFacts(
+        host_facts(host.name, about, uuid),
+        domain,
+        xml,
+        images,
+        files=files,
+        references=kept,
+        things=things.Things(paths),
+    )
+    return await _running(host, connection, facts) if running else facts
+
+
+async def fingerprints(host: Host, xml: definition.DomainXml) -> dict[str, str]:
+    """The fingerprints of all files and devices that a VM has as disks or media, of those that are there."""
+    paths = sorted({disk.path for disk in xml.disks if disk.path and disk.type in ("file", "block")})
+    answers = await host.call("fingerprints", paths=paths)
+    return {path: answer for path, answer in zip(paths, answers, strict=True) if answer}
+
+
+async def _running(host: Host, connection: libvirt.virConnect, facts: SourceFacts) -> SourceFacts:
+    """The facts with what is to be known of a running VM."""
+    vm, images = facts.domain.name, facts.images
     with domains.failing_as(f"asking {host.name} for {vm!r}", vm):
         now, version, pools = await together(
             asyncio.to_thread(live.look, connection, vm),
@@ -90,17 +116,10 @@ async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> Source
     paths = {posixpath.dirname(image.path) for image in images if image.path}
     paths |= {pool.path for pool in pools if pool.active and pool.type in domains.FILE_POOLS}
     reader, *directories = await together(
-        host.call("reader", domain=domain.uuid), *(host.call("directory", path=path) for path in sorted(paths))
+        host.call("reader", domain=facts.domain.uuid), *(host.call("directory", path=path) for path in sorted(paths))
     )
     found = {answer["path"]: directory_facts(answer) for answer in directories}
-    return SourceFacts(there, domain, xml, images, now, found, reader, version, files)
-
-
-async def fingerprints(host: Host, xml: definition.DomainXml) -> dict[str, str]:
-    """The fingerprints of all files and devices that a VM has as disks or media, of those that are there."""
-    paths = sorted({disk.path for disk in xml.disks if disk.path and disk.type in ("file", "block")})
-    answers = await host.call("fingerprints", paths=paths)
-    return {path: answer for path, answer in zip(paths, answers, strict=True) if answer}
+    return replace(facts, live=now, directories=found, reader=reader, libvirt=version)
 
 
 async def _images(host: Host, xml: definition.DomainXml, state: str) -> tuple[ImageFacts, ...]:
@@ -129,24 +148,26 @@ async def _destination(
     xml = source.xml
     known = await vms.users(host, connection, source.files.values())
     with domains.failing_as(f"asking libvirt on {host.name}", host.name):
-        names, pools, abilities, existing = await together(
+        names, pools, abilities, objects, existing = await together(
             asyncio.to_thread(domains.names, connection),
             asyncio.to_thread(domains.pools, connection),
             asyncio.to_thread(domains.abilities, connection, xml),
+            asyncio.to_thread(host_things.objects, connection, source.references),
             _existing(host, connection, name, known, replica=replica),
         )
     own = (*xml.own_disks, *(existing.xml.own_disks if existing is not None else ()))
     wanted = {pool.path for pool in pools if pool.path}
     wanted |= {posixpath.dirname(disk.path) for disk in own if disk.path and disk.type == "file"}
-    referred = {file.path for file in xml.os_files}
-    referred |= {f"/sys/class/net/{bridge}" for bridge in xml.bridges}
+    referred = {*(file.path for file in xml.os_files), *things.paths_of(source.references)}
     referred |= {disk.path for disk in (*xml.media, *xml.referenced_disks) if disk.path and disk.type == "file"}
-    paths, files = sorted(wanted), sorted(referred)
-    about, staged, directories, present = await together(
+    addresses = {one.value for one in source.references if one.role is Role.ADDRESS}
+    paths = sorted(wanted)
+    about, staged, directories, found, resources = await together(
         host.call("host"),
         host.call("staged", directories=paths, name=name),
         together(*(host.call("directory", path=path) for path in paths)),
-        together(*(host.call("exists", path=path) for path in files)),
+        host.call("look", paths=sorted(referred)),
+        host.call("resources", addresses=sorted(addresses)),
     )
     attempt = next((staged_facts(answer) for answer in staged if "error" not in answer), None)
     if attempt is not None:
@@ -157,12 +178,13 @@ async def _destination(
         names,
         pools,
         {path: directory_facts(answer) for path, answer in zip(paths, directories, strict=True)},
-        dict(zip(files, present, strict=True)),
+        {path: kind != things.MISSING for path, kind in found.items()},
         existing,
         attempt,
         "; ".join(_error(answer) for answer in staged if "error" in answer),
         abilities,
         frozenset(claim.path for claim in known.claims),
+        things.Things(found, things.resources(resources), objects),
     )
 
 

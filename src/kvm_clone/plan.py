@@ -10,6 +10,7 @@ from kvm_clone.decide import Action, Decision, decide
 from kvm_clone.errors import DomainExistsError, KvmCloneError, LockedError, RefusedError
 from kvm_clone.facts import Facts, ImageFacts, Staged
 from kvm_clone.findings import EXISTS_CODES, LOCKED, Finding, Severity, block
+from kvm_clone.host_paths import renames
 from kvm_clone.identity_checks import SAME_VM, duplicate_findings, identity_findings
 from kvm_clone.live import BackupJob
 from kvm_clone.options import CloneOptions, Options, Retry, Route, Verify
@@ -42,11 +43,12 @@ from kvm_clone.steps import (
 
 @dataclass(frozen=True)
 class Identity:
-    """What chance decides, decided before planning: the operation's name, and the clone's UUID and MACs."""
+    """What chance decides, decided before planning: the operation's name; the clone's UUID, MACs and generation ID."""
 
     operation: str
     uuid: str
     macs: tuple[str, ...]
+    genid: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ class Plan:
         mark = existing.mark if existing is not None and self.decision.update else None
         known = mark.mac_pairs if mark is not None else {}
         return tuple(known.get(mac, new) for mac, new in zip(own, self.identity.macs, strict=True))
+
+    @property
+    def host_paths(self) -> dict[str, str]:
+        """The new paths of the VM's logs and sockets that another VM of the destination has."""
+        return renames(self.facts, self.name)
 
     @property
     def blocking(self) -> tuple[Finding, ...]:

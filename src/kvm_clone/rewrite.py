@@ -20,6 +20,7 @@ from kvm_clone.ownership import (
     mark_markup,
     pending_markup,
 )
+from kvm_clone.references.walk import places
 from kvm_clone.xmlspan import Document, Node, escape
 
 
@@ -37,7 +38,8 @@ class Change:
 
     `new_macs` has one entry for each of `DomainXml.macs`, in the same order. `disk_paths` maps a disk's
     target ("vda") to the file it gets, `disk_formats` to that one's format where it is not the source's, and
-    `disk_bases` to the image that it rests on. `pending`: what the commit leaves to be done.
+    `disk_bases` to the image that it rests on. `new_genid` takes the place of a generation ID, where there is one.
+    `host_paths`: new paths of logs and sockets by their old ones. `pending`: what the commit leaves to be done.
     """
 
     new_name: str
@@ -47,6 +49,8 @@ class Change:
     disk_paths: Mapping[str, str] = field(default_factory=dict)
     disk_formats: Mapping[str, str] = field(default_factory=dict)
     disk_bases: Mapping[str, Base] = field(default_factory=dict)
+    new_genid: str | None = None
+    host_paths: Mapping[str, str] = field(default_factory=dict)
     pending: Pending | None = None
 
 
@@ -67,7 +71,10 @@ def rewrite(xml: str, change: Change) -> str:
         _set_uuid(document, domain, name, change.new_uuid)
     if change.new_macs is not None:
         _set_macs(document, domain, change.new_macs)
+    if change.new_genid is not None:
+        _set_genid(document, domain, change.new_genid)
     _set_disks(document, domain, change)
+    _set_host_paths(document, domain, change.host_paths)
     _set_marks(document, domain, name, change)
     return document.result()
 
@@ -98,6 +105,23 @@ def _set_macs(document: Document, domain: Node, new: tuple[str, ...]) -> None:
         raise RefusedError(f"The domain has {len(macs)} MAC addresses, and {len(new)} new ones were given.")
     for mac, address in zip(macs, new, strict=True):
         document.set_attribute(mac, "address", address)
+
+
+def _set_genid(document: Document, domain: Node, new: str) -> None:
+    """Give the guest a new generation, by which it knows that it is a copy; libvirt fills an empty element itself."""
+    genid = domain.find("genid")
+    if genid and genid.text.strip():
+        document.set_text(genid, new)
+
+
+def _set_host_paths(document: Document, domain: Node, new: Mapping[str, str]) -> None:
+    """Give the VM's own logs and sockets their new paths, wherever in the definition they are named."""
+    for place in places(domain) if new else ():
+        if place.reference.is_renamed and place.reference.value in new:
+            if place.attribute is None:
+                document.set_text(place.node, new[place.reference.value])
+            else:
+                document.set_attribute(place.node, place.attribute, new[place.reference.value])
 
 
 def _set_disks(document: Document, domain: Node, change: Change) -> None:

@@ -13,23 +13,23 @@ import platform
 import posixpath
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import IntEnum
 from typing import Any
 
 import libvirt
 
-from kvm_clone import connections, decide, domains, ownership, replica, rewrite, steps, vms
+from kvm_clone import connections, decide, domains, ownership, replica, steps, vms
 from kvm_clone.agent import fingerprint, records
 from kvm_clone.backup import Backup, Guarding, Taken
+from kvm_clone.clone_xml import clone_xml, planned_mark
 from kvm_clone.content import Content, Totals, Transfer
 from kvm_clone.domains import Fenced
 from kvm_clone.errors import DomainExistsError, InterruptedTransferError, KvmCloneError, RefusedError
 from kvm_clone.host import LOCK_PATIENCE_SECONDS, Host, once_free
 from kvm_clone.inspect import fingerprints
 from kvm_clone.options import Verify
-from kvm_clone.ownership import Provenance
 from kvm_clone.placement import PlannedDisk
 from kvm_clone.plan import Plan
 from kvm_clone.progress import Note, OnEvent, Phase, PhaseStarted
@@ -495,43 +495,17 @@ class Run:
         await self._call("note", record=record, fields=fields)
 
     def _definition(self, pending: ownership.Pending) -> str:
-        plan = self._plan
-        source = plan.facts.source
-        change = rewrite.Change(
-            new_name=plan.name,
-            provenance=self._provenance(),
-            new_uuid=None if plan.uuid == source.domain.uuid else plan.uuid,
-            new_macs=plan.macs,
-            disk_paths={disk.target: disk.final for disk in plan.disks},
-            disk_formats={disk.target: disk.format for disk in plan.disks if disk.base is not None},
-            disk_bases={
-                disk.target: rewrite.Base(disk.below.path, disk.below.format)
-                for disk in plan.disks
-                if disk.below is not None
-            },
-            pending=pending if pending.remove or pending.forget else None,
-        )
-        return rewrite.rewrite(source.domain.xml, change)
-
-    def _provenance(self) -> Provenance:
-        plan, taken = self._plan, self._backup.taken
-        source = plan.facts.source
-        return Provenance(
-            operation=plan.identity.operation,
-            uuid=plan.uuid,
-            source_host=source.host.hostname,
-            source_uuid=source.domain.uuid,
-            source_name=source.domain.name,
-            fingerprint=source.fingerprint,
-            version=__version__,
+        taken = self._backup.taken
+        mark = replace(
+            planned_mark(self._plan),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             verified=self._content.totals.proof is not Verify.OFF,
-            macs=" ".join(f"{own}={new}" for own, new in zip(source.xml.macs, plan.macs, strict=True)),
             consistency=taken.consistency,
             frozen=f"{taken.frozen:.3f}" if taken.frozen else "",
             scratch=str(taken.scratch) if taken.scratch else "",
             checkpoint=taken.checkpoint,
         )
+        return clone_xml(self._plan, mark, pending)
 
     async def _fail(self, cause: BaseException) -> None:
         """Keep what is staged if another try may mend the failure, else undo everything; never hide what is left."""

@@ -79,6 +79,15 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
+def scaled(number: int, unit: str) -> int | None:
+    """Return `number` of a unit that libvirt's definitions use (virScaleInteger) in bytes; None for another one."""
+    if unit.lower() in ("b", "byte", "bytes"):
+        return number
+    power = "KMGTPE".find(unit[:1].upper()) + 1 if unit else 0
+    base = {"": 1024, "ib": 1024, "b": 1000}.get(unit[1:].lower())
+    return int(number * base**power) if power and base is not None else None
+
+
 def format_bytes(count: float) -> str:
     """Return `count` bytes in the largest fitting unit with one decimal: "512 B", "1.5 GiB".
 

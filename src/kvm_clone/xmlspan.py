@@ -134,6 +134,10 @@ class Document:
                 return
         raise RefusedError(f"The domain XML has a <{node.tag}> without {name}.")
 
+    def markup(self, node: Node) -> str:
+        """Return the element as it is written, edits left out."""
+        return self._raw[node.start : node.end].decode()
+
     def margin(self, node: Node) -> str:
         """Return the line break and indentation before the element; empty when it shares its line."""
         match = _MARGIN.search(self._raw[: node.start].decode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,7 +26,9 @@ from kvm_clone.live import Live
 from kvm_clone.options import CloneOptions, SyncOptions
 from kvm_clone.ownership import Pending, Provenance, Seal, definition_digest, pending_markup
 from kvm_clone.plan import Identity, Plan, make_plan
+from kvm_clone.references import references
 from kvm_clone.sync import make_sync_plan
+from kvm_clone.things import HugePages, Objects, Resources, Things, kept, paths_of
 
 UUID = "6695eb01-f6a4-4304-b9aa-97f2502e193f"
 OTHER_UUID = "12345678-9abc-4def-8123-456789abcdef"
@@ -54,6 +57,15 @@ def domain_xml(devices: str, os: str = "", cpu: str = "") -> str:
 ONE_DISK = disk_xml(f"{IMAGES}/web.qcow2")
 SOURCE_HOST = HostIdentity("boot a", "1:2:3", "machine a", "uuid a")
 OTHER_HOST = HostIdentity("boot b", "1:2:3", "machine b", "uuid b")
+PLENTY = Resources(
+    hugepages={2048: HugePages(1 << 20, 1 << 20)},
+    default_hugepage=2048,
+    hugetlbfs=True,
+    nodes=frozenset({0, 1}),
+    cpus=frozenset(range(8)),
+    usb=frozenset({"1234:5678"}),
+    addresses={"0.0.0.0": True, "10.0.0.1": False},
+)
 DIRECT = RouteFacts(True, "kc-a can connect to kc-b")
 NOTHING_ASKED = CloneOptions()
 
@@ -63,7 +75,8 @@ class Case:
     """Two hosts that differ from a pair between which VM web, which has one disk, can be cloned without a remark.
 
     `image` changes what is known of every image, `domain` of the VM, `source` of where that is, `present` holds the
-    paths at the destination.
+    paths at the destination. `here`, `there`: what paths are on the two hosts; those left out are devices, and
+    directories where the VM writes. `resources`, `objects`: what else the destination has.
     """
 
     devices: str = ONE_DISK
@@ -84,6 +97,10 @@ class Case:
     staged: Staged | None = None
     staged_error: str = ""
     paths_in_use: frozenset[str] = frozenset()
+    here: Mapping[str, str] = field(default_factory=dict)
+    there: Mapping[str, str] = field(default_factory=dict)
+    resources: Resources = PLENTY
+    objects: Objects = field(default_factory=Objects)
     route: RouteFacts = DIRECT
     options: CloneOptions = NOTHING_ASKED
 
@@ -94,12 +111,17 @@ class Case:
         domain = replace(Domain(self.name, UUID, "shut off", True, xml), **self.domain)
         paths = {disk.path for disk in (*read.media, *read.referenced_disks) if disk.path}
         paths |= {file.path for file in read.os_files}
+        refs = kept(references(xml), read)
+        usual = dict.fromkeys(paths_of(refs), "char")
+        usual |= {posixpath.dirname(one.value): "directory" for one in refs if one.made and one.is_path}
         return Facts(
             SourceFacts(
                 replace(tools, **self.source_host),
                 domain,
                 read,
                 tuple(self._image(disk) for disk in read.own_disks),
+                references=refs,
+                things=Things({**usual, **self.here}),
                 **self.source,
             ),
             DestinationFacts(
@@ -116,6 +138,7 @@ class Case:
                 self.staged_error,
                 replace(ABLE, **self.abilities),
                 self.paths_in_use,
+                Things({**usual, **self.there}, self.resources, self.objects),
             ),
             self.route,
         )

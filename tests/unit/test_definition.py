@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from kvm_clone.definition import DiskXml, DomainXml, read_domain, unsupported, warnings
 from kvm_clone.errors import RefusedError
 from kvm_clone.ownership import NAMESPACE, Provenance, read_provenance
+from kvm_clone.references import references
 from kvm_clone.rewrite import Change, new_mac, rewrite
 
 DATA = Path(__file__).parent.parent / "data" / "xml"
@@ -27,6 +28,7 @@ CASES = sorted(path.name.removesuffix(".in.xml") for path in DATA.glob("*.in.xml
 
 OLD_UUID = "6695eb01-f6a4-4304-b9aa-97f2502e193f"
 NEW_UUID = "12345678-9abc-4def-8123-456789abcdef"
+NEW_GENID = "fedcba98-7654-4321-8123-456789abcdef"
 PROVENANCE = Provenance(
     operation="20250102T030405-ab12",
     uuid=NEW_UUID,
@@ -58,6 +60,8 @@ def golden_change(case: str, domain: DomainXml) -> Change:
         new_uuid=NEW_UUID,
         new_macs=tuple(new_mac(source) for _ in domain.macs),
         disk_paths={disk.target: f"/new/{name}-{disk.target}.{disk.format}" for disk in domain.own_disks},
+        new_genid=NEW_GENID,
+        host_paths={one.value: f"{one.value}-2" for one in references(read(f"{case}.in.xml")) if one.is_renamed},
     )
 
 

@@ -34,6 +34,7 @@ from hypothesis import strategies as st
 from kvm_clone import checks, decide, placement, steps
 from kvm_clone import plan as planning
 from kvm_clone.cli import plans
+from kvm_clone.cpu import CpuFacts
 from kvm_clone.domains import RUNNING, STATES, Pool
 from kvm_clone.errors import DomainExistsError, ExitCode, RefusedError
 from kvm_clone.facts import Directory, RouteFacts
@@ -213,7 +214,7 @@ APPEARS: dict[str, tuple[str, str, Case]] = {
     "another CPU": (
         "cpu-model",
         "kc-b",
-        Case(cpu="<cpu mode='custom'><model>EPYC</model></cpu>", abilities={"cpu_models": {"EPYC": False}}),
+        Case(cpu="<cpu mode='custom'><model>EPYC</model></cpu>", abilities={"cpu": CpuFacts(refusal="it lacks svm")}),
     ),
     "no network": ("network-missing", "lan", Case(with_device(NETWORK % "lan"))),
     "an inactive network": (

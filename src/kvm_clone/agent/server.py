@@ -14,7 +14,7 @@ import signal
 import threading
 from typing import Any, Callable, Dict, List, Optional
 
-from . import facts, fingerprint, guard, hashing, leftovers, peer, scratch, stage, uses
+from . import facts, fingerprint, guard, hashing, leftovers, peer, scratch, stage, things, uses
 from .differ import Differ
 from .errors import INTERRUPTED, UNSUPPORTED, AgentError, from_exception
 from .lock import ImageLock
@@ -49,6 +49,8 @@ class Server:
             "disk": facts.disk,
             "directory": facts.directory,
             "exists": os.path.exists,
+            "look": things.look,
+            "resources": things.resources,
             "probe": peer.probe,
             "lock_image": self._lock_image,
             "unlock_images": self._unlock_images,
