@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from kvm_clone import payload, ssh
 from kvm_clone.agent import errors as kinds
@@ -106,6 +107,7 @@ class Host:
         if not self.address.local:
             self.known = await ssh.effective(self.address, self._options)
             self._ciphers = await ssh.default_ciphers()
+            self._options = ssh.with_plain_config(self._options, self._control.with_suffix(".config"))
         delay = 1.0
         for tries_left in range(self._options.retries, -1, -1):
             try:
@@ -138,7 +140,7 @@ class Host:
                 "-o",
                 "ControlMaster=yes",
                 "-o",
-                f"ControlPath={self._control}",
+                f"ControlPath={ssh.quoted(self._control)}",
                 "-o",
                 "ControlPersist=no",
                 "-T",
@@ -155,7 +157,15 @@ class Host:
 
     def _mux_argv(self) -> list[str]:
         # The connection knows its options; the user's configuration would only add forwardings of its own.
-        return ["ssh", "-F", "/dev/null", "-o", "ProxyCommand=exit 255", "-o", f"ControlPath={self._control}"]
+        return [
+            "ssh",
+            "-F",
+            "/dev/null",
+            "-o",
+            "ProxyCommand=exit 255",
+            "-o",
+            f"ControlPath={ssh.quoted(self._control)}",
+        ]
 
     def agent_command(self) -> str:
         """The shell command that loads an agent on this host."""
@@ -293,7 +303,7 @@ class Host:
             if await self.call("exists", path=path):
                 local = self._control.with_suffix(".libvirt")
                 await self._forward(local, path)
-                return f"qemu+unix:///system?socket={local}"
+                return f"qemu+unix:///system?socket={quote(str(local))}"
         raise ConnectError(
             f"libvirt does not listen on {self.name}",
             subject=self.name,
