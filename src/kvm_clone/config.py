@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, StrEnum
@@ -21,12 +22,16 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode
 
+from kvm_clone import bounded
 from kvm_clone.errors import UsageError
 from kvm_clone.options import Route
 from kvm_clone.units import DURATION_ACCEPTS, RATE_ACCEPTS, parse_duration, parse_rate
 
 ENV_PREFIX = "KVM_CLONE_"
 CONFIG_VARIABLE = "KVM_CLONE_CONFIG"
+
+LARGEST = 64 * 1024
+"""Bytes of a configuration file: its parser takes seconds for so much."""
 
 
 class LogLevel(StrEnum):
@@ -86,7 +91,10 @@ def _split_options(value: object) -> object:
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
-        return json.loads(value)  # JSONDecodeError is a ValueError
+        try:
+            return json.loads(value)  # JSONDecodeError is a ValueError
+        except RecursionError:
+            raise ValueError("nested without end") from None
     return [part for part in value.split(",") if part.strip()]
 
 
@@ -260,7 +268,7 @@ def load_settings(path: Path | None, overrides: Mapping[str, object]) -> Loaded:
 def read_document(path: Path, *, must_exist: bool = False) -> Document:
     """Read a configuration file; one that is not there is empty. Raises UsageError naming the file."""
     try:
-        text = path.read_text("utf-8-sig")
+        text = bounded.read(path, LARGEST).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except (FileNotFoundError, NotADirectoryError) as error:
         if must_exist:
             remedy = "`kvm-clone config init` with the same --config creates it"
@@ -330,10 +338,20 @@ def validate(values: Mapping[str, Any], place: Callable[[str], str]) -> Settings
     except ValidationError as error:
         keys = dict.fromkeys(str(detail["loc"][0]) for detail in error.errors())
         refusals = (
-            f"{place(key)}: {key} cannot be {values[key]!r}; accepted is {accepts(key)}".removeprefix(": ")
+            f"{place(key)}: {key} cannot be {_shown(values[key])}; accepted is {accepts(key)}".removeprefix(": ")
             for key in keys
         )
         raise UsageError("; ".join(refusals), subject=", ".join(keys)) from error
+
+
+def _shown(value: object) -> str:
+    """A bad value, cut short: a few lines of YAML may stand for millions of values."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, 200, 200
+    try:
+        return short.repr(value)
+    except ValueError:  # Python does not write a whole number of thousands of digits
+        return "a number of that size"
 
 
 def format_value(value: object) -> str:

@@ -222,6 +222,9 @@ def _target(path: Path | None) -> Iterator[Path]:
 
 def _write(target: Path, text: str) -> None:
     """Replace `target` in one step that survives a power cut; it keeps its mode."""
+    if len(text.encode()) > config.LARGEST:
+        remedy = f"a configuration file has {config.LARGEST} bytes at most"
+        raise UsageError(f"{target} would become too large", subject=str(target), remedy=remedy)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".kvm-clone-{secrets.token_hex(8)}.tmp")
     try:

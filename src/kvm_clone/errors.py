@@ -10,7 +10,8 @@
     ├── TransferError            6  the copy failed; it was rolled back
     │   └── InterruptedTransferError  6  it was interrupted; it was kept for the next try, if that was not declined
     ├── VerificationError        7  source and destination differ after the copy, or in a finished clone
-    └── LockedError              8  another operation works on the same destination VM, or reads the same running one
+    ├── LockedError              8  another operation works on the same destination VM, or reads the same running one
+    └── OutputError              9  what was asked for was done, but its result could not be written to stdout
 
 Ctrl-C ends with 130 and is not an exception of ours: it is the cancellation of the task.
 """
@@ -34,6 +35,7 @@ class ExitCode(IntEnum):
     TRANSFER = 6
     MISMATCH = 7
     LOCKED = 8
+    OUTPUT = 9
     CANCELLED = 130
 
 
@@ -109,3 +111,9 @@ class LockedError(KvmCloneError):
     """Another operation on the same destination VM is under way."""
 
     exit_code = ExitCode.LOCKED
+
+
+class OutputError(KvmCloneError):
+    """What was asked for was done, but its result could not be written to stdout. Only the command line has it."""
+
+    exit_code = ExitCode.OUTPUT

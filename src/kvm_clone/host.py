@@ -111,6 +111,7 @@ class Host:
         if not self.address.local:
             self.known = await ssh.effective(self.address, self._options)
             self._ciphers = await ssh.default_ciphers()
+            self._options = ssh.with_plain_config(self._options, self._control.with_suffix(".config"))
         delay = 1.0
         for tries_left in range(self._options.retries, -1, -1):
             try:
@@ -145,7 +146,7 @@ class Host:
                 "-o",
                 "ControlMaster=yes",
                 "-o",
-                f"ControlPath={self._control}",
+                f"ControlPath={ssh.quoted(self._control)}",
                 "-o",
                 "ControlPersist=no",
                 "-T",
@@ -162,7 +163,15 @@ class Host:
 
     def _mux_argv(self) -> list[str]:
         # The connection knows its options; the user's configuration would only add forwardings of its own.
-        return ["ssh", "-F", "/dev/null", "-o", "ProxyCommand=exit 255", "-o", f"ControlPath={self._control}"]
+        return [
+            "ssh",
+            "-F",
+            "/dev/null",
+            "-o",
+            "ProxyCommand=exit 255",
+            "-o",
+            f"ControlPath={ssh.quoted(self._control)}",
+        ]
 
     def agent_command(self) -> str:
         """The shell command that loads an agent on this host."""

@@ -1,14 +1,18 @@
 """The log of every operation that this machine has run: what it was, each step with its result, and its end.
 
 One file for each operation in $XDG_STATE_HOME/kvm-clone/operations, a JSON object on each line. It is a pointer and a
-log: what can be gone on with is known by the journal at the destination alone.
+log: what can be gone on with is known by the journal at the destination alone. What lies there and is no such file, and
+a line that is none of ours, is passed over.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,18 +21,48 @@ from typing import Any
 
 RUNNING, DONE, KEPT, FAILED = "running", "done", "interrupted", "failed"
 
+_NAME = re.compile("[0-9a-f]{12}")
+_HEAD, _TAIL = 64 * 1024, 1024 * 1024
+"""How much of a log is read, from its beginning and from its end: a whole one has a few KiB."""
 
-def directory() -> Path:
-    """Where the logs lie."""
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(state).expanduser() / "kvm-clone" / "operations"
+_LATEST = 1e11
+"""No time in a log, in seconds since the epoch, is later: a date can be made of it."""
+
+_KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "begin": {"pid": int},
+    "step": {"step": str, "result": str, "seconds": (int, float)},
+    "end": {"state": str, "text": str},
+}
+"""What an entry has beside its time, by its event."""
+
+
+def is_name(text: str) -> bool:
+    """Whether an operation may have that name."""
+    return _NAME.fullmatch(text) is not None
+
+
+def directory() -> Path | None:
+    """Where the logs lie; None where no home directory is known."""
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    try:
+        # The XDG specification wants relative values ignored.
+        base = state if state.is_absolute() else Path("~/.local/state").expanduser()
+    except RuntimeError:  # no $HOME, and no such user
+        return None
+    return base / "kvm-clone" / "operations"
+
+
+def _path(operation: str) -> Path | None:
+    """Where the operation's log is. A name that is none may come from a journal, and leads to no other place."""
+    base = directory()
+    return base / f"{operation}.log" if base is not None and is_name(operation) else None
 
 
 class OperationLog:
     """The log of one operation, being written. A log that cannot be written is no reason to fail."""
 
     def __init__(self, operation: str, **about: Any) -> None:
-        self._path = directory() / f"{operation}.log"
+        self._path = _path(operation)
         self._write(event="begin", operation=operation, pid=os.getpid(), process=_started(os.getpid()), **about)
 
     def step(self, step: str, result: str, seconds: float) -> None:
@@ -43,11 +77,29 @@ class OperationLog:
         _append(self._path, **entry)
 
 
-def _append(path: Path, **entry: Any) -> None:
+def _append(path: Path | None, **entry: Any) -> None:
+    if path is None:
+        return
+    line = json.dumps({"time": time.time(), **entry}).encode() + b"\n"
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time(), **entry}) + "\n")
+        with _opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as log:
+            size = os.fstat(log).st_size
+            # A disk that was full has left a part of a line, which must not spoil this one.
+            torn = size > 0 and os.pread(log, 1, size - 1) != b"\n"
+            os.write(log, b"\n" + line if torn else line)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    """The file's descriptor. Raises OSError, also where there is a link, which is not followed, or a FIFO."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is not a file")
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -71,21 +123,25 @@ class Operation:
 
 def operations() -> list[Operation]:
     """Every operation, the newest last."""
-    found = [operation for path in directory().glob("*.log") if (operation := read(path.stem)) is not None]
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        base = directory()
+        names = [path.stem for path in base.iterdir() if path.suffix == ".log"] if base is not None else []
+    found = [operation for name in names if (operation := read(name)) is not None]
     return sorted(found, key=lambda one: one.changed)
 
 
 def read(operation: str) -> Operation | None:
     """The operation of that name, None when this machine has not run it."""
-    entries = tuple(_entries(directory() / f"{operation}.log"))
-    begins = [entry for entry in entries if entry.get("event") == "begin"]
+    entries = tuple(_entries(operation))
+    begins = [entry for entry in entries if entry["event"] == "begin"]
     if not begins:
         return None
     begin, last = begins[-1], entries[-1]
-    alive = _started(begin.get("pid", 0)) == begin.get("process") is not None
-    ended = last.get("event") == "end"
+    alive = _started(begin["pid"]) == begin.get("process") is not None
+    ended = last["event"] == "end"
     state = last["state"] if ended else RUNNING if alive else KEPT
-    text = last.get("text", "") if ended else "" if alive else "its process is gone"
+    text = last["text"] if ended else "" if alive else "its process is gone"
     values = {key: str(begin.get(key, "")) for key in ("source", "destination", "vm", "name")}
     return Operation(
         operation,
@@ -94,25 +150,49 @@ def read(operation: str) -> Operation | None:
         text=text,
         changed=last["time"],
         entries=entries,
-        command=begin.get("command", "clone"),
+        command=str(begin.get("command", "clone")),
     )
 
 
-def _entries(path: Path) -> Iterator[dict[str, Any]]:
-    if "/" in path.stem or not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+def _entries(operation: str) -> Iterator[dict[str, Any]]:
+    for line in _content(_path(operation)).split(b"\n"):
         try:
             entry = json.loads(line)
-        except ValueError:  # torn by a crash
+        except (ValueError, RecursionError):  # torn by a crash, or not ours
             continue
-        if isinstance(entry, dict):
+        if _is_entry(entry):
             yield entry
+
+
+def _content(path: Path | None) -> bytes:
+    """The log; of one that is too long the beginning and the end, as if the lines between had been torn."""
+    if path is None:
+        return b""
+    with contextlib.suppress(OSError), _opened(path, os.O_RDONLY) as log:
+        size = os.fstat(log).st_size
+        head = os.pread(log, _HEAD if size > _HEAD + _TAIL else _HEAD + _TAIL, 0)
+        return head if size <= len(head) else head + b"\n" + os.pread(log, _TAIL, size - _TAIL)
+    return b""
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is as we write them: flat, with what its event has."""
+    if not isinstance(entry, dict) or not all(map(_is_plain, entry.values())):
+        return False
+    keys, when = _KEYS.get(str(entry.get("event"))), entry.get("time")
+    if keys is None or not isinstance(when, int | float) or not 0 <= when < _LATEST:
+        return False
+    return all(isinstance(entry.get(key), kind) for key, kind in keys.items())
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can hold it, and without a structure: Python reads NaN, too."""
+    return math.isfinite(value) if isinstance(value, float) else not isinstance(value, dict | list)
 
 
 def end(operation: str, state: str, text: str) -> None:
     """Write into the log of an operation whose process is gone what has become of it since."""
-    _append(directory() / f"{operation}.log", event="end", state=state, text=text)
+    _append(_path(operation), event="end", state=state, text=text)
 
 
 def _started(pid: int) -> str | None:

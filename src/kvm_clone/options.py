@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
+from kvm_clone.errors import UsageError
+
 
 class Route(StrEnum):
     """Which way the data takes."""
@@ -49,6 +51,8 @@ class Options:
     often a dropped connection is taken up again. `keep_partial`: what is staged outlives an interruption. `wait`: wait
     for another operation on the same VM instead of failing. `track`: leave a checkpoint on a running source, by which
     the next sync knows what has changed.
+
+    Raises UsageError for a number that is out of range, and for a name that is empty.
     """
 
     pool: str | None = None
@@ -63,6 +67,20 @@ class Options:
     wait: bool = False
     quiesce: Quiesce = Quiesce.AUTO
     track: bool = False
+
+    def __post_init__(self) -> None:
+        lowest = {"parallel": 1, "retries": 0, "bandwidth_limit": 1}
+        for field, least in lowest.items():
+            number = getattr(self, field)
+            if number is not None and number < least:
+                raise UsageError(f"{field} cannot be {number}", subject=field, remedy=f"the least is {least}")
+        if self.timeout is not None and not self.timeout > 0:
+            raise UsageError(
+                f"timeout cannot be {self.timeout:g} s", subject="timeout", remedy="name a time above zero"
+            )
+        for field in ("pool", "new_name", "target_name"):
+            if getattr(self, field, None) == "":
+                raise UsageError(f"{field} is empty", subject=field, remedy=f"give {field} a value, or leave it out")
 
     def name_for(self, name: str) -> str:
         """The name at the destination for a VM of that name."""

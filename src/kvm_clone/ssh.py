@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
+import pwd
+import re
 import shlex
-from dataclasses import dataclass
+import stat
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -23,7 +27,9 @@ _KEEPALIVE_COUNT = 3
 _BATCH_KEEPALIVE = "300"
 """Debian's default in batch mode: the user did not ask for it."""
 
-_NO_KEY = "not accessible"
+_PLAIN = re.compile("[A-Za-z0-9/._+-]*")
+"""A path that means nothing else to a shell or to ssh."""
+
 _REFUSED = ("Permission denied", "Too many authentication failures", "No more authentication methods")
 _HOST_KEY = (
     "Host key verification failed",
@@ -112,13 +118,19 @@ class Effective:
         return self.values.get(keyword, "")
 
 
+def quoted(path: Path) -> str:
+    """The path as a value in ssh's configuration: one word, in which nothing is expanded."""
+    text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{text}"'
+
+
 def base_argv(options: SshOptions) -> list[str]:
     """Ssh with the user's own options, without the host."""
     argv = ["ssh"]
     if options.config is not None:
         argv += ["-F", str(options.config)]
-    if options.key is not None:
-        argv += ["-i", str(options.key)]
+    if options.key is not None:  # -i would expand a % in it
+        argv += ["-o", f"IdentityFile={quoted(options.key.absolute())}"]
     for option in options.options:
         argv += ["-o", option]
     return argv
@@ -126,21 +138,52 @@ def base_argv(options: SshOptions) -> list[str]:
 
 async def effective(address: Address, options: SshOptions) -> Effective:
     """Ask ssh what it would do. Raises UsageError when it cannot read its configuration or key, ConnectError."""
+    if options.key is not None:
+        _check_key(options.key, address.text)
     argv = [*base_argv(options), "-G", "-T", *address.argv()]
     try:
         status, out, said = await _answer(argv)
     except FileNotFoundError as error:
         text = f"cannot connect to {address.text}: this machine has no ssh"
         raise ConnectError(text, subject=address.text, remedy="install openssh-client here") from error
-    # A key that -i names and that is not there is no error to ssh: it tries the others.
-    if status or _NO_KEY in said:
-        raise UsageError(
-            f"ssh does not accept its configuration: {'; '.join(said.splitlines())}",
-            subject=address.text,
-            remedy="check --ssh-config, --ssh-key, --ssh-option and your ssh_config",
-        )
+    if status:
+        raise _not_accepted("; ".join(said.splitlines()), address.text)
     pairs = (line.partition(" ") for line in out.splitlines())
     return Effective({keyword.lower(): value for keyword, _, value in pairs})
+
+
+def _check_key(key: Path, host: str) -> None:
+    """Raise UsageError unless it can be read: to ssh a key that is not there is no error, it tries the others."""
+    try:
+        if stat.S_ISDIR(key.stat().st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(key, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _not_accepted(f"identity file {key} not accessible: {error.strerror}", host) from error
+    if "${" in str(key):
+        raise _not_accepted(f"it would expand ${{...}} in the name of the identity file {key}", host)
+
+
+def _not_accepted(said: str, host: str) -> UsageError:
+    return UsageError(
+        f"ssh does not accept its configuration: {said}",
+        subject=host,
+        remedy="check --ssh-config, --ssh-key, --ssh-option and your ssh_config",
+    )
+
+
+def with_plain_config(options: SshOptions, link: Path) -> SshOptions:
+    """The same options, with a link to the configuration where its own path is more than a plain word.
+
+    For a jump host ssh starts another one by a shell's command line, in which it neither quotes the path nor doubles
+    a % of it.
+    """
+    if options.config is None or _PLAIN.fullmatch(str(options.config)):
+        return options
+    link.unlink(missing_ok=True)
+    link.symlink_to(options.config.absolute())
+    return replace(options, config=link)
 
 
 async def default_ciphers() -> str:
@@ -215,13 +258,30 @@ async def known_host_lines(known: Effective) -> list[str]:
     return []
 
 
-def _known_hosts_files(known: Effective) -> list[str]:
-    files = f"{known.get('userknownhostsfile')} {known.get('globalknownhostsfile')}".split()
-    return [file for file in files if file != "none"]
+def _known_hosts_files(known: Effective) -> list[Path]:
+    """The files of keys that exist. ssh prints their names without quotes: a space may be a part of one."""
+    found: list[Path] = []
+    for keyword in ("userknownhostsfile", "globalknownhostsfile"):
+        words = known.get(keyword).split(" ")
+        while words:
+            longest_first = range(len(words), 0, -1)
+            count = next((n for n in longest_first if os.path.isfile(_home(" ".join(words[:n])))), 0)  # noqa: PTH113
+            if count:
+                found.append(_home(" ".join(words[:count])))
+            del words[: count or 1]
+    return found
 
 
-async def _lines_of(name: str, file: str) -> list[str]:
-    _, out, _ = await _answer(["ssh-keygen", "-F", name, "-f", str(Path(file).expanduser())])
+def _home(text: str) -> Path:
+    """The path as ssh takes it: `~` is the home that passwd names, whatever $HOME says."""
+    start, slash, rest = text.partition("/")
+    if start != "~":
+        return Path(text)
+    return Path(pwd.getpwuid(os.getuid()).pw_dir + slash + rest)
+
+
+async def _lines_of(name: str, file: Path) -> list[str]:
+    _, out, _ = await _answer(["ssh-keygen", "-F", name, "-f", str(file)])
     found: list[str] = []
     for line in out.splitlines():
         words = line.split()
@@ -246,4 +306,4 @@ async def _answer(argv: list[str]) -> tuple[int | None, str, str]:
             process.kill()
         await process.communicate()
         raise
-    return process.returncode, out.decode(errors="replace"), err.decode(errors="replace")
+    return process.returncode, os.fsdecode(out), err.decode(errors="replace")

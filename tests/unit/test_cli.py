@@ -6,17 +6,14 @@ import json
 import os
 import re
 import shlex
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from clihelp import Done, Run, in_this_process, own_home, port_that_refuses, there  # noqa: F401 - fixtures
 
 from kvm_clone import cli
 from kvm_clone.api import Request
@@ -26,70 +23,6 @@ from kvm_clone.errors import DomainExistsError, ExitCode, KvmCloneError, Refused
 from kvm_clone.findings import Finding, Severity
 from kvm_clone.options import Quiesce, Retry, SyncOptions, Verify
 from kvm_clone.version import __version__
-
-
-@dataclass(frozen=True)
-class Done:
-    """A command that has ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        """The one JSON document that is all of stdout."""
-        return json.loads(self.out)
-
-    @property
-    def error(self) -> dict[str, Any]:
-        assert list(self.document) == ["error"]
-        error: dict[str, Any] = self.document["error"]
-        return error
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A user without settings, who does not wait for hosts."""
-    for name in [name for name in os.environ if name.startswith("KVM_CLONE_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("KVM_CLONE_CONNECT_RETRIES", "0")
-    return tmp_path
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process, which is quick."""
-
-    def run(*words: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["kvm-clone", *words])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return Done(int(end.value.code or 0), out, err)
-
-    return run
-
-
-def there(*words: str, python: tuple[str, ...] = ("-m", "kvm_clone.cli"), **options: Any) -> Done:
-    """Run the command line as a process of its own, as users do."""
-    kept = {"capture_output": True, "stdin": subprocess.DEVNULL, "timeout": 60, "text": True}
-    done = subprocess.run([sys.executable, *python, *words], check=False, **{**kept, **options})
-    return Done(done.returncode, done.stdout or "", done.stderr or "")
-
-
-@pytest.fixture
-def nobody() -> Iterator[str]:
-    """The address of a port that is taken and refuses connections."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield f"ssh://root@127.0.0.1:{taken.getsockname()[1]}"
 
 
 def commands() -> Iterator[tuple[str, Any]]:
@@ -203,7 +136,7 @@ def test_what_is_not_understood_as_json(here: Run, words: tuple[str, ...]) -> No
     assert done.error["message"]
 
 
-@pytest.mark.parametrize("address", ["user@", "qemu+ssh://kc-a/system", "ssh://kc-a:port", ""])
+@pytest.mark.parametrize("address", ["user@", "qemu+ssh://kc-a/system", "ssh://kc-a:port"])
 def test_a_bad_address_says_what_a_good_one_is(here: Run, address: str) -> None:
     done = here("list", address)
     assert repr(address) in done.err

@@ -156,6 +156,7 @@ BAD = [
     ("ssh_options", "A=", "Key=Value pairs"),
     ("ssh_options", '["A=b"', "Key=Value pairs"),
     ("ssh_options", "[1]", "Key=Value pairs"),
+    ("ssh_options", "[" * 10_000 + "]" * 10_000, "Key=Value pairs"),
     ("connect_timeout", "0", "a whole number from 1 to 600"),
     ("connect_timeout", "601", "a whole number from 1 to 600"),
     ("connect_timeout", "1.5", "a whole number from 1 to 600"),
@@ -331,6 +332,70 @@ def test_a_broken_file_is_one_clear_error(content: bytes, message: str, file: Pa
         assert str(caught.value).startswith(str(file))
         assert "\n" not in str(caught.value)
     assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"", b"parallel: 7\n"])
+def test_a_pipe_is_as_good_as_a_file(content: bytes) -> None:
+    """A shell's <(...)."""
+    source, into = os.pipe()
+    os.write(into, content)
+    os.close(into)
+    try:
+        assert load_settings(Path(f"/dev/fd/{source}"), {}).settings.parallel == (7 if content else 2)
+    finally:
+        os.close(source)
+
+
+def test_no_settings_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVM_CLONE_CONFIG", os.devnull)
+    assert load_settings(None, {}).settings == Settings()
+
+
+@pytest.mark.parametrize("what", ["/dev/full", "/dev/zero", "a FIFO", "large", "a directory"])
+def test_what_has_no_end_or_is_no_file_is_one_clear_error(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "named" if not what.startswith("/") else Path(what)
+    if what == "a FIFO":
+        os.mkfifo(path)
+    elif what == "a directory":
+        path.mkdir()
+    elif what == "large":
+        path.write_text("# a comment\n" * 10)
+        os.truncate(path, 1 << 30)
+    with pytest.raises(UsageError, match=f"^cannot read {path}: .+$"):
+        load_settings(path, {})
+    monkeypatch.setenv("KVM_CLONE_CONFIG", str(path))
+    with pytest.raises(UsageError, match=f"^cannot read {path}: .+$"):
+        load_settings(None, {})
+    with pytest.raises(UsageError, match=r"is not a file$|cannot read .*larger than"):
+        set_value(path, "parallel", "3")
+
+
+def test_the_file_does_not_grow_beyond_what_is_read(file: Path) -> None:
+    set_value(file, "pool", "x" * 60_000)
+    with pytest.raises(UsageError, match="would become too large"):
+        set_value(file, "pool", "x" * 70_000)
+    assert load_settings(file, {}).settings.pool == "x" * 60_000
+
+
+BOMB = """\
+pool: &a [x,x,x,x,x,x,x,x,x]
+route: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]
+verify: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]
+timeout: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c]
+output: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d]
+log_level: &f [*e,*e,*e,*e,*e,*e,*e,*e,*e]
+parallel: &g [*f,*f,*f,*f,*f,*f,*f,*f,*f]
+ssh_options: [*g,*g,*g,*g,*g,*g,*g,*g,*g]
+"""
+
+
+@pytest.mark.parametrize("text", [BOMB, f"parallel: 0x{'f' * 60_000}\n", f"route: {'x' * 60_000}\n"])
+def test_a_value_that_takes_pages_to_write_is_cut_short(text: str, file: Path) -> None:
+    with pytest.raises(UsageError, match=r"line 1: .* cannot be") as caught:
+        load_settings(write(file, text), {})
+    assert len(str(caught.value)) < 5000
 
 
 def test_a_file_that_cannot_be_read_is_one_clear_error(tmp_path: Path) -> None:

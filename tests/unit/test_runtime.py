@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kvm_clone import runtime
+from kvm_clone.errors import UsageError
 from kvm_clone.runtime import make_directory
 
 
@@ -103,15 +106,63 @@ def test_another_user_s_directory_stays(root: Path, dead: int) -> None:
     assert path.is_dir()
 
 
-@pytest.mark.parametrize("directory", ["", "missing", "long" * 15])
-def test_a_runtime_directory_that_will_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, directory: str) -> None:
-    if directory.startswith("long"):
-        (tmp_path / directory).mkdir()
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / directory) if directory else "")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+@pytest.mark.parametrize(
+    "directory",
+    ["", "missing", "file", "long" * 15, "a b", "a%d", "a'b", 'a"b', "a:b", "größe", "a\nb", "$HOME", "a?b&c", "a~b"],
+)
+def test_a_runtime_directory_that_will_not_do(monkeypatch: pytest.MonkeyPatch, root: Path, directory: str) -> None:
+    """Neither it nor a TMPDIR like it."""
+    if directory == "file":
+        (root / directory).touch()
+    elif directory not in ("", "missing"):
+        (root / directory).mkdir()
+    for variable in ("XDG_RUNTIME_DIR", "TMPDIR"):
+        monkeypatch.setenv(variable, str(root / directory) if directory else "")
     path = make_directory()
     try:
         assert path.parent == Path("/tmp")
     finally:
         path.rmdir()
+
+
+@pytest.mark.parametrize("value", ["relative", ".", "/proc", "/proc/self", "/dev/null"])
+def test_a_place_where_nothing_can_be_made(monkeypatch: pytest.MonkeyPatch, root: Path, value: str) -> None:
+    (root / "relative").mkdir()
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", value)
+    monkeypatch.setenv("TMPDIR", str(root))
+    assert make_directory().parent == root
+
+
+def test_nowhere_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_USUAL", ("/proc", "/nonexistent"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/dev/null")
+    monkeypatch.setenv("TMPDIR", "/a b")
+    with pytest.raises(
+        UsageError, match=r"/dev/null: Not a directory; /proc: .*; /nonexistent: No such file"
+    ) as caught:
+        make_directory()
+    assert "XDG_RUNTIME_DIR" in caught.value.remedy
+
+
+OTHER_USER = """
+import os
+from kvm_clone.runtime import make_directory
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+print(make_directory())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_the_runtime_directory_of_somebody_else(root: Path) -> None:
+    """As su leaves it in the environment."""
+    (root / "below").mkdir()
+    root.chmod(0o700)
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(root / "below"), "TMPDIR": str(root)}
+    argv = [sys.executable, "-c", OTHER_USER]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+    assert done.stderr == ""
+    made = Path(done.stdout.strip())
+    assert made.parent == Path("/tmp")
+    made.rmdir()

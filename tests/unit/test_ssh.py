@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import pwd
 import subprocess
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from kvm_clone.ssh import (
     known_host_lines,
     parse_address,
     policy,
+    quoted,
+    with_plain_config,
     worth_retrying,
 )
 
@@ -202,6 +206,85 @@ def test_key_and_options_reach_ssh(tmp_path: Path) -> None:
     file = configuration(tmp_path, "").config
     known = ask(SshOptions(config=file, key=key, options=("Port=2222", "Compression=yes")))
     assert [known.get(keyword) for keyword in ("identityfile", "port", "compression")] == [str(key), "2222", "yes"]
+
+
+ODD = [
+    "a b",
+    "a  b",
+    "a%d",
+    "%%",
+    "a'b",
+    'a"b',
+    "a\\b",
+    "a\\",
+    '\\"',
+    "#a",
+    "~a",
+    "a=b",
+    "größe",
+    "$HOME",
+    "a\udcff",
+    "x" * 200,
+]
+
+
+@pytest.mark.parametrize("name", [*ODD, "x" * 200])
+def test_a_path_is_one_word_to_ssh_whatever_is_in_it(tmp_path: Path, name: str) -> None:
+    """A key is taken up where it is; -G shows it before % is expanded, a ControlPath after that."""
+    directory = tmp_path / name
+    directory.mkdir()
+    (directory / f"{name}key").touch()
+    file = directory / "config"
+    file.write_text("Port 2222\n")
+    options = SshOptions(config=file, key=directory / f"{name}key", options=(f"ControlPath={quoted(directory)}",))
+    known = ask(options)
+    assert known.get("port") == "2222"
+    assert known.get("identityfile") == str(options.key).replace("%", "%%")
+    assert known.get("controlpath") == str(directory)
+
+
+def test_a_relative_key_is_that_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "none").touch()
+    assert ask(SshOptions(config=configuration(tmp_path, "").config, key=Path("none"))).get("identityfile") == str(
+        tmp_path / "none"
+    )
+
+
+def test_a_key_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"identity file {tmp_path} not accessible: Is a directory"):
+        ask(SshOptions(key=tmp_path))
+    odd = tmp_path / "${HOME}"
+    odd.touch()
+    with pytest.raises(UsageError, match=r"expand \$\{\.\.\.\} in the name"):
+        ask(SshOptions(key=odd))
+
+
+def test_a_key_that_is_somebody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = tmp_path / "key"
+    key.touch()
+    monkeypatch.setattr("os.access", lambda path, _mode: path != key)  # root may read everything
+    with pytest.raises(UsageError, match="not accessible: Permission denied"):
+        ask(SshOptions(key=key))
+
+
+@pytest.mark.parametrize("name", ["config", "a b", "a%d", 'a"b', "größe"])
+def test_the_configuration_for_a_jump_host_has_a_plain_path(tmp_path: Path, name: str) -> None:
+    """-G does not show what ssh makes of ProxyJump."""
+    place = tmp_path / name / "config"
+    place.parent.mkdir()
+    place.write_text(f"Host kc-a\n  ProxyJump kc-b\nHost kc-b\n  ProxyCommand touch '{tmp_path}/reached'\n")
+    options = with_plain_config(SshOptions(config=place), tmp_path / "link")
+    assert (options.config == place) is (name == "config")
+    argv = [*base_argv(options), "-o", "BatchMode=yes", "kc-a", "true"]
+    subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL)
+    assert (tmp_path / "reached").exists()
+    assert with_plain_config(SshOptions(config=place), tmp_path / "link") == options, "and once more"
+
+
+def test_without_a_configuration_none_is_linked(tmp_path: Path) -> None:
+    assert with_plain_config(SshOptions(), tmp_path / "link") == SshOptions()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -408,6 +491,37 @@ def test_known_hosts_of_every_file(tmp_path: Path, keys: dict[str, str]) -> None
     )
     known = ask(configuration(tmp_path, text))
     assert asyncio.run(known_host_lines(known)) == [keys["one"], keys["two"], keys["authority"]]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["known hosts"],
+        ["known  hosts", "more"],
+        ["known", "known hosts", "hosts"],
+        ["a%b", "a'b c", 'a"b'],
+        ["missing", "a b", "missing too", "c"],
+    ],
+)
+def test_known_hosts_whose_names_have_spaces(tmp_path: Path, keys: dict[str, str], names: list[str]) -> None:
+    present = [name for name in names if "missing" not in name]
+    for name in present:
+        (tmp_path / name).write_text(f"kc-a {keys['one']}\n")
+    text = " ".join(quoted(tmp_path / name) for name in names)
+    known = ask(
+        configuration(tmp_path, f"UserKnownHostsFile {text}\nGlobalKnownHostsFile {quoted(tmp_path / 'none')}\n")
+    )
+    assert asyncio.run(known_host_lines(known)) == [keys["one"]] * len(present)
+
+
+def test_home_is_what_ssh_takes_for_it(tmp_path: Path, keys: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """ssh asks passwd; $HOME may be another place."""
+    monkeypatch.setenv("HOME", str(tmp_path / "elsewhere"))
+    (tmp_path / "known").write_text(f"kc-a {keys['one']}\n")
+    entry = pwd.getpwuid(os.getuid())
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: pwd.struct_passwd((*entry[:5], str(tmp_path), entry[6])))
+    known = Effective({"hostname": "kc-a", "userknownhostsfile": "~/known", "globalknownhostsfile": "none"})
+    assert asyncio.run(known_host_lines(known)) == [keys["one"]]
 
 
 def test_no_known_hosts(tmp_path: Path) -> None:

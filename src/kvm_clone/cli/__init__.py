@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
-from kvm_clone.cli import output
+from kvm_clone.cli import context, output, streams
 from kvm_clone.cli.apply import apply_command
 from kvm_clone.cli.clone import clone_command
 from kvm_clone.cli.config import config_app
@@ -21,13 +21,28 @@ from kvm_clone.config import Output
 from kvm_clone.errors import ExitCode, KvmCloneError
 from kvm_clone.version import __version__
 
+
+class _Commands(TyperGroup):
+    """The commands. What Typer would end without a word of ours leaves it as an exception of another kind."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise context.InterruptedByUserError("stopped by Ctrl-C") from None
+        except BrokenPipeError as error:  # not of stdout or stderr: those raise nothing
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
 app = typer.Typer(
     name="kvm-clone",
+    cls=_Commands,
     help="Clone KVM/libvirt virtual machines between hosts over SSH. The source is never modified, the destination "
     "is as it was until the clone is proven equal, and what was interrupted can be gone on with.",
     epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 refused before starting, 4 the destination VM exists, 5 cannot "
     "connect or authenticate, 6 interrupted or transfer failed, 7 verification mismatch, 8 another operation holds "
-    "the lock, 130 Ctrl-C.",
+    "the lock, 9 done, but the result could not be written, 130 Ctrl-C.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -84,30 +99,33 @@ def root(
 
 def main() -> NoReturn:
     """Run the command line and exit with a documented code."""
-    _open_missing_streams()
-    shared = Context()
+    streams.speak_utf8()
+    streams.own()
+    code = _run(Context())
+    failure = streams.failure()
+    if failure is not None and code == ExitCode.DONE:
+        code = ExitCode.OUTPUT
+        output.report(output.lost(failure), as_json=False)
+    sys.exit(code)
+
+
+def _run(shared: Context) -> int:
+    """Run the command line and report what goes wrong; the exit code."""
     try:
         app(split_verify(sys.argv[1:]), prog_name="kvm-clone", obj=shared)
     except KvmCloneError as error:
         output.report(error, as_json=_json_wanted(shared))
-        sys.exit(error.exit_code)
+        return error.exit_code
     except SystemExit as end:
         not_understood = end.code == ExitCode.USAGE and shared.output is None
         if not_understood and _json_wanted(shared):
             output.report_usage()
-        raise
+        return int(end.code or 0)
     except Exception as error:  # noqa: BLE001 - the last line of defence: one clear error, no traceback
         output.report_bug(error, as_json=_json_wanted(shared))
-        sys.exit(ExitCode.BUG)
-    sys.exit(ExitCode.DONE)
+        return ExitCode.BUG
+    return ExitCode.DONE
 
 
 def _json_wanted(shared: Context) -> bool:
     return output.json_wanted(sys.argv) if shared.output is None else shared.output is Output.JSON
-
-
-def _open_missing_streams() -> None:
-    """Whoever started us may have closed some; print() writes what is meant for a closed one to stdout."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - open to the end

@@ -10,6 +10,7 @@ import typer
 
 from kvm_clone.api import Client, Request, Result
 from kvm_clone.cli import context, options, output, plans, progress
+from kvm_clone.cli.words import naming
 from kvm_clone.config import Output, Settings
 from kvm_clone.errors import DomainExistsError
 from kvm_clone.options import CloneOptions, Quiesce, Retry, Verify
@@ -19,12 +20,19 @@ from kvm_clone.units import format_bytes, format_duration, format_rate
 
 def clone_command(
     ctx: typer.Context,
-    source: Annotated[str, typer.Argument(metavar="SRC", help=f"The host that has the VM. {options.HOST_HELP}")],
-    destination: Annotated[str, typer.Argument(metavar="DST", help="The host that gets the clone, named likewise.")],
+    source: options.Source,
+    destination: Annotated[
+        str, typer.Argument(metavar="DST", help="The host that gets the clone, named likewise.", callback=naming("DST"))
+    ],
     vm: options.Vm,
     new_name: Annotated[
         str | None,
-        typer.Option("--new-name", metavar="NAME", help="The clone's name; by default the VM's own."),
+        typer.Option(
+            "--new-name",
+            metavar="NAME",
+            help="The clone's name; by default the VM's own.",
+            callback=naming("--new-name"),
+        ),
     ] = None,
     preserve_uuid: Annotated[bool, typer.Option("--preserve-uuid", help="Keep the VM's UUID.")] = False,
     preserve_mac: Annotated[bool, typer.Option("--preserve-mac", help="Keep the MAC addresses.")] = False,

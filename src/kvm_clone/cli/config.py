@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvm_clone.cli.output import print_json
 from kvm_clone.config import KEYS, Loaded, Output, config_file, format_value, get_value, load_settings
 from kvm_clone.config_file import Change, init_file, set_value, unset_value
 from kvm_clone.errors import UsageError
@@ -49,7 +50,7 @@ def get_command(ctx: typer.Context, key: KeyArgument, config: ConfigOption = Non
     loaded = load_settings(config or config_path(ctx), {})
     value = get_value(loaded, key)
     if (output or loaded.settings.output) is Output.JSON:
-        _print_json({"key": key, **_described(loaded, key)})
+        print_json({"key": key, **_described(loaded, key)})
     elif value is not None:
         print(format_value(value))
 
@@ -97,7 +98,7 @@ def list_command(ctx: typer.Context, config: ConfigOption = None, output: Output
     loaded = load_settings(config or config_path(ctx), {})
     if (output or loaded.settings.output) is Output.JSON:
         settings = {key: _described(loaded, key) for key in KEYS}
-        _print_json({"path": str(loaded.path), "settings": settings})
+        print_json({"path": str(loaded.path), "settings": settings})
         return
     rows = [(key, format_value(getattr(loaded.settings, key)) or "-", str(loaded.origins[key])) for key in KEYS]
     if sys.stdout.isatty():
@@ -112,7 +113,8 @@ def path_command(ctx: typer.Context, config: ConfigOption = None, output: Output
     path = config or config_path(ctx)
     file = config_file(path)
     if _format(path, output) is Output.JSON:
-        _print_json({"path": str(file), "exists": file.exists()})
+        exists = os.path.exists(file)  # noqa: PTH110 - Path's raises for a name that is too long
+        print_json({"path": str(file), "exists": exists})
     else:
         print(file)
 
@@ -137,7 +139,7 @@ def _format(path: Path | None, flag: Output | None) -> Output:
 
 def _report(change: Change, action: str, output: Output) -> None:
     if output is Output.JSON:
-        _print_json({"action": action, "path": str(change.path), "changed": change.changed})
+        print_json({"action": action, "path": str(change.path), "changed": change.changed})
     else:
         print(f"{action}: {change.path} {'changed' if change.changed else 'unchanged'}")
 
@@ -146,10 +148,6 @@ def _described(loaded: Loaded, key: str) -> dict[str, object]:
     origin = loaded.origins[key]
     value: object = getattr(loaded.settings, key)
     return {"value": value, "origin": origin.layer.value, "detail": origin.detail}
-
-
-def _print_json(document: dict[str, object]) -> None:
-    print(json.dumps(document, indent=2, default=str))
 
 
 def _print_table(rows: list[tuple[str, str, str]]) -> None:

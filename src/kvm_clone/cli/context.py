@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from kvm_clone import config
+from kvm_clone.cli import streams
 from kvm_clone.errors import ExitCode, KvmCloneError, TransferError
 from kvm_clone.ssh import SshOptions
 
@@ -96,9 +97,11 @@ class InterruptedByUserError(KvmCloneError):
 def run(work: Coroutine[Any, Any, Result]) -> Result:
     """Run a coroutine to its end. A signal cancels it once, and it may take its time to roll back.
 
-    Raises InterruptedByUserError for SIGINT, TransferError for SIGTERM and SIGHUP, and whatever the work raises.
+    Raises InterruptedByUserError for SIGINT, TransferError for SIGTERM and SIGHUP, and whatever the work raises. A
+    signal that was ignored when we were started stays ignored.
     """
-    return asyncio.run(_with_signals(work))
+    with streams.hurried():
+        return asyncio.run(_with_signals(work))
 
 
 async def _with_signals(work: Coroutine[Any, Any, Result]) -> Result:
@@ -113,7 +116,8 @@ async def _with_signals(work: Coroutine[Any, Any, Result]) -> Result:
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, stop, number)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's `&`
+            loop.add_signal_handler(number, stop, number)
     try:
         return await task
     except asyncio.CancelledError:

@@ -14,6 +14,7 @@ from rich.text import Text
 from kvm_clone.api import Client, HostListing
 from kvm_clone.cli import context, output
 from kvm_clone.cli.options import HOST_HELP
+from kvm_clone.cli.words import naming
 from kvm_clone.config import Output, Settings
 from kvm_clone.domains import STATES, DiskUse, Listed
 from kvm_clone.errors import ExitCode, UsageError
@@ -24,7 +25,7 @@ _COLUMNS = ("host", "name", "state", "vCPUs", "memory", "disks (virtual, allocat
 
 def list_command(
     ctx: typer.Context,
-    hosts: Annotated[list[str], typer.Argument(metavar="HOST...", help=HOST_HELP)],
+    hosts: Annotated[list[str], typer.Argument(metavar="HOST...", help=HOST_HELP, callback=naming("HOST"))],
     state: Annotated[
         str | None, typer.Option("--state", help="Only VMs in this state, such as running or shut-off.")
     ] = None,

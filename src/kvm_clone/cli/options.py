@@ -7,15 +7,27 @@ from typing import Annotated
 
 import typer
 
+from kvm_clone.cli.words import naming
 from kvm_clone.config import Output
 from kvm_clone.errors import UsageError
 from kvm_clone.options import Quiesce, Retry, Route
 
 HOST_HELP = "An alias from ssh_config, user@host, ssh://user@host:port, or localhost."
 
-Vm = Annotated[str, typer.Argument(metavar="VM", help="The VM's name. Put -- before one that starts with a dash.")]
+Source = Annotated[
+    str, typer.Argument(metavar="SRC", help=f"The host that has the VM. {HOST_HELP}", callback=naming("SRC"))
+]
+Vm = Annotated[
+    str,
+    typer.Argument(
+        metavar="VM", help="The VM's name. Put -- before one that starts with a dash.", callback=naming("VM")
+    ),
+]
 Pool = Annotated[
-    str | None, typer.Option("--pool", metavar="NAME", help="The destination's storage pool for new disks.")
+    str | None,
+    typer.Option(
+        "--pool", metavar="NAME", help="The destination's storage pool for new disks.", callback=naming("--pool")
+    ),
 ]
 RouteOption = Annotated[
     Route | None,

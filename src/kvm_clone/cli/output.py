@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from kvm_clone.errors import ExitCode, KvmCloneError
+from kvm_clone.errors import ExitCode, KvmCloneError, OutputError
+
+_UNPAIRED = re.compile("[\ud800-\udfff]")
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 
 
 def print_json(document: Any) -> None:
-    """Print the one document of a command on stdout."""
-    print(json.dumps(document, indent=2, default=str))
+    """Print the one document of a command on stdout: ASCII, valid whatever names are in it.
+
+    A byte that is no UTF-8, of a path say, shows as on stderr: as its escape, which is text in the document. Half of a
+    surrogate pair, which Python makes of it, has no place in JSON.
+    """
+    text = json.dumps(document, indent=2, default=str, ensure_ascii=False)
+    text = _UNPAIRED.sub(lambda found: rf"\\u{ord(found[0]):04x}", text)
+    print(_NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text))
 
 
 def json_wanted(argv: Sequence[str]) -> bool:
@@ -52,6 +62,15 @@ def report(error: KvmCloneError, *, as_json: bool) -> None:
     print(f"kvm-clone: {error}", file=sys.stderr)
     if error.remedy:
         print(f"  what to do: {error.remedy}", file=sys.stderr)
+
+
+def lost(failure: OSError) -> OutputError:
+    """The error of a command that has done everything but print it."""
+    return OutputError(
+        f"everything was done, but the result could not be written to stdout: {failure.strerror}",
+        subject="stdout",
+        remedy="give stdout a place that takes it; what was done need not be done again",
+    )
 
 
 def report_usage() -> None:

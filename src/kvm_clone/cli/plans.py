@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.text import Text
 
-from kvm_clone import steps
+from kvm_clone import bounded, steps
 from kvm_clone.api import Client, Request
 from kvm_clone.cli import context, output
 from kvm_clone.config import Output, Settings
 from kvm_clone.errors import ExitCode, UsageError
 from kvm_clone.findings import Severity
-from kvm_clone.options import CloneOptions, Options, Quiesce, Retry, Route, SyncOptions, Verify
+from kvm_clone.options import CloneOptions, Options, SyncOptions, Verify
 from kvm_clone.placement import PlannedDisk
 from kvm_clone.plan import Plan
 from kvm_clone.steps import Step
@@ -28,6 +30,9 @@ from kvm_clone.version import __version__
 
 FORMAT = 2
 """Of the saved document; another one is refused."""
+
+_LARGEST = 16 * 1024 * 1024
+"""Bytes of a saved plan."""
 
 _STYLES = {Severity.BLOCKING: "bold red", Severity.WARNING: "yellow", Severity.INFO: ""}
 
@@ -165,7 +170,11 @@ def _print(plan: Plan, delta: Delta) -> None:
 
 def _save(file: Path, saved: Mapping[str, Any]) -> None:
     try:
-        file.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+        # O_NONBLOCK: opening a FIFO would wait for somebody to read it.
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        os.set_blocking(descriptor, True)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
+            out.write(json.dumps(saved, indent=2) + "\n")
     except OSError as error:
         raise UsageError(f"cannot write the plan to {file}: {error.strerror}", remedy="name another file") from error
 
@@ -173,13 +182,13 @@ def _save(file: Path, saved: Mapping[str, Any]) -> None:
 def read(file: Path) -> tuple[Request, str]:
     """A saved plan's request, and the digest of the facts that it rests on. Raises UsageError."""
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved = json.loads(bounded.read(file, _LARGEST))
         if saved["format"] != FORMAT:
             raise UsageError(f"{file} is a plan of another format", remedy="make it again with --plan-out")
         return _request(saved["request"]), str(saved["facts"])
     except OSError as error:
         raise UsageError(f"cannot read the plan {file}: {error.strerror}", remedy="name a saved plan") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{file} is not a saved plan", remedy="make one with clone --plan-out") from error
 
 
@@ -188,8 +197,12 @@ def _command(options: Options) -> str:
 
 
 def _request(saved: Mapping[str, Any]) -> Request:
-    options = dict(saved["options"])
-    for name, kind in (("route", Route), ("retry", Retry), ("verify", Verify), ("quiesce", Quiesce)):
-        options[name] = kind(options[name])
-    made = SyncOptions(**options) if saved["command"] == "sync" else CloneOptions(**options)
-    return Request(saved["source"], saved["destination"], saved["vm"], made)
+    """The request. Raises ValueError, KeyError and TypeError for what --plan-out never wrote."""
+    kind = SyncOptions if saved["command"] == "sync" else CloneOptions
+    if not set(saved["options"]) <= {field.name for field in fields(kind)}:
+        raise ValueError("an option that the command does not have")
+    made = TypeAdapter(kind).validate_python(saved["options"])
+    source, destination, vm = (saved[key] for key in ("source", "destination", "vm"))
+    if not all(isinstance(name, str) and name.strip() for name in (source, destination, vm)):
+        raise TypeError("a host or a VM without a name")
+    return Request(source, destination, vm, made)

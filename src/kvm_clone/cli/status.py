@@ -12,7 +12,8 @@ import typer
 
 from kvm_clone import operations
 from kvm_clone.api import Client, StagedListing
-from kvm_clone.cli import context, output
+from kvm_clone.cli import context, output, streams
+from kvm_clone.cli.words import naming
 from kvm_clone.config import Output, Settings
 from kvm_clone.errors import ExitCode, KvmCloneError, UsageError
 from kvm_clone.operations import Operation
@@ -24,10 +25,15 @@ _FOLLOW_SECONDS = 0.5
 
 def status_command(
     ctx: typer.Context,
-    operation: Annotated[str | None, typer.Argument(metavar="[ID]", help="One operation, with its log.")] = None,
+    operation: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="One operation, with its log.", callback=naming("ID"))
+    ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="With ID: go on printing until it ends.")] = False,
     host: Annotated[
-        list[str] | None, typer.Option("--host", metavar="HOST", help="Staged data there, too. May be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--host", metavar="HOST", help="Staged data there, too. May be repeated.", callback=naming("--host")
+        ),
     ] = None,
     ssh_config: context.SshConfigOption = None,
     ssh_key: context.SshKeyOption = None,
@@ -59,7 +65,9 @@ def cleanup_command(
     hosts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[HOST]...", help="By default the destinations of this machine's interrupted operations."
+            metavar="[HOST]...",
+            help="By default the destinations of this machine's interrupted operations.",
+            callback=naming("HOST"),
         ),
     ] = None,
     older_than: Annotated[
@@ -139,13 +147,16 @@ def _show_one(settings: Settings, name: str, *, follow: bool) -> None:
         for entry in one.entries[shown:]:
             print(_entry(entry), flush=True)
         shown = len(one.entries)
-        if not follow or one.state != operations.RUNNING:
+        if not follow or one.state != operations.RUNNING or not streams.has_reader():
             return
         time.sleep(_FOLLOW_SECONDS)
         one = _known(name)
 
 
 def _known(name: str) -> Operation:
+    if not operations.is_name(name):
+        text = f"{name!r} is no operation: the name of one is 12 hexadecimal digits, in lower case"
+        raise UsageError(text, subject=name, remedy="see them all: kvm-clone status")
     one = operations.read(name)
     if one is None:
         raise UsageError(f"this machine knows no operation {name}", remedy="see them all: kvm-clone status")

@@ -10,6 +10,7 @@ import typer
 from kvm_clone.api import Client, Request
 from kvm_clone.cli import context, options, output, plans
 from kvm_clone.cli.clone import run_request
+from kvm_clone.cli.words import naming
 from kvm_clone.config import Output, Settings
 from kvm_clone.errors import UsageError
 from kvm_clone.options import Quiesce, Retry, SyncOptions, Verify
@@ -17,12 +18,20 @@ from kvm_clone.options import Quiesce, Retry, SyncOptions, Verify
 
 def sync_command(
     ctx: typer.Context,
-    source: Annotated[str, typer.Argument(metavar="SRC", help=f"The host that has the VM. {options.HOST_HELP}")],
-    destination: Annotated[str, typer.Argument(metavar="DST", help="The host that has the replica, named likewise.")],
+    source: options.Source,
+    destination: Annotated[
+        str,
+        typer.Argument(metavar="DST", help="The host that has the replica, named likewise.", callback=naming("DST")),
+    ],
     vm: options.Vm,
     target_name: Annotated[
         str | None,
-        typer.Option("--target-name", metavar="NAME", help="The replica's name; by default the VM's own."),
+        typer.Option(
+            "--target-name",
+            metavar="NAME",
+            help="The replica's name; by default the VM's own.",
+            callback=naming("--target-name"),
+        ),
     ] = None,
     create: Annotated[bool, typer.Option("--create", help="Clone the VM where there is no replica yet.")] = False,
     pool: options.Pool = None,
