@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import facts
+from kvm_clone.agent import facts, qemu
 
 from .tools import KIB, MIB, make_overlay, make_qcow2, make_raw, noise
 
@@ -49,3 +49,11 @@ def test_data_in_an_image_that_rests_on_none(tmp_path: Path) -> None:
     ):
         for own in (False, True):
             assert facts.data_in(str(path), format_, None, own) == 192 * KIB
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 511, 512, 513, 1_000_001, MIB])
+def test_a_raw_disks_size_is_what_qemu_says(tmp_path: Path, size: int) -> None:
+    path = make_raw(tmp_path / "disk", size, [(0, noise(size))])
+    said = facts.disk(str(path), "raw")
+    assert said["virtual_size"] == qemu.info(str(path), "raw")["virtual-size"]
+    assert said["data"] == pytest.approx(size, abs=511)

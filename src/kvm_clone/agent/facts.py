@@ -17,6 +17,7 @@ from . import image, nbd, qemu, reflink
 from .digest import BLOCK
 from .disk import DATA, joined, thinned
 from .errors import AgentError
+from .file import disk_size
 from .process import run
 
 
@@ -56,7 +57,7 @@ def disk(path: str, image_format: str, live: bool = False) -> Dict[str, Any]:
             "group": _name(grp.getgrgid, about.st_gid),
             "allocated": about.st_blocks * 512,
             "fingerprint": fingerprint(path),
-            "virtual_size": about.st_size,
+            "virtual_size": disk_size(about.st_size),
         }
         if answer["regular"] and image_format == image.QCOW2:
             answer["image"] = qemu.info(path, image_format, live=live)
