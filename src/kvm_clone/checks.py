@@ -21,6 +21,9 @@ _MARGIN_PERCENT = 115
 _OLDEST_QEMU = (4, 2)
 """qemu-nbd with socket activation and the compress filter; qemu-img map with what we read of it."""
 
+_SUBCLUSTERS_QEMU = (5, 2)
+"""The first whose qcow2 images can hold less than a cluster: extended_l2."""
+
 _CLOCK_SECONDS = 5.0
 
 
@@ -242,6 +245,11 @@ def estimate(facts: Facts, options: Options, route: Route, disks: tuple[PlannedD
 def version(text: str) -> tuple[int, ...]:
     """A version as numbers that compare."""
     return tuple(int(part) for part in text.split(".") if part.isdecimal())
+
+
+def has_subclusters(qemu_img: str | None) -> bool:
+    """Whether that version of QEMU can make an overlay that takes no whole cluster for what is less."""
+    return version(qemu_img or "") >= _SUBCLUSTERS_QEMU
 
 
 def _replace_findings(facts: Facts, options: CloneOptions, name: str, decision: Decision) -> Iterator[Finding]:

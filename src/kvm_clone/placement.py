@@ -20,7 +20,7 @@ class PlannedDisk:
     """One disk to copy and the file it becomes; `staged` is what an interrupted attempt has of it.
 
     `base`: the replica's image that is brought up to date; the file is then an overlay on it, until it is merged, or
-    with `shares` a copy that shares its blocks and takes its place.
+    with `shares` a copy that shares its blocks and takes its place. `fine`: the overlay has subclusters of 2 KiB.
     """
 
     image: ImageFacts
@@ -28,6 +28,14 @@ class PlannedDisk:
     staged: StagedDisk | None = None
     base: ImageFacts | None = None
     shares: bool = False
+    fine: bool = False
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What `qemu-img create -o` is told of the file: as at the source, of an overlay what fits it."""
+        if self.base is None:
+            return dict(self.image.options)
+        return {"extended_l2": "on"} if self.fine else {}
 
     @property
     def format(self) -> str:

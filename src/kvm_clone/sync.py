@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from kvm_clone.agent.image import QCOW2
-from kvm_clone.checks import host_findings, source_findings, space_findings
+from kvm_clone.checks import has_subclusters, host_findings, source_findings, space_findings
 from kvm_clone.decide import SYNC, Action, Decision, unfinished
 from kvm_clone.definition import FORMATS
 from kvm_clone.domains import SHUT_OFF
@@ -210,7 +210,8 @@ def _updated(facts: Facts, image: ImageFacts, base: ImageFacts, operation: str, 
         not kept.durable or (kept.backing, kept.format) != wanted or kept.size != image.virtual_size
     ):
         kept = None  # nothing to go on with, or it says nothing of the image as it is now
-    return PlannedDisk(image, kept.final if kept else final, kept, base, shares)
+    fine = not shares and has_subclusters(facts.destination.host.qemu_img)
+    return PlannedDisk(image, kept.final if kept else final, kept, base, shares, fine)
 
 
 def _overlay(path: str, operation: str, target: str) -> str:

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from kvm_clone.agent import facts, image, journal, merge, qemu, stage, transfer
 from kvm_clone.agent.differ import Differ
 from kvm_clone.agent.errors import AgentError
-from kvm_clone.agent.process import run
 from kvm_clone.agent.stage import Stage
 from kvm_clone.agent.transfer import Job, Receiver, Sender
 
@@ -366,15 +365,18 @@ class Replica:
         staged.finish()
         return "done"
 
-    def merging(self, path: str, _base: str, _format: str) -> None:
-        """qemu-img commit, or as much of it as comes before the power is cut."""
+    def merging(self, overlay: merge.Overlay, size: int) -> None:
+        """What a merge writes, or as much of it as comes before the power is cut."""
         if self.merged < CLUSTERS:
-            with closing(image.open_for_reading(path, "qcow2")) as disk, self.base.open("r+b") as base:
+            with closing(image.open_for_reading(overlay.path, "qcow2")) as disk, self.base.open("r+b") as base:
                 base.truncate(disk.size)
                 base.write(read(disk)[: self.merged * CLUSTER])
             self.check()
             raise PowerCutError
-        run(["qemu-img", "commit", "-q", "-d", "-f", "qcow2", "--", path])
+        WRITE_DOWN(overlay, size)
+
+
+WRITE_DOWN = merge.write_down
 
 
 def _send(job: Job, out: int) -> None:
@@ -389,7 +391,7 @@ def replica(seed: int) -> Iterator[Replica]:
         patched.setattr(stage, "_LOCK_DIRECTORIES", (str(locks),))
         patched.setattr(transfer, "DURABLE_LEAST", 1)
         found = Replica(Path(directory), seed)
-        patched.setattr(qemu, "merge", found.merging)
+        patched.setattr(merge, "write_down", found.merging)
         yield found
         assert not list(locks.iterdir())
 

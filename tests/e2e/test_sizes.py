@@ -98,3 +98,24 @@ def test_an_interrupted_copy_of_one_goes_on(lab: Lab) -> None:
     result = copied(lab, "clone", "--resume")
     assert result["bytes_reused"] >= 8 * MIB
     assert seen(path) == replica(lab)
+
+
+def test_holes_smaller_than_a_block_stay_holes_in_a_sync(lab: Lab) -> None:
+    """The overlay that the sync is merged from may have nothing but whole blocks."""
+    count, apart, piece = 1000, 16 << 10, 4 << 10
+    vm = lab.vm("kc-a", NAME, ["raw:16M"], boot=False)
+    path = lab.outside("kc-a", vm.disks["vda"])
+
+    def write(byte: bytes, step: int) -> None:
+        with path.open("r+b") as file:
+            for at in range(0, count, step):
+                file.seek(at * apart)
+                file.write(byte * piece)
+
+    write(b"x", 1)
+    copied(lab, "clone")
+    there = lab.outside("kc-b", disks_of(lab, "kc-b", NAME)["vda"][0])
+    write(b"y", 4)
+    copied(lab, "sync")
+    assert seen(path) == replica(lab)
+    assert there.stat().st_blocks <= path.stat().st_blocks * 1.05

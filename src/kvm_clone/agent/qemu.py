@@ -59,20 +59,6 @@ def resize(path: str, format_: str, size: int) -> None:
     run(["qemu-img", "resize", "-q", "-f", format_, "--", path, str(size)])
 
 
-def merge(overlay: str, base: str, base_format: str) -> None:
-    """Write what the qcow2 image has into the image that it rests on, and leave it as it is. Can be repeated.
-
-    What is zero takes no room below afterwards.
-    """
-    below = _opened(base, base_format)
-    run(["qemu-img", "commit", "-q", "-d", "json:" + json.dumps({**_opened(overlay, "qcow2"), "backing": below})])
-
-
-def _opened(path: str, format_: str) -> Dict[str, Any]:
-    """How QEMU is told to open an image, without a look at what the path may stand for."""
-    return {"driver": format_, "discard": "unmap", "file": {"driver": "file", "filename": path}}
-
-
 def is_sound(path: str, format_: str) -> bool:
     """Whether the image can be opened and its metadata contradict nothing; clusters that nothing refers to are no harm.
 
@@ -126,9 +112,10 @@ def _extent(entry: Dict[str, Any]) -> Extent:
     layer = entry.get("depth", 0)
     if entry["zero"]:
         # "present" tells an explicit zero from a hole; QEMU before 6.1 does not say it.
-        return Extent(entry["start"], entry["length"], ZERO if entry.get("present") and not entry["data"] else HOLE)
+        kind = ZERO if entry.get("present") and not entry["data"] else HOLE
+        return Extent(entry["start"], entry["length"], kind, layer=layer)
     if not entry["data"]:
-        return Extent(entry["start"], entry["length"], HOLE)
+        return Extent(entry["start"], entry["length"], HOLE, layer=layer)
     return Extent(entry["start"], entry["length"], DATA, host, compressed=host is None, layer=layer)
 
 
