@@ -55,11 +55,32 @@ class ImageFacts:
 
 
 @dataclass(frozen=True)
-class Directory:
-    """A directory at the destination; `names` are its entries.
+class FilesystemAbilities:
+    """What files in a directory can be, as it was tried there; see agent/filesystem.py.
 
+    `naming`: how a file gets its final name, nothing where it cannot without replacing what is there. `largest`: bytes
+    that a file can have. `direct`: whether files can be opened past the page cache. `any_name`: whether names may hold
+    anything; `folds`: whether names that differ in case alone are one. `trouble`: why no file can be made there.
+    """
+
+    naming: str = "link"
+    owners: bool = True
+    modes: bool = True
+    sparse: bool = True
+    largest: int = (1 << 63) - 1
+    direct: bool = True
+    any_name: bool = True
+    folds: bool = False
+    trouble: str = ""
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A directory where disks or scratch may land.
+
+    `names`: its entries that begin as was asked for, `more`: there are too many such to tell them all.
     `free`: bytes, `inodes`: files that its filesystem has room for, `filesystem`: which one it is, `reflink`: whether
-    files there can share their blocks.
+    files there can share their blocks. `longest`: bytes of a name.
     """
 
     path: str
@@ -67,9 +88,16 @@ class Directory:
     writable: bool
     free: int
     names: frozenset[str] = frozenset()
+    more: bool = False
     inodes: int = 1 << 40
     filesystem: int = 0
     reflink: bool = False
+    longest: int = 255
+    abilities: FilesystemAbilities = field(default_factory=FilesystemAbilities)
+
+    def same(self, path: str) -> str:
+        """The same text for paths of one file here, whose names may differ in case."""
+        return path.casefold() if self.abilities.folds else path
 
 
 @dataclass(frozen=True)
@@ -251,7 +279,8 @@ def host_facts(name: str, answer: Mapping[str, Any]) -> HostFacts:
 
 def directory_facts(answer: Mapping[str, Any]) -> Directory:
     """From the agent's answer to `directory`."""
-    return Directory(**{**answer, "names": frozenset(answer["names"])})
+    abilities = FilesystemAbilities(**answer["abilities"])
+    return Directory(**{**answer, "names": frozenset(answer["names"]), "abilities": abilities})
 
 
 def image_facts(target: str, path: str, format_: str, answer: Mapping[str, Any]) -> ImageFacts:

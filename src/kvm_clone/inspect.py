@@ -28,6 +28,8 @@ from kvm_clone.facts import (
 )
 from kvm_clone.host import AgentCallError, Host, kill_process
 from kvm_clone.options import Options, Route, SyncOptions
+from kvm_clone.placement import stems
+from kvm_clone.running import scratch_prefix
 from kvm_clone.tasks import together
 
 
@@ -83,7 +85,8 @@ async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> Source
     paths = {posixpath.dirname(image.path) for image in images if image.path}
     paths |= {pool.path for pool in pools if pool.active and pool.type in domains.FILE_POOLS}
     reader, *directories = await together(
-        host.call("reader", domain=domain.uuid), *(host.call("directory", path=path) for path in sorted(paths))
+        host.call("reader", domain=domain.uuid),
+        *(host.call("directory", path=path, stems=[scratch_prefix(domain.uuid)]) for path in sorted(paths)),
     )
     found = {answer["path"]: directory_facts(answer) for answer in directories}
     return SourceFacts(host_facts(host.name, about), domain, xml, images, now, found, reader, version)
@@ -127,10 +130,11 @@ async def _destination(
     referred |= {f"/sys/class/net/{bridge}" for bridge in xml.bridges}
     referred |= {disk.path for disk in (*xml.media, *xml.referenced_disks) if disk.path and disk.type == "file"}
     paths, files = sorted(wanted), sorted(referred)
+    files_like = list(stems((disk.path for disk in xml.own_disks if disk.path), xml.name, name))
     about, staged, directories, present = await together(
         host.call("host"),
         host.call("staged", directories=paths, name=name),
-        together(*(host.call("directory", path=path) for path in paths)),
+        together(*(host.call("directory", path=path, stems=files_like) for path in paths)),
         together(*(host.call("exists", path=path) for path in files)),
     )
     return DestinationFacts(

@@ -12,7 +12,7 @@ from kvm_clone.facts import Facts, ImageFacts, Staged
 from kvm_clone.findings import EXISTS_CODES, LOCKED, Finding, Severity, block
 from kvm_clone.live import BackupJob
 from kvm_clone.options import CloneOptions, Options, Route, Verify
-from kvm_clone.placement import PlannedDisk, place, stage_directory
+from kvm_clone.placement import Names, PlannedDisk, place, stage_directory
 from kvm_clone.running import backup_job, live_findings, stale_checkpoints
 from kvm_clone.steps import (
     BeginBackup,
@@ -117,7 +117,8 @@ def make_plan(facts: Facts, options: CloneOptions, identity: Identity, own_opera
     name = options.name_for(facts.source.domain.name)
     decision = decide(facts, options.retry, name, own_operation)
     staged = facts.destination.staged if decision.action is Action.RESUME else None
-    disks, placing = place(facts, options, name, staged)
+    names = Names(facts.source.domain.name, name, identity.operation)
+    disks, placing = place(facts, options, names, staged)
     if decision.action in DONE_ALREADY:
         disks, placing = existing_disks(facts), ()
     findings = tuple([decision.finding] if decision.finding else [])

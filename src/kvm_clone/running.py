@@ -109,13 +109,14 @@ def _scratch(source: SourceFacts) -> tuple[dict[str, str], list[Finding]]:
             )
             findings.append(Finding("scratch-small", Severity.WARNING, image.target, text))
         free[chosen.filesystem] -= least
-        placed[image.target] = posixpath.join(chosen.path, f"{_scratch_prefix(source)}{image.target}{_SCRATCH}")
+        file = f"{scratch_prefix(source.domain.uuid)}{image.target}{_SCRATCH}"
+        placed[image.target] = posixpath.join(chosen.path, file)
     return placed, findings
 
 
-def _scratch_prefix(source: SourceFacts) -> str:
-    """One domain has one backup job at most, so that its scratch needs no other name."""
-    return f"{live.SCRATCH_MARK.lstrip('/')}{source.domain.uuid}-"
+def scratch_prefix(uuid: str) -> str:
+    """How the names of a domain's scratch begin; it has one backup job at most, and needs no other name."""
+    return f"{live.SCRATCH_MARK.lstrip('/')}{uuid}-"
 
 
 def _socket(source: SourceFacts) -> str:
@@ -128,7 +129,7 @@ def stale_files(source: SourceFacts) -> list[str]:
         posixpath.join(directory.path, name)
         for directory in source.directories.values()
         for name in sorted(directory.names)
-        if name.startswith(_scratch_prefix(source)) and name.endswith(_SCRATCH)
+        if name.startswith(scratch_prefix(source.domain.uuid)) and name.endswith(_SCRATCH)
     ]
     return [_socket(source), *scratch]
 

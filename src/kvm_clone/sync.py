@@ -20,7 +20,7 @@ from kvm_clone.domains import SHUT_OFF
 from kvm_clone.facts import Existing, Facts, ImageFacts, Staged, files_in
 from kvm_clone.findings import EXISTS, Finding, block
 from kvm_clone.options import Retry, SyncOptions, Verify
-from kvm_clone.placement import PlannedDisk, place, stage_directory
+from kvm_clone.placement import Names, PlannedDisk, place, stage_directory
 from kvm_clone.plan import (
     DONE_ALREADY,
     Identity,
@@ -179,7 +179,8 @@ def _disks(
             findings.append(block("replica-disk", image.target, text, "let --force copy it anew"))
         if base is None or reasons:
             whole.append(image)
-    placed, placing = place(facts, options, name, staged, tuple(whole))
+    names = Names(facts.source.domain.name, name, identity.operation)
+    placed, placing = place(facts, options, names, staged, tuple(whole))
     new = {disk.target: disk for disk in placed}
     disks = [
         new.get(image.target) or _updated(facts, image, bases[image.target], identity.operation, staged)
@@ -260,8 +261,12 @@ def _moved(facts: Facts, existing: Existing, fingerprint: str) -> str:
 
 
 def _is_same(image: ImageFacts, then: Mapping[str, str]) -> bool:
-    """Whether the image is in the same file, by its inode: a device's number is another one after some reboots."""
-    return image.target in then and then[image.target].split(":")[1:2] == image.fingerprint.split(":")[1:2] != []
+    """Whether the image is in the same file, by its inode: a device's number is another one after some reboots.
+
+    An inode of 0 tells nothing: see agent/filesystem.py.
+    """
+    now = image.fingerprint.split(":")[1:2]
+    return image.target in then and then[image.target].split(":")[1:2] == now and now not in ([], ["0"])
 
 
 def _steps(plan: Plan, directory: str) -> tuple[Step, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,23 @@ RUNS = st.lists(
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 99), RUNS)
 def test_any_sequence_of_runs_and_crashes(seed: int, runs: list[tuple[int, float, bool, bool]]) -> None:
-    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patched:
+    ends_well_in_the_end(seed, runs, None)
+
+
+def test_any_sequence_of_runs_and_crashes_without_hard_links(plain: Callable[..., Path]) -> None:
+    root = plain("no-links", "no-owners", "no-modes", "dense")
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.integers(0, 99), RUNS)
+    def run(seed: int, runs: list[tuple[int, float, bool, bool]]) -> None:
+        ends_well_in_the_end(seed, runs, root)
+
+    run()
+
+
+def ends_well_in_the_end(seed: int, runs: list[tuple[int, float, bool, bool]], root: Path | None) -> None:
+    """After any runs and crashes the next ones make the clone and leave nothing; in a new directory below `root`."""
+    with tempfile.TemporaryDirectory(dir=root) as directory, pytest.MonkeyPatch.context() as patched:
         locks = Path(directory) / "locks"
         locks.mkdir()
         patched.setattr(stage, "_LOCK_DIRECTORIES", (str(locks),))

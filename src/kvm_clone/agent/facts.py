@@ -11,9 +11,9 @@ import re
 import shutil
 import stat
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
-from . import image, nbd, qemu, reflink
+from . import filesystem, image, nbd, qemu, reflink
 from .digest import BLOCK
 from .disk import DATA, joined, thinned
 from .errors import AgentError
@@ -125,9 +125,13 @@ def _name(look_up: Callable[[int], Any], number: int) -> str:
 
 
 def fingerprint(path: str) -> str:
-    """Changes whenever the file may have changed: device, inode, size in bytes, mtime and ctime in nanoseconds."""
+    """Changes whenever the file may have changed: device, inode, size in bytes, mtime and ctime in nanoseconds.
+
+    The inode is 0 where its number does not last: see filesystem.lasting_inode.
+    """
     about = os.stat(path)
-    return f"{about.st_dev}:{about.st_ino}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
+    inode = filesystem.lasting_inode(about)
+    return f"{about.st_dev}:{inode}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
 
 
 def backing_files(paths: List[str]) -> List[str]:
@@ -143,30 +147,49 @@ def backing_files(paths: List[str]) -> List[str]:
     return sorted(found)
 
 
+_NAME_MAX = 255
+"""Bytes of a file's name, on every filesystem that images live on but a few that allow fewer."""
+
 _NO_DIRECTORY = {
     "exists": False,
     "writable": False,
     "free": 0,
     "names": (),
+    "more": False,
     "inodes": 0,
     "filesystem": 0,
     "reflink": False,
+    "longest": _NAME_MAX,
+    "abilities": {},
 }
 
 
-def directory(path: str) -> Dict[str, Any]:
-    """Whether the directory is there and can be written, its free bytes, the names in it, and whether files share."""
+MOST_NAMES = 4096
+"""So many of a directory's names are told; a directory may hold millions."""
+
+
+def directory(path: str, stems: Sequence[str] = ()) -> Dict[str, Any]:
+    """Whether the directory is there and can be written, its free bytes, and whether files share.
+
+    `names`: those in it that begin with one of the stems, in whatever case, MOST_NAMES at most; `more`: there are more.
+    `abilities`: see filesystem.abilities; nothing is tried where this user cannot write.
+    """
     if not os.path.isdir(path):
         return {**_NO_DIRECTORY, "path": path}
     space = os.statvfs(path)
+    names, more = filesystem.names_in(path, stems, MOST_NAMES) if stems else ([], False)
+    writable = os.access(path, os.W_OK | os.X_OK)
     return {
         "path": path,
         "exists": True,
-        "writable": os.access(path, os.W_OK | os.X_OK),
+        "writable": writable,
         "free": free(path),
         # Filesystems that make inodes as they go say that they have none.
         "inodes": space.f_favail if space.f_files else 1 << 40,
         "filesystem": os.stat(path).st_dev,
         "reflink": reflink.works_in(path),
-        "names": sorted(os.listdir(path)),
+        "names": names,
+        "more": more,
+        "longest": min(_NAME_MAX, space.f_namemax or _NAME_MAX),
+        "abilities": filesystem.abilities(path) if writable else {},
     }

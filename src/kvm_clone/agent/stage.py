@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import glob
 import grp
 import hashlib
 import os
 import pwd
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional, TypeVar, cast
+from typing import Any, Callable, Dict, List, Optional, Tuple, TypeVar, cast
 
-from . import facts, image, journal, merge, qemu, reflink
+from . import facts, filesystem, image, journal, merge, qemu, reflink
 from .errors import EXISTS, IN_USE, IO, LOCKED, MISSING, UNSUPPORTED, AgentError, from_exception
 from .lock import ImageLock, OperationLock, holder_of, is_written
 
@@ -24,6 +23,9 @@ _Step = TypeVar("_Step", bound=Callable[..., Any])
 
 _PAST_COMMIT = (journal.COMMITTED, journal.MERGING, journal.MERGED)
 """What is journalled when libvirt is known to have the definition."""
+
+MOST_JOURNALS = 1000
+"""So many journals of one directory are told."""
 
 _LINGERING = 10.0
 """Seconds that a receiver may take to notice that its controller was killed."""
@@ -152,9 +154,7 @@ class Stage:
         """
         if disk.is_published:
             self._append(journal.RETRACT, disk=disk.disk)
-            if not os.path.lexists(disk.part):
-                os.link(disk.final, disk.part)
-            os.unlink(disk.final)
+            filesystem.give_name(disk.final, disk.part)
             journal.make_durable(os.path.dirname(disk.final))
 
     def _append(self, record: str, /, **fields: Any) -> None:
@@ -215,8 +215,7 @@ class Stage:
         part = self.part_path(disk, final)
         try:
             self._append(journal.PUBLISH, disk=disk, part=part, final=final, identity=_identity(part))
-            os.link(part, final)  # unlike rename, never replaces what is there
-            os.unlink(part)
+            filesystem.give_name(part, final)
             journal.make_durable(os.path.dirname(final))
         except OSError as error:
             raise from_exception(error, f"giving {part} its final name {final}") from error
@@ -395,10 +394,23 @@ def staged(directories: List[str], name: Optional[str] = None) -> List[Dict[str,
     """The interrupted and running operations whose journals lie in these directories; all, or those on one VM."""
     found: List[Dict[str, Any]] = []
     for directory in sorted(set(directories)):
-        paths = glob.glob(os.path.join(glob.escape(directory), ".kvm-clone-*.journal"))
-        wanted = [path for path in paths if name is None or path == journal_path(directory, name)]
-        found += [_summary(directory, path) for path in sorted(wanted)]
+        paths, error = _journals(directory) if name is None else ([journal_path(directory, name)], "")
+        found += [_summary(directory, path) for path in paths if os.path.lexists(path)]
+        if error:
+            found.append({"directory": directory, "path": directory, "error": error})
     return found
+
+
+def _journals(directory: str) -> Tuple[List[str], str]:
+    """The paths of the journals in the directory, and why they may not be all."""
+    try:
+        names, more = filesystem.names_in(directory, [".kvm-clone-"], MOST_JOURNALS, ".journal")
+    except (FileNotFoundError, NotADirectoryError):
+        return [], ""
+    except OSError as error:
+        return [], str(error.strerror)
+    left_out = f"it has more than {MOST_JOURNALS} journals, of which the others were not looked at" if more else ""
+    return [os.path.join(directory, name) for name in names], left_out
 
 
 def _summary(directory: str, path: str) -> Dict[str, Any]:
@@ -531,7 +543,7 @@ def _identity(path: str) -> str:
     Not the device, whose number is another one after some reboots.
     """
     about = os.lstat(path)
-    return f"{about.st_ino}:{about.st_size}:{about.st_mtime_ns}"
+    return f"{filesystem.lasting_inode(about)}:{about.st_size}:{about.st_mtime_ns}"
 
 
 def _has_identity(path: str, identity: str) -> bool:
@@ -573,9 +585,7 @@ def _check_below(overlays: List[merge.Overlay], disks: Dict[str, DiskState]) -> 
 
 def _own(path: str, spec: Dict[str, Any]) -> None:
     """Mode and owner as at the source, as far as this host has the owner and we may give files away."""
-    os.chmod(path, spec["mode"])
-    if os.geteuid() == 0:
-        os.chown(path, _id_of(pwd.getpwnam, spec["user"]), _id_of(grp.getgrnam, spec["group"]))
+    filesystem.own(path, spec["mode"], _id_of(pwd.getpwnam, spec["user"]), _id_of(grp.getgrnam, spec["group"]))
 
 
 def _id_of(look_up: Any, name: str) -> int:
