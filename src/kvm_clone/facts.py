@@ -28,8 +28,9 @@ class HostFacts:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """One disk's image file. Sizes in bytes; `data` is how much of it has to be sent.
+    """One disk's image file. Sizes in bytes; `data` is how much of it has to be sent, a guess while a VM writes it.
 
+    `stored`: what a fresh copy of it takes where that is less, since clusters that are compressed stay so; else 0.
     `error` says why nothing is known; `in_use` that another process writes it.
     """
 
@@ -52,6 +53,12 @@ class ImageFacts:
     corrupt: bool = False
     snapshots: tuple[str, ...] = ()
     options: tuple[tuple[str, str], ...] = ()
+    stored: int = 0
+
+    @property
+    def fresh(self) -> int:
+        """Bytes that a fresh copy of it takes."""
+        return self.stored or self.data
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,10 @@ class Existing:
 
 @dataclass(frozen=True)
 class StagedDisk:
-    """One disk of an interrupted attempt; sizes in bytes, `durable` the byte before which all content is durable."""
+    """One disk of an interrupted attempt; sizes in bytes, `durable` the byte before which all content is durable.
+
+    `data`: how much content the file has of its own.
+    """
 
     part: str
     final: str
@@ -171,6 +181,7 @@ class StagedDisk:
     durable: int
     allocated: int
     backing: str = ""
+    data: int = 0
 
 
 @dataclass(frozen=True)
@@ -307,6 +318,7 @@ def image_facts(target: str, path: str, format_: str, answer: Mapping[str, Any])
         corrupt=bool(specific.get("corrupt", False)),
         snapshots=tuple(snapshot["name"] for snapshot in image.get("snapshots", [])),
         options=tuple(sorted(_options(image, specific).items())),
+        stored=answer["stored"],
     )
 
 

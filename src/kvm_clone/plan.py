@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from dataclasses import dataclass, replace
 
-from kvm_clone.checks import destination_findings, estimate, source_findings, space_findings
+from kvm_clone.checks import destination_findings, estimate, source_findings
 from kvm_clone.decide import Action, Decision, decide
 from kvm_clone.errors import DomainExistsError, KvmCloneError, LockedError, RefusedError
 from kvm_clone.facts import Facts, ImageFacts, Staged
@@ -37,6 +37,7 @@ from kvm_clone.steps import (
     TakeUpCommitted,
     VerifyExisting,
 )
+from kvm_clone.storage import storage_findings
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def make_plan(facts: Facts, options: CloneOptions, identity: Identity, own_opera
     if decision.action not in DONE_ALREADY:
         findings += (*source_findings(facts.source), *live_findings(facts.source, options, own_operation))
         findings += (*destination_findings(facts, options, name, decision), *placing)
-        findings += tuple(space_findings(facts.destination, disks)) if not decision.remove_first else ()
+        findings += tuple(storage_findings(facts, disks, room=not decision.remove_first))
         findings += (*route_findings(facts, options), *estimate(facts, options, route, disks))
     if staged is not None:
         identity = replace(identity, operation=staged.operation)

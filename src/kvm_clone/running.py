@@ -93,8 +93,8 @@ def _scratch(source: SourceFacts) -> tuple[dict[str, str], list[Finding]]:
     placed: dict[str, str] = {}
     findings: list[Finding] = []
     for image in source.images:
-        least = max(_LEAST_SCRATCH, image.allocated * _LEAST_SCRATCH_PERCENT // 100)
-        chosen = _roomiest(usable, free, posixpath.dirname(image.path), max(image.allocated, least))
+        least = max(_LEAST_SCRATCH, image.data * _LEAST_SCRATCH_PERCENT // 100)
+        chosen = _roomiest(usable, free, posixpath.dirname(image.path), max(image.data, least))
         if chosen is None or free[chosen.filesystem] < least:
             text = (
                 f"There is no room on {source.host.name} for what the guest writes to {image.target} while it is "
@@ -102,7 +102,7 @@ def _scratch(source: SourceFacts) -> tuple[dict[str, str], list[Finding]]:
             )
             findings.append(block("scratch", image.target, text, "make room there, or shut the VM down"))
             continue
-        if free[chosen.filesystem] < image.allocated:
+        if free[chosen.filesystem] < image.data:
             text = (
                 f"{chosen.path} on {source.host.name} has {format_bytes(free[chosen.filesystem])} for what the guest "
                 f"writes to {image.target} while it is copied; should that not do, the copy is ended before it hurts."

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from kvm_clone.agent.image import QCOW2
-from kvm_clone.checks import has_subclusters, host_findings, source_findings, space_findings
+from kvm_clone.checks import has_subclusters, host_findings, source_findings
 from kvm_clone.decide import SYNC, Action, Decision, unfinished
 from kvm_clone.definition import FORMATS
 from kvm_clone.domains import SHUT_OFF
@@ -46,6 +46,7 @@ from kvm_clone.steps import (
     StopDomain,
     VerifyExisting,
 )
+from kvm_clone.storage import storage_findings
 from kvm_clone.units import format_bytes
 
 
@@ -68,7 +69,7 @@ def make_sync_plan(facts: Facts, options: SyncOptions, identity: Identity, own_o
     found = [*([decision.finding] if decision.finding else [])]
     if decision.action in (Action.SYNC, Action.RESUME, Action.STOP, Action.STOP_REPLICA):
         found += [*source_findings(facts.source), *live_findings(facts.source, options, own_operation)]
-        found += [*host_findings(facts, name), *space_findings(facts.destination, disks)]
+        found += [*host_findings(facts, name), *storage_findings(facts, disks)]
         found += findings if decision.action is not Action.STOP else []
         found += route_findings(facts, options)
     since, hint = _since(facts, name)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from cases import IDENTITY, IMAGES, Case, disk_xml, images, options
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvm_clone.facts import FilesystemAbilities, ImageFacts
@@ -45,6 +45,7 @@ def test_file_name_where_names_are_not_what_they_are_elsewhere(
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1, max_size=120)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     paths=st.lists(
         st.builds("/data/{}{}".format, NAMES, st.sampled_from(["", ".raw", ".tar.gz", "." + "y" * 30])),

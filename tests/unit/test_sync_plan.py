@@ -416,7 +416,7 @@ COMPLAINTS: dict[str, tuple[str, Case, dict[str, Any]]] = {
     "an old libvirt": ("libvirt-old", Case(**{**running(), "source": {**running()["source"], "libvirt": 1}}), {}),
     "no room": (
         "space",
-        Case(image={"allocated": GIB}, directories=(Directory(IMAGES, True, True, free=GIB),)),
+        Case(image={"data": GIB}, directories=(Directory(IMAGES, True, True, free=2 * GIB),)),
         {},
     ),
     "no kernel": ("boot-file-missing", Case(os="<kernel>/boot/vmlinuz</kernel>"), {}),
@@ -440,9 +440,9 @@ def test_every_finding_is_reported_at_once() -> None:
 
 
 def test_room_is_needed_for_what_the_replica_may_grow_by() -> None:
-    tight = (Directory(IMAGES, True, True, free=GIB),)
-    given = Case(image={"allocated": GIB}, directories=tight)
-    grown = replica(given.facts(), replace(REPLICA_IMAGE, allocated=GIB // 2))
+    tight = (Directory(IMAGES, True, True, free=2 * GIB),)
+    given = Case(image={"data": GIB}, directories=tight)
+    grown = replica(given.facts(), replace(REPLICA_IMAGE, data=GIB // 2))
     assert replace(given, existing=grown).sync().refusal() is None
 
 

@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from . import filesystem, image, nbd, qemu, reflink
 from .digest import BLOCK
@@ -44,7 +44,8 @@ def _version(program: str) -> Optional[str]:
 def disk(path: str, image_format: str, live: bool = False) -> Dict[str, Any]:
     """What is known of an image file. `error` is there instead when it cannot be known.
 
-    `live`: a VM may be writing it; `data` is then a guess, what the file takes.
+    `data`: how much of it is not known to be zero; a guess with `live`, when a VM may be writing it. `stored`: what a
+    fresh copy takes where that is less, for clusters that stay compressed; else 0.
     """
     try:
         about = os.stat(path)
@@ -62,8 +63,10 @@ def disk(path: str, image_format: str, live: bool = False) -> Dict[str, Any]:
         if answer["regular"] and image_format == image.QCOW2:
             answer["image"] = qemu.info(path, image_format, live=live)
             answer["virtual_size"] = answer["image"]["virtual-size"]
-        known = answer["regular"] and not live and _alone(answer.get("image", {}))
-        answer["data"] = data_in(path, image_format) if known else answer["allocated"] if live else 0
+        known = answer["regular"] and _alone(answer.get("image", {}))
+        answer["data"], answer["stored"] = (
+            _content(path, image_format, answer["virtual_size"], live) if known else (0, 0)
+        )
     except (OSError, AgentError) as error:
         return {"path": path, "error": getattr(error, "strerror", None) or str(error)}
     return answer
@@ -73,6 +76,42 @@ def _alone(image_info: Dict[str, Any]) -> bool:
     """Whether the image can be mapped by itself; the plan refuses others by name, so that nobody needs their map."""
     specific = image_info.get("format-specific", {}).get("data", {})
     return not (image_info.get("backing-filename") or image_info.get("encrypted") or specific.get("data-file"))
+
+
+def _content(path: str, image_format: str, size: int, live: bool) -> Tuple[int, int]:
+    """`data` and `stored` of `disk`."""
+    if live:
+        return _guessed(path, image_format, size), 0
+    data = kept = 0
+    opened = image.open_for_reading(path, image_format)
+    try:
+        for extent in opened.extents():
+            data += extent.length if extent.kind == DATA else 0
+            kept += extent.length if extent.compressed else 0
+    finally:
+        opened.close()
+    # How large a compressed cluster is nobody says; all of them are in the file, with the others.
+    stored = data_in(path, image.RAW) if kept else data
+    return data, stored if stored < data else 0
+
+
+def _guessed(path: str, image_format: str, size: int) -> int:
+    """The image's content while a VM writes it: by its tables as they are just now, else by what the file holds."""
+    if image_format == image.QCOW2:
+        try:
+            found = qemu.map_extents(path, image_format, 0, size, shared=True)
+            return sum(extent.length for extent in found if extent.kind == DATA)
+        except AgentError:  # torn in the midst of a change
+            pass
+    return data_in(path, image.RAW)
+
+
+def data_held(path: str, image_format: str) -> int:
+    """How many bytes of content the staged image has of its own; 0 where it cannot be told, as while it is written."""
+    try:
+        return data_in(path, image_format, own=True)
+    except (AgentError, OSError):
+        return 0
 
 
 def data_in(path: str, image_format: str, ranges: Optional[List[List[int]]] = None, own: bool = False) -> int:

@@ -84,13 +84,23 @@ _CHECK_FAILED, _CHECK_CORRUPT = 1, 2
 """Exit statuses of qemu-img check."""
 
 
-def map_extents(path: str, format_: str, start_at: int, end: int) -> Iterator[Extent]:
+def map_extents(path: str, format_: str, start_at: int, end: int, *, shared: bool = False) -> Iterator[Extent]:
     """The image's extents, read from `qemu-img map` as it prints them, so that memory stays flat.
+
+    `shared`: also of an image that a VM is writing, as its tables are just now. Raises AgentError.
 
     A data extent without a host offset does not lie in the file as the guest sees it: it is compressed, since
     encrypted images and external data files are refused before.
     """
-    argv = ["qemu-img", "map", "--output=json", "-f", format_, f"--start-offset={start_at}"]
+    argv = [
+        "qemu-img",
+        "map",
+        *(["--force-share"] if shared else []),
+        "--output=json",
+        "-f",
+        format_,
+        f"--start-offset={start_at}",
+    ]
     argv += [f"--max-length={end - start_at}", "--", path]
     child = start(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout is not None

@@ -349,17 +349,19 @@ class DiskState:
         return about.st_size == self.size if self.format == image.RAW else qemu.is_sound(self.path, self.format)
 
     def as_dict(self) -> Dict[str, Any]:
-        """The form that crosses the wire, with the bytes that the file takes."""
+        """The form that crosses the wire, with the bytes that the file takes, and those of content that it has."""
         try:
             about: Optional[os.stat_result] = os.stat(self.path)
         except FileNotFoundError:
             about = None
+        durable = self.durable if self.durable and about and self._is_whole(about) else 0
         return {
             "part": self.part,
             "final": self.final,
             "size": self.size,
             "format": self.format,
-            "durable": self.durable if self.durable and about and self._is_whole(about) else 0,
+            "durable": durable,
+            "data": facts.data_held(self.path, self.format) if durable else 0,
             "allocated": about.st_blocks * 512 if about else 0,
             "backing": self.backing.get("path", ""),
         }
