@@ -86,7 +86,10 @@ async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> Source
     paths |= {pool.path for pool in pools if pool.active and pool.type in domains.FILE_POOLS}
     reader, *directories = await together(
         host.call("reader", domain=domain.uuid),
-        *(host.call("directory", path=path, stems=[scratch_prefix(domain.uuid)]) for path in sorted(paths)),
+        *(
+            host.call("directory", path=path, stems=[scratch_prefix(domain.uuid)], tried=False)
+            for path in sorted(paths)
+        ),
     )
     found = {answer["path"]: directory_facts(answer) for answer in directories}
     return SourceFacts(host_facts(host.name, about), domain, xml, images, now, found, reader, version)

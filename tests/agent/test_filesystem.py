@@ -264,9 +264,26 @@ def test_a_directory_tells_only_the_names_that_were_asked_for(tmp_path: Path) ->
 def test_nothing_is_tried_where_this_user_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []
     monkeypatch.setattr(filesystem, "abilities", tried.append)
+    assert facts.directory(str(tmp_path), tried=False)["abilities"] == {}
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert facts.directory(str(tmp_path))["abilities"] == {}
     assert tried == []
+
+
+def test_any_name_may_be_in_a_directory_that_cannot_be_read(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        lacking("it takes root to be somebody else")
+    directory = tmp_path / "there"
+    directory.mkdir(mode=0o711)
+    (directory / "web.qcow2").touch()
+    for one in (tmp_path, *tmp_path.parents[:-2]):
+        one.chmod(one.stat().st_mode | 0o011)
+    os.seteuid(65534)
+    try:
+        told = facts.directory(str(directory), ["web"])
+    finally:
+        os.seteuid(0)
+    assert (told["names"], told["more"]) == ([], True)
 
 
 # What a killed process leaves.

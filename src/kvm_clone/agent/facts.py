@@ -207,16 +207,17 @@ MOST_NAMES = 4096
 """So many of a directory's names are told; a directory may hold millions."""
 
 
-def directory(path: str, stems: Sequence[str] = ()) -> Dict[str, Any]:
+def directory(path: str, stems: Sequence[str] = (), tried: bool = True) -> Dict[str, Any]:
     """Whether the directory is there and can be written, its free bytes, and whether files share.
 
     `names`: those in it that begin with one of the stems, in whatever case, MOST_NAMES at most; `more`: there are more.
-    `abilities`: see filesystem.abilities; nothing is tried where this user cannot write.
+    `abilities`: see filesystem.abilities; nothing is tried where this user cannot write, nor without `tried`, since a
+    few filesystems can be tried only with files that have names.
     """
     if not os.path.isdir(path):
         return {**_NO_DIRECTORY, "path": path}
     space = os.statvfs(path)
-    names, more = filesystem.names_in(path, stems, MOST_NAMES) if stems else ([], False)
+    names, more = _names(path, stems) if stems else ([], False)
     writable = os.access(path, os.W_OK | os.X_OK)
     return {
         "path": path,
@@ -230,5 +231,13 @@ def directory(path: str, stems: Sequence[str] = ()) -> Dict[str, Any]:
         "names": names,
         "more": more,
         "longest": min(_NAME_MAX, space.f_namemax or _NAME_MAX),
-        "abilities": filesystem.abilities(path) if writable else {},
+        "abilities": filesystem.abilities(path) if writable and tried else {},
     }
+
+
+def _names(path: str, stems: Sequence[str]) -> Tuple[List[str], bool]:
+    """`names` and `more` of `directory`; any name may be in one that this user can write and not read."""
+    try:
+        return filesystem.names_in(path, stems, MOST_NAMES)
+    except PermissionError:
+        return [], True
