@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import posixpath
 import re
 from collections.abc import Iterator
 
 from kvm_clone import definition, domains
 from kvm_clone.cpu import cpu_findings
 from kvm_clone.decide import Decision
-from kvm_clone.facts import DestinationFacts, Directory, Facts, ImageFacts, SourceFacts
+from kvm_clone.facts import DestinationFacts, Facts, ImageFacts, SourceFacts
 from kvm_clone.findings import Finding, Severity, block
 from kvm_clone.identity_checks import kept_findings
 from kvm_clone.options import CloneOptions, Options, Route
@@ -18,11 +17,11 @@ from kvm_clone.reference_checks import reference_findings
 from kvm_clone.units import format_bytes, format_duration, format_rate
 from kvm_clone.xmlspan import is_xml
 
-_MARGIN_PERCENT = 115
-"""Of what is to be written, that must be free: metadata, and what others write meanwhile."""
-
 _OLDEST_QEMU = (4, 2)
 """qemu-nbd with socket activation and the compress filter; qemu-img map with what we read of it."""
+
+_SUBCLUSTERS_QEMU = (5, 2)
+"""The first whose qcow2 images can hold less than a cluster: extended_l2."""
 
 _CLOCK_SECONDS = 5.0
 
@@ -191,43 +190,6 @@ def _clock_findings(facts: Facts) -> Iterator[Finding]:
         yield Finding("qemu-older", Severity.INFO, destination.name, text)
 
 
-def space_findings(destination: DestinationFacts, disks: tuple[PlannedDisk, ...]) -> Iterator[Finding]:
-    """Room for what is still to be written and 15 % more, on every filesystem where disks land."""
-    host = destination.host.name
-    needed: dict[int, int] = {}
-    files: dict[int, int] = {}
-    where: dict[int, Directory] = {}
-    for disk in disks:
-        directory = destination.directories.get(posixpath.dirname(disk.final))
-        if directory is not None:
-            needed[directory.filesystem] = needed.get(directory.filesystem, 0) + _to_write(disk)
-            files[directory.filesystem] = files.get(directory.filesystem, 0) + 1
-            where[directory.filesystem] = directory
-    for filesystem, directory in where.items():
-        wanted = needed[filesystem] * _MARGIN_PERCENT // 100
-        if wanted > directory.free:
-            free = format_bytes(directory.free)
-            text = f"{directory.path} on {host} has {free} free, {format_bytes(wanted)} are needed."
-            yield block("space", directory.path, text, "make room, or name another pool with --pool")
-        if files[filesystem] + 1 > directory.inodes:
-            more = files[filesystem] + 1
-            text = f"The filesystem of {directory.path} on {host} has no room for {more} more files."
-            yield block("inodes", directory.path, text, "remove files there, or name another pool with --pool")
-
-
-def _to_write(disk: PlannedDisk) -> int:
-    """Bytes that the disk will take beyond what is there.
-
-    Of a replica what its image may grow by: how much has changed is not known yet. What is gone on with is stored
-    uncompressed, also where the source's image is compressed.
-    """
-    if disk.base is not None:
-        return max(0, disk.image.allocated - disk.base.allocated)
-    if disk.staged is None:
-        return disk.image.allocated
-    return max(0, disk.image.allocated - disk.staged.allocated, disk.image.data - disk.staged.durable)
-
-
 def estimate(facts: Facts, options: Options, route: Route, disks: tuple[PlannedDisk, ...]) -> Iterator[Finding]:
     """How long the copy should take, by what was measured on the route and the limit that was asked for."""
     rates = [rate for rate in (facts.route.rate, options.bandwidth_limit) if rate]
@@ -244,6 +206,11 @@ def estimate(facts: Facts, options: Options, route: Route, disks: tuple[PlannedD
 def version(text: str) -> tuple[int, ...]:
     """A version as numbers that compare."""
     return tuple(int(part) for part in text.split(".") if part.isdecimal())
+
+
+def has_subclusters(qemu_img: str | None) -> bool:
+    """Whether that version of QEMU can make an overlay that takes no whole cluster for what is less."""
+    return version(qemu_img or "") >= _SUBCLUSTERS_QEMU
 
 
 def _replace_findings(facts: Facts, options: CloneOptions, name: str, decision: Decision) -> Iterator[Finding]:

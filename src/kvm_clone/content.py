@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from kvm_clone import transport
+from kvm_clone import room, transport
 from kvm_clone.agent import records
 from kvm_clone.comparison import Ranges, Side, aligned, common, differing, total, union
 from kvm_clone.errors import VerificationError
@@ -132,10 +132,19 @@ class Content:
         """
         started = time.monotonic()
         work = await self._each(disks, self._work)
+        await self._check_room(work)
         await self._send([one for one in work if one.ranges is None or one.ranges])
         self.totals.copy_seconds = time.monotonic() - started
         for disk, _ in disks:
             await self._note(records.COPIED, disk=disk.target, bytes=disk.image.data)
+
+    async def _check_room(self, work: Sequence[Work]) -> None:
+        updates = [
+            room.Update(one.disk, (one.origin.path, one.origin.format), one.part, one.ranges)
+            for one in work
+            if one.disk.base is not None and one.ranges
+        ]
+        await room.check(self.source, self.destination, updates)
 
     async def _work(self, disk: PlannedDisk, part: str) -> Work:
         """What is left to do for one disk."""

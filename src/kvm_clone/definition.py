@@ -29,7 +29,7 @@ class DiskXml:
     """One <disk>. `path` is its file or device, describes a source that is neither, or is None for no source.
 
     `backing`: path and format of the image that it rests on, if the definition names one. `storage` names what makes
-    it more than a plain image, among the keys of _REFUSED_STORAGE.
+    it more than a plain image, among the keys of _REFUSED_STORAGE. `direct`: QEMU opens it past the page cache.
     """
 
     target: str
@@ -45,6 +45,7 @@ class DiskXml:
     backing: tuple[str, str] | None = None
     encrypted: bool = False
     storage: tuple[str, ...] = ()
+    direct: bool = False
 
     @property
     def format(self) -> str:
@@ -322,12 +323,13 @@ def _disk(disk: Node) -> DiskXml:
     source = disk.find("source")
     parts = flags | set(source.attributes) | {child.tag for child in source.children} if source else flags
     kind = disk.attributes.get("type", "file")
+    driver = disk.find_attributes("driver")
     return DiskXml(
         target=target.get("dev", ""),
         bus=target.get("bus"),
         device=disk.attributes.get("device", "disk"),
         type=kind,
-        driver_format=disk.find_attributes("driver").get("type"),
+        driver_format=driver.get("type"),
         path=_path(kind, disk),
         readonly="readonly" in flags,
         shareable="shareable" in flags,
@@ -336,6 +338,7 @@ def _disk(disk: Node) -> DiskXml:
         backing=_backing(disk),
         encrypted=any(node.tag == "encryption" for node in disk.walk()),
         storage=tuple(name for name in _REFUSED_STORAGE if name in parts),
+        direct=driver.get("cache") in ("none", "directsync") or driver.get("io") == "native",
     )
 
 

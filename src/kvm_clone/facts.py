@@ -33,8 +33,9 @@ class HostFacts:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """One disk's image file. Sizes in bytes; `data` is how much of it has to be sent.
+    """One disk's image file. Sizes in bytes; `data` is how much of it has to be sent, a guess while a VM writes it.
 
+    `stored`: what a fresh copy of it takes where that is less, since clusters that are compressed stay so; else 0.
     `error` says why nothing is known; `in_use` that another process writes it.
     """
 
@@ -57,14 +58,41 @@ class ImageFacts:
     corrupt: bool = False
     snapshots: tuple[str, ...] = ()
     options: tuple[tuple[str, str], ...] = ()
+    stored: int = 0
+
+    @property
+    def fresh(self) -> int:
+        """Bytes that a fresh copy of it takes."""
+        return self.stored or self.data
+
+
+@dataclass(frozen=True)
+class FilesystemAbilities:
+    """What files in a directory can be, as it was tried there; see agent/filesystem.py.
+
+    `naming`: how a file gets its final name, nothing where it cannot without replacing what is there. `largest`: bytes
+    that a file can have. `direct`: whether files can be opened past the page cache. `any_name`: whether names may hold
+    anything; `folds`: whether names that differ in case alone are one. `trouble`: why no file can be made there.
+    """
+
+    naming: str = "link"
+    owners: bool = True
+    modes: bool = True
+    sparse: bool = True
+    largest: int = (1 << 63) - 1
+    direct: bool = True
+    any_name: bool = True
+    folds: bool = False
+    trouble: str = ""
 
 
 @dataclass(frozen=True)
 class Directory:
-    """A directory at the destination; `names` are its entries.
+    """A directory where disks or scratch may land.
 
+    `names`: its entries that begin as was asked for, `more`: there are too many such to tell them all.
     `free`: bytes, `inodes`: files that its filesystem has room for, `filesystem`: which one it is, `reflink`: whether
-    files there can share their blocks.
+    files there can share their blocks. `longest`: bytes of a name.
     """
 
     path: str
@@ -72,9 +100,16 @@ class Directory:
     writable: bool
     free: int
     names: frozenset[str] = frozenset()
+    more: bool = False
     inodes: int = 1 << 40
     filesystem: int = 0
     reflink: bool = False
+    longest: int = 255
+    abilities: FilesystemAbilities = field(default_factory=FilesystemAbilities)
+
+    def same(self, path: str) -> str:
+        """The same text for paths of one file here, whose names may differ in case."""
+        return path.casefold() if self.abilities.folds else path
 
 
 @dataclass(frozen=True)
@@ -167,7 +202,10 @@ class Existing:
 
 @dataclass(frozen=True)
 class StagedDisk:
-    """One disk of an interrupted attempt; sizes in bytes, `durable` the byte before which all content is durable."""
+    """One disk of an interrupted attempt; sizes in bytes, `durable` the byte before which all content is durable.
+
+    `data`: how much content the file has of its own.
+    """
 
     part: str
     final: str
@@ -176,6 +214,7 @@ class StagedDisk:
     durable: int
     allocated: int
     backing: str = ""
+    data: int = 0
 
 
 @dataclass(frozen=True)
@@ -289,7 +328,8 @@ def host_facts(name: str, answer: Mapping[str, Any], uuid: str = "") -> HostFact
 
 def directory_facts(answer: Mapping[str, Any]) -> Directory:
     """From the agent's answer to `directory`."""
-    return Directory(**{**answer, "names": frozenset(answer["names"])})
+    abilities = FilesystemAbilities(**answer["abilities"])
+    return Directory(**{**answer, "names": frozenset(answer["names"]), "abilities": abilities})
 
 
 def image_facts(target: str, path: str, format_: str, answer: Mapping[str, Any]) -> ImageFacts:
@@ -316,6 +356,7 @@ def image_facts(target: str, path: str, format_: str, answer: Mapping[str, Any])
         corrupt=bool(specific.get("corrupt", False)),
         snapshots=tuple(snapshot["name"] for snapshot in image.get("snapshots", [])),
         options=tuple(sorted(_options(image, specific).items())),
+        stored=answer["stored"],
     )
 
 

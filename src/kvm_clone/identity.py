@@ -49,8 +49,10 @@ def same_file(ours: str, theirs: str, *, one_host: bool) -> bool:
     """
     if not ours or not theirs:
         return False
-    if one_host:
+    if one_host and fingerprint.file_id(ours)[1:] != ("0",):  # an inode of 0 tells nothing
         return fingerprint.file_id(ours) == fingerprint.file_id(theirs)
+    if one_host:
+        return ours == theirs
     return fingerprint.whole(ours) == fingerprint.whole(theirs)
 
 

@@ -32,7 +32,9 @@ from kvm_clone.facts import (
 from kvm_clone.host import AgentCallError, Host, kill_process
 from kvm_clone.options import Options, Route, SyncOptions
 from kvm_clone.outputs import read_past_noise
+from kvm_clone.placement import stems
 from kvm_clone.references import Role, references
+from kvm_clone.running import scratch_prefix
 from kvm_clone.tasks import together
 
 
@@ -116,7 +118,11 @@ async def _running(host: Host, connection: libvirt.virConnect, facts: SourceFact
     paths = {posixpath.dirname(image.path) for image in images if image.path}
     paths |= {pool.path for pool in pools if pool.active and pool.type in domains.FILE_POOLS}
     reader, *directories = await together(
-        host.call("reader", domain=facts.domain.uuid), *(host.call("directory", path=path) for path in sorted(paths))
+        host.call("reader", domain=facts.domain.uuid),
+        *(
+            host.call("directory", path=path, stems=[scratch_prefix(facts.domain.uuid)], tried=False)
+            for path in sorted(paths)
+        ),
     )
     found = {answer["path"]: directory_facts(answer) for answer in directories}
     return replace(facts, live=now, directories=found, reader=reader, libvirt=version)
@@ -162,10 +168,11 @@ async def _destination(
     referred |= {disk.path for disk in (*xml.media, *xml.referenced_disks) if disk.path and disk.type == "file"}
     addresses = {one.value for one in source.references if one.role is Role.ADDRESS}
     paths = sorted(wanted)
+    files_like = list(stems((disk.path for disk in xml.own_disks if disk.path), xml.name, name))
     about, staged, directories, found, resources = await together(
         host.call("host"),
         host.call("staged", directories=paths, name=name),
-        together(*(host.call("directory", path=path) for path in paths)),
+        together(*(host.call("directory", path=path, stems=files_like) for path in paths)),
         host.call("look", paths=sorted(referred)),
         host.call("resources", addresses=sorted(addresses)),
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import posixpath
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvm_clone import domains
@@ -11,8 +13,12 @@ from kvm_clone.facts import DestinationFacts, Directory, Facts, ImageFacts, Stag
 from kvm_clone.findings import Finding, block
 from kvm_clone.options import Options
 
-_NAME_MAX = 255
-"""Bytes in a file's name, on every filesystem that images live on."""
+_ASKED = 64
+"""Bytes of a name that its ending leaves of the stem, also where names end at 128 bytes: it has an extension, and
+perhaps a target's and an operation's name."""
+
+_UNPORTABLE = re.compile(r'[:*?"<>|\\\x00-\x1f]|[ .]$')
+"""What FAT and its kin take in no name, or drop from it."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class PlannedDisk:
     """One disk to copy and the file it becomes; `staged` is what an interrupted attempt has of it.
 
     `base`: the replica's image that is brought up to date; the file is then an overlay on it, until it is merged, or
-    with `shares` a copy that shares its blocks and takes its place.
+    with `shares` a copy that shares its blocks and takes its place. `fine`: the overlay has subclusters of 2 KiB.
     """
 
     image: ImageFacts
@@ -28,6 +34,14 @@ class PlannedDisk:
     staged: StagedDisk | None = None
     base: ImageFacts | None = None
     shares: bool = False
+    fine: bool = False
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What `qemu-img create -o` is told of the file: as at the source, of an overlay what fits it."""
+        if self.base is None:
+            return dict(self.image.options)
+        return {"extended_l2": "on"} if self.fine else {}
 
     @property
     def format(self) -> str:
@@ -47,8 +61,17 @@ class PlannedDisk:
         return self.image.target
 
 
+@dataclass(frozen=True)
+class Names:
+    """What new names are made from: the VM's at the source and at the destination, and the operation's."""
+
+    old: str
+    new: str
+    operation: str
+
+
 def place(
-    facts: Facts, options: Options, name: str, staged: Staged | None, images: tuple[ImageFacts, ...] | None = None
+    facts: Facts, options: Options, names: Names, staged: Staged | None, images: tuple[ImageFacts, ...] | None = None
 ) -> tuple[tuple[PlannedDisk, ...], tuple[Finding, ...]]:
     """Where each disk goes: a directory, and in it a name that nothing has; or where an interrupted attempt put it.
 
@@ -68,7 +91,7 @@ def place(
             findings.append(finding)
         if directory is not None:
             others = taken | facts.destination.paths_in_use
-            path = kept.final if kept else _free_path(directory, image, facts.source.domain.name, name, others)
+            path = kept.final if kept else _free_path(directory, image, names, others)
             taken.add(path)
             placed.append(PlannedDisk(image, path))
     return tuple(placed), tuple(findings)
@@ -121,27 +144,51 @@ def _pool_finding(host: str, name: str, pool: domains.Pool | None, known: list[s
     return block("pool-type", name, text, f"name a pool of type {', '.join(domains.FILE_POOLS)} with --pool")
 
 
-def _free_path(directory: Directory, image: ImageFacts, old: str, new: str, taken: set[str]) -> str:
-    """The source's file name where it is free, with the VM's new name for the old; else one with the disk's target."""
-    stem, extension = posixpath.splitext(posixpath.basename(image.path))
-    if new != old and stem.startswith(old):
-        stem = new + stem.removeprefix(old)
+def stems(paths: Iterable[str], old: str, new: str) -> tuple[str, ...]:
+    """How the names begin that disks of these paths may get, once the VM `old` is `new`."""
+    parts = [_stem(path, old, new) for path in paths]
+    found = {_cut(stem, _ASKED - _bytes(extension)) for stem, extension in parts}
+    return tuple(sorted(found | {_UNPORTABLE.sub("_", one) for one in found}))
+
+
+def _stem(path: str, old: str, new: str) -> tuple[str, str]:
+    """The file's name, with the VM's new name for the old, and its extension."""
+    stem, extension = posixpath.splitext(posixpath.basename(path))
+    return (new + stem.removeprefix(old) if new != old and stem.startswith(old) else stem), extension
+
+
+def _free_path(directory: Directory, image: ImageFacts, names: Names, taken: set[str]) -> str:
+    """The source's file name where it is free, with the VM's new name for the old; else one with the disk's target.
+
+    Where not every name that is there is known, one with the operation's, which nobody has.
+    """
+    stem, extension = _stem(image.path, names.old, names.new)
     # Names end up in paths that people type: a VM's name may hold what they would have to quote.
     endings = ["", f"-{image.target}"]
     endings += [f"-{image.target}-{number}" for number in range(1, len(directory.names) + len(taken) + 2)]
-    for ending in endings:
-        file = _file_name(stem, f"{ending}{extension}")
-        path = posixpath.join(directory.path, file)
-        if file not in directory.names and path not in taken:
+    there = {directory.same(posixpath.join(directory.path, file)) for file in directory.names}
+    there |= {directory.same(path) for path in taken}
+    for ending in endings if not directory.more else [f"-{image.target}-{names.operation}"]:
+        path = posixpath.join(directory.path, _file_name(directory, stem, f"{ending}{extension}"))
+        if directory.same(path) not in there:
             return path
     raise AssertionError("more candidates than names")
 
 
-def _file_name(stem: str, ending: str) -> str:
-    """Both together, the stem cut where a file's name could not hold it."""
-    room = _NAME_MAX - len(ending.encode())
-    raw = stem.encode(errors="surrogatepass")
-    return (stem if len(raw) <= room else raw[: max(room, 0)].decode(errors="ignore")) + ending
+def _file_name(directory: Directory, stem: str, ending: str) -> str:
+    """Both together, the stem cut where a file's name could not hold it, with letters that the filesystem takes."""
+    name = _cut(stem, directory.longest - _bytes(ending)) + ending
+    return name if directory.abilities.any_name else _UNPORTABLE.sub("_", name)
+
+
+def _cut(text: str, room: int) -> str:
+    """As much of its beginning as `room` bytes hold."""
+    raw = text.encode(errors="surrogatepass")
+    return text if len(raw) <= room else raw[: max(room, 0)].decode(errors="ignore")
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode(errors="surrogatepass"))
 
 
 def stage_directory(facts: Facts, options: Options, disks: tuple[PlannedDisk, ...], staged: Staged | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from dataclasses import dataclass, replace
 
-from kvm_clone.checks import destination_findings, estimate, source_findings, space_findings
+from kvm_clone.checks import destination_findings, estimate, source_findings
 from kvm_clone.decide import Action, Decision, decide
 from kvm_clone.errors import DomainExistsError, KvmCloneError, LockedError, RefusedError
 from kvm_clone.facts import Facts, ImageFacts, Staged
@@ -14,7 +14,7 @@ from kvm_clone.host_paths import renames
 from kvm_clone.identity_checks import SAME_VM, duplicate_findings, identity_findings
 from kvm_clone.live import BackupJob
 from kvm_clone.options import CloneOptions, Options, Retry, Route, Verify
-from kvm_clone.placement import PlannedDisk, place, stage_directory
+from kvm_clone.placement import Names, PlannedDisk, place, stage_directory
 from kvm_clone.running import backup_job, live_findings, stale_checkpoints
 from kvm_clone.steps import (
     BeginBackup,
@@ -39,6 +39,7 @@ from kvm_clone.steps import (
     TakeUpCommitted,
     VerifyExisting,
 )
+from kvm_clone.storage import storage_findings
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ def make_plan(facts: Facts, options: CloneOptions, identity: Identity, own_opera
     name = options.name_for(facts.source.domain.name)
     decision = decide(facts, options.retry, name, own_operation, digested=options.verify_existing)
     staged = facts.destination.staged if decision.action is Action.RESUME else None
-    disks, placing = place(facts, options, name, staged)
+    names = Names(facts.source.domain.name, name, identity.operation)
+    disks, placing = place(facts, options, names, staged)
     if decision.action in DONE_ALREADY:
         disks, placing = existing_disks(facts), ()
     findings = tuple([decision.finding] if decision.finding else [])
@@ -141,7 +143,7 @@ def make_plan(facts: Facts, options: CloneOptions, identity: Identity, own_opera
             *live_findings(facts.source, options, own_operation),
         )
         findings += (*destination_findings(facts, options, name, decision), *placing)
-        findings += tuple(space_findings(facts.destination, disks)) if not decision.remove_first else ()
+        findings += tuple(storage_findings(facts, disks, room=not decision.remove_first))
         findings += (*route_findings(facts, options), *estimate(facts, options, route, disks))
     if staged is not None:
         identity = replace(identity, operation=staged.operation)

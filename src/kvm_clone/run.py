@@ -357,7 +357,7 @@ class Run:
         spec = {
             "format": disk.format,
             "size": image.virtual_size,
-            "options": dict(image.options) if disk.base is None else {},
+            "options": disk.options,
             "mode": image.mode if disk.base is None else disk.base.mode,
             "user": image.user if disk.base is None else disk.base.user,
             "group": image.group if disk.base is None else disk.base.group,

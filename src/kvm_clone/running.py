@@ -94,8 +94,8 @@ def _scratch(source: SourceFacts) -> tuple[dict[str, str], list[Finding]]:
     placed: dict[str, str] = {}
     findings: list[Finding] = []
     for image in source.images:
-        least = max(_LEAST_SCRATCH, image.allocated * _LEAST_SCRATCH_PERCENT // 100)
-        chosen = _roomiest(usable, free, posixpath.dirname(image.path), max(image.allocated, least))
+        least = max(_LEAST_SCRATCH, image.data * _LEAST_SCRATCH_PERCENT // 100)
+        chosen = _roomiest(usable, free, posixpath.dirname(image.path), max(image.data, least))
         if chosen is None or free[chosen.filesystem] < least:
             text = (
                 f"There is no room on {source.host.name} for what the guest writes to {image.target} while it is "
@@ -103,20 +103,21 @@ def _scratch(source: SourceFacts) -> tuple[dict[str, str], list[Finding]]:
             )
             findings.append(block("scratch", image.target, text, "make room there, or shut the VM down"))
             continue
-        if free[chosen.filesystem] < image.allocated:
+        if free[chosen.filesystem] < image.data:
             text = (
                 f"{chosen.path} on {source.host.name} has {format_bytes(free[chosen.filesystem])} for what the guest "
                 f"writes to {image.target} while it is copied; should that not do, the copy is ended before it hurts."
             )
             findings.append(Finding("scratch-small", Severity.WARNING, image.target, text))
         free[chosen.filesystem] -= least
-        placed[image.target] = posixpath.join(chosen.path, f"{_scratch_prefix(source)}{image.target}{SUFFIX}")
+        file = f"{scratch_prefix(source.domain.uuid)}{image.target}{SUFFIX}"
+        placed[image.target] = posixpath.join(chosen.path, file)
     return placed, findings
 
 
-def _scratch_prefix(source: SourceFacts) -> str:
-    """One domain has one backup job at most, so that its scratch needs no other name."""
-    return f"{PREFIX}{source.domain.uuid}-"
+def scratch_prefix(uuid: str) -> str:
+    """How the names of a domain's scratch begin; it has one backup job at most, and needs no other name."""
+    return f"{PREFIX}{uuid}-"
 
 
 def _socket(source: SourceFacts) -> str:
@@ -129,7 +130,7 @@ def stale_files(source: SourceFacts) -> list[str]:
         posixpath.join(directory.path, name)
         for directory in source.directories.values()
         for name in sorted(directory.names)
-        if name.startswith(_scratch_prefix(source)) and name.endswith(SUFFIX)
+        if name.startswith(scratch_prefix(source.domain.uuid)) and name.endswith(SUFFIX)
     ]
     return [_socket(source), *scratch]
 

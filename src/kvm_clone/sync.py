@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from kvm_clone.agent import fingerprint
 from kvm_clone.agent.image import QCOW2
-from kvm_clone.checks import host_findings, source_findings, space_findings
+from kvm_clone.checks import has_subclusters, host_findings, source_findings
 from kvm_clone.decide import SYNC, Action, Decision, unfinished
 from kvm_clone.definition import FORMATS
 from kvm_clone.domains import SHUT_OFF
@@ -22,7 +22,7 @@ from kvm_clone.facts import Existing, Facts, ImageFacts, Staged, files_in
 from kvm_clone.findings import EXISTS, Finding, block
 from kvm_clone.identity_checks import duplicate_findings, identity_findings, replica_findings
 from kvm_clone.options import Retry, SyncOptions, Verify
-from kvm_clone.placement import PlannedDisk, place, stage_directory
+from kvm_clone.placement import Names, PlannedDisk, place, stage_directory
 from kvm_clone.plan import (
     DONE_ALREADY,
     Identity,
@@ -50,6 +50,7 @@ from kvm_clone.steps import (
     TakeLock,
     VerifyExisting,
 )
+from kvm_clone.storage import storage_findings
 from kvm_clone.units import format_bytes
 
 
@@ -76,7 +77,7 @@ def make_sync_plan(facts: Facts, options: SyncOptions, identity: Identity, own_o
     elif decision.action in (Action.SYNC, Action.RESUME, Action.STOP, Action.STOP_REPLICA):
         found += [*source_findings(facts.source), *duplicate_findings(facts), *replica_findings(facts)]
         found += [*live_findings(facts.source, options, own_operation)]
-        found += [*host_findings(facts, name), *space_findings(facts.destination, disks)]
+        found += [*host_findings(facts, name), *storage_findings(facts, disks)]
         found += findings if decision.action is not Action.STOP else []
         found += route_findings(facts, options)
     since, hint = _since(facts, name)
@@ -187,7 +188,8 @@ def _disks(
             findings.append(block("replica-disk", image.target, text, "let --force copy it anew"))
         if base is None or reasons:
             whole.append(image)
-    placed, placing = place(facts, options, name, staged, tuple(whole))
+    names = Names(facts.source.domain.name, name, identity.operation)
+    placed, placing = place(facts, options, names, staged, tuple(whole))
     new = {disk.target: disk for disk in placed}
     disks = [
         new.get(image.target) or _updated(facts, image, bases[image.target], identity.operation, staged)
@@ -218,7 +220,8 @@ def _updated(facts: Facts, image: ImageFacts, base: ImageFacts, operation: str, 
         not kept.durable or (kept.backing, kept.format) != wanted or kept.size != image.virtual_size
     ):
         kept = None  # nothing to go on with, or it says nothing of the image as it is now
-    return PlannedDisk(image, kept.final if kept else final, kept, base, shares)
+    fine = not shares and has_subclusters(facts.destination.host.qemu_img)
+    return PlannedDisk(image, kept.final if kept else final, kept, base, shares, fine)
 
 
 def _overlay(path: str, operation: str, target: str) -> str:
@@ -267,9 +270,12 @@ def _moved(facts: Facts, existing: Existing, source: str) -> str:
 
 
 def _is_same(image: ImageFacts, then: Mapping[str, str]) -> bool:
-    """Whether the image is in the same file, by its inode: a device's number is another one after some reboots."""
+    """Whether the image is in the same file, by its inode: a device's number is another one after some reboots.
+
+    An inode of 0 tells nothing: see agent/filesystem.py.
+    """
     inode = fingerprint.content(image.fingerprint)[:1]
-    return bool(inode) and fingerprint.content(then.get(image.target, ""))[:1] == inode
+    return inode not in ((), ("0",)) and fingerprint.content(then.get(image.target, ""))[:1] == inode
 
 
 def _steps(plan: Plan, directory: str) -> tuple[Step, ...]:

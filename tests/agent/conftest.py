@@ -7,8 +7,9 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from kvm_clone.agent import names, stream
 from kvm_clone.agent.process import start
 
 from .tools import MIB, SshServer, ending, eventually, lacking, need
+
+PLAINFS = Path(__file__).parent.with_name("plainfs.py")
 
 
 @pytest.fixture(params=["splice", "buffered"])
@@ -58,6 +61,28 @@ def small(tmp_path: Path) -> Iterator[Path]:
         yield directory
     finally:
         subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Makes a filesystem that lacks what the options of tests/plainfs.py say."""
+    need("umount")
+    if os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        lacking("mounting a filesystem of our own needs root and /dev/fuse")
+    made: list[Path] = []
+
+    def make(*options: str) -> Path:
+        directory = tmp_path / f"plain{len(made)}"
+        directory.mkdir()
+        subprocess.run([sys.executable, str(PLAINFS), *(f"--{one}" for one in options), str(directory)], check=True)
+        made.append(directory)
+        return directory
+
+    try:
+        yield make
+    finally:
+        for directory in made:
+            subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.agent import facts, journal
+from kvm_clone.agent import facts, image, journal, qemu
 
 from .images import encrypted, forged, make, put
 from .tools import KIB, MIB, make_overlay, make_qcow2, make_raw, noise
@@ -146,3 +146,83 @@ def test_by_what_a_host_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(facts, "LIBVIRT_SOCKETS", ())
     assert facts.identity()["libvirt"] == ""
     assert facts._line(str(tmp_path / "none")) == ""
+@pytest.mark.parametrize("size", [0, 1, 7, 511, 512, 513, 1_000_001, MIB])
+def test_a_raw_disks_size_is_what_qemu_says(tmp_path: Path, size: int) -> None:
+    path = make_raw(tmp_path / "disk", size, [(0, noise(size))])
+    said = facts.disk(str(path), "raw")
+    assert said["virtual_size"] == qemu.info(str(path), "raw")["virtual-size"]
+    assert said["data"] == pytest.approx(size, abs=511)
+
+
+# How much an image holds, and what a copy of it takes.
+
+
+def compressed(path: Path, cluster: str = "65536") -> Path:
+    """An image of 1 MiB of content that compresses well."""
+    return make_qcow2(path, SIZE, [(0, b"x" * MIB)], {"cluster_size": cluster}, compress=True)
+
+
+def test_what_stays_compressed_takes_less_than_its_content(tmp_path: Path) -> None:
+    said = facts.disk(str(compressed(tmp_path / "a")), "qcow2")
+    assert said["data"] == MIB
+    assert 0 < said["stored"] <= 512 * KIB
+    said = facts.disk(str(compressed(tmp_path / "b", "2097152")), "qcow2")
+    assert (said["data"], said["stored"]) == (2 * MIB, 0), "clusters of this size are stored uncompressed"
+    for path, format_ in (
+        (make_raw(tmp_path / "c", SIZE, BASE), "raw"),
+        (make_qcow2(tmp_path / "d", SIZE, BASE), "qcow2"),
+    ):
+        said = facts.disk(str(path), format_)
+        assert (said["data"], said["stored"]) == (192 * KIB, 0)
+
+
+def test_a_part_that_is_compressed(tmp_path: Path) -> None:
+    path = compressed(tmp_path / "a")
+    disk = image.StagedImage(str(path))
+    disk.write(2 * MIB, memoryview(noise(MIB)))
+    disk.flush()
+    disk.close()
+    said = facts.disk(str(path), "qcow2")
+    assert said["data"] == 2 * MIB
+    assert MIB < said["stored"] < 2 * MIB - 256 * KIB
+
+
+@pytest.mark.parametrize("format_", ["raw", "qcow2"])
+def test_what_an_image_holds_while_it_is_written(tmp_path: Path, format_: str) -> None:
+    make = make_raw if format_ == "raw" else make_qcow2
+    path = make(tmp_path / "disk", SIZE, BASE)
+    writer = qemu.open_nbd(str(path), format_, writable=True)
+    try:
+        said = facts.disk(str(path), format_, live=True)
+    finally:
+        writer.close()
+    assert (said["data"], said["stored"]) == (192 * KIB, 0)
+
+
+def test_what_is_compressed_is_counted_whole_while_it_is_written(tmp_path: Path) -> None:
+    """A backup job offers it uncompressed."""
+    said = facts.disk(str(compressed(tmp_path / "a")), "qcow2", live=True)
+    assert (said["data"], said["stored"]) == (MIB, 0)
+
+
+def test_tables_that_cannot_be_read_while_they_are_written(tmp_path: Path) -> None:
+    path = make_qcow2(tmp_path / "disk", SIZE, BASE)
+    with path.open("r+b") as file:
+        file.seek(40)  # l1_table_offset, docs/interop/qcow2.txt
+        table = int.from_bytes(file.read(8), "big")
+        file.seek(table)
+        file.write((1 << 63 | 0x12345).to_bytes(8, "big"))
+    said = facts.disk(str(path), "qcow2", live=True)
+    assert said["data"] >= 192 * KIB, "what the file holds"
+    assert "error" in facts.disk(str(path), "qcow2")
+
+
+def test_what_is_staged_holds_nothing_that_could_be_told_while_it_is_written(tmp_path: Path) -> None:
+    path = make_qcow2(tmp_path / "disk", SIZE, BASE)
+    assert facts.data_held(str(path), "qcow2") == 192 * KIB
+    writer = qemu.open_nbd(str(path), "qcow2", writable=True)
+    try:
+        assert facts.data_held(str(path), "qcow2") == 0
+    finally:
+        writer.close()
+    assert facts.data_held(str(tmp_path / "missing"), "raw") == 0

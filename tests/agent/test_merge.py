@@ -97,6 +97,67 @@ def test_a_merge_that_was_cut_off_is_repeated_whatever_it_has_written(synced: Sy
     assert synced.reads(synced.base, synced.format, "read -P 2 0 64k")
 
 
+PIECE, APART = 4 << 10, 16 << 10
+
+
+def _room(path: Path) -> int:
+    return path.stat().st_blocks * 512
+
+
+def _in_pieces(path: Path, format_: str, options: dict[str, str]) -> None:
+    """An image whose content lies in pieces of 4 KiB, 12 KiB apart."""
+    qemu.create(str(path), format_, SIZE, options)
+    _write_pieces(path, format_, b"\1", 1)
+
+
+def _write_pieces(path: Path, format_: str, byte: bytes, step: int) -> None:
+    disk = qemu.open_nbd(str(path), format_, writable=True)
+    for at in range(0, SIZE, APART * step):
+        disk.write(at, memoryview(byte * PIECE))
+    disk.flush()
+    disk.close()
+
+
+@pytest.mark.parametrize("over", [{}, {"extended_l2": "on"}, {"cluster_size": "2097152"}], ids=str)
+@pytest.mark.parametrize(
+    ("format_", "below"),
+    [("raw", {}), ("qcow2", {"cluster_size": "4096"}), ("qcow2", {"extended_l2": "on"})],
+    ids=str,
+)
+def test_holes_below_stay_whatever_the_overlays_clusters_are(
+    tmp_path: Path, format_: str, below: dict[str, str], over: dict[str, str]
+) -> None:
+    base, path = tmp_path / "base", tmp_path / "over"
+    _in_pieces(base, format_, below)
+    before = _room(base)
+    qemu.create(str(path), "qcow2", SIZE, over, (str(base), format_))
+    _write_pieces(path, "qcow2", b"\2", 4)
+    for lock in merge.merge(merge.Overlay("vda", str(path), str(base), format_)):
+        lock.release()
+    assert _room(base) <= before + (64 << 10)
+    expected = bytearray(SIZE)
+    for at in range(0, SIZE, APART):
+        expected[at : at + PIECE] = (b"\1" if at % (4 * APART) else b"\2") * PIECE
+    disk = qemu.open_nbd(str(base), format_, writable=False)
+    content = bytearray(SIZE)
+    disk.readinto(0, memoryview(content))
+    disk.close()
+    assert content == expected
+
+
+def test_a_compressed_overlay_is_left_as_it_is(tmp_path: Path) -> None:
+    base, path, other = tmp_path / "base", tmp_path / "over", tmp_path / "other"
+    _in_pieces(base, "raw", {})
+    _in_pieces(other, "qcow2", {})
+    argv = ["qemu-img", "convert", "-c", "-f", "qcow2", "-O", "qcow2", "-B", str(base), "-F", "raw"]
+    subprocess.run([*argv, str(other), str(path)], check=True)
+    before = base.read_bytes()
+    with pytest.raises(AgentError, match="compressed"):
+        merge.merge(merge.Overlay("vda", str(path), str(base), "raw"))
+    assert base.read_bytes() == before
+    qemu.open_nbd(str(path), "qcow2", writable=True).close()  # its lock is gone
+
+
 def _snapshot(synced: Synced) -> None:
     subprocess.run(["qemu-img", "snapshot", "-c", "one", synced.overlay], check=True)
 

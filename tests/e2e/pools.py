@@ -33,10 +33,10 @@ def in_pool(lab: Lab) -> list[str]:
     return lab.run("kc-b", "ls", "-A", OWN, check=False).stdout.split()
 
 
-def digest(lab: Lab, host: str, path: str) -> str:
+def digest(lab: Lab, host: str, path: str, format_: str = "") -> str:
     """Of what the guest sees; asked on the host, which alone sees its mounts."""
-    script = 'qemu-img convert -O raw "$1" /run/content && sha256sum /run/content && rm /run/content'
-    return lab.run(host, "sh", "-c", script, "digest", path).stdout
+    script = 'qemu-img convert ${2:+-f} $2 -O raw "$1" /run/content && sha256sum /run/content && rm /run/content'
+    return lab.run(host, "sh", "-c", script, "digest", path, format_).stdout
 
 
 class Device:

@@ -131,18 +131,6 @@ def test_qcow2_features_are_kept(lab: Lab, options: str, compressed: bool) -> No
         assert about[0][key] == about[1][key]
 
 
-def test_a_raw_disk_of_an_odd_size(lab: Lab) -> None:
-    vm = lab.vm("kc-a", "odd", ["raw:8M:1M"], boot=False)
-    with lab.outside("kc-a", vm.disks["vda"]).open("r+b") as file:
-        file.truncate(7_654_321)
-        file.seek(7_654_320)
-        file.write(b"!")
-    done = kvm_clone(lab, "clone", "kc-a", "kc-b", "odd", "--output", "json")
-    assert done.code == 0, done.err
-    clone = lab.outside("kc-b", done.document["disks"][0]["destination"])
-    assert clone.read_bytes() == lab.outside("kc-a", vm.disks["vda"]).read_bytes()
-
-
 def test_a_missing_medium_is_a_warning_and_its_reference_is_kept(lab: Lab) -> None:
     lab.vm("kc-a", "media", ["raw:8M:1M"], boot=False)
     medium = "/srv/only on the source.iso"

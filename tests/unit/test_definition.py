@@ -270,7 +270,9 @@ def test_facts_of_a_domain() -> None:
         ("sdc", "http:/iso/virtio-win.iso"),
         ("fda", "/srv/iso/drivers.vfd"),
     ]
-    assert domain.disks[0] == DiskXml("vda", "virtio", "disk", "file", "qcow2", "/var/lib/libvirt/images/media.qcow2")
+    assert domain.disks[0] == DiskXml(
+        "vda", "virtio", "disk", "file", "qcow2", "/var/lib/libvirt/images/media.qcow2", direct=True
+    )
 
 
 def test_direct_kernel_boot() -> None:

@@ -31,13 +31,13 @@ from cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm_clone import checks, decide, placement, steps
+from kvm_clone import checks, decide, placement, steps, storage
 from kvm_clone import plan as planning
 from kvm_clone.cli import plans
 from kvm_clone.cpu import CpuFacts
 from kvm_clone.domains import RUNNING, STATES, Pool
 from kvm_clone.errors import DomainExistsError, ExitCode, RefusedError
-from kvm_clone.facts import Directory, RouteFacts
+from kvm_clone.facts import Directory, FilesystemAbilities, RouteFacts
 from kvm_clone.findings import Finding, Severity
 from kvm_clone.options import Quiesce, Retry, Route, Verify
 from kvm_clone.ownership import Pending
@@ -77,6 +77,10 @@ WARNINGS = {
     "replace",
     "vcpus",
     "network-inactive",
+    "owner",
+    "mode",
+    "file-size-later",
+    "direct",
 }
 INFORMATION = {"clock", "qemu-older", "estimate"}
 """The codes of findings that do not keep a plan from being run."""
@@ -229,12 +233,46 @@ APPEARS: dict[str, tuple[str, str, Case]] = {
     "no room": (
         "space",
         IMAGES,
-        Case(image={"allocated": 100}, directories=(Directory(IMAGES, True, True, free=114),)),
+        Case(image={"data": 100}, directories=(Directory(IMAGES, True, True, free=114),)),
     ),
     "no room for files": (
         "inodes",
         IMAGES,
         Case(directories=(Directory(IMAGES, True, True, free=GIB, inodes=1),)),
+    ),
+    "no hard links, and no such rename": (
+        "no-links",
+        IMAGES,
+        Case(directories=(replace(images()[0], abilities=FilesystemAbilities(naming="")),)),
+    ),
+    "no file can be made": (
+        "storage",
+        IMAGES,
+        Case(directories=(replace(images()[0], abilities=FilesystemAbilities(trouble="No space left on device")),)),
+    ),
+    "no owners": (
+        "owner",
+        IMAGES,
+        Case(directories=(replace(images()[0], abilities=FilesystemAbilities(owners=False)),)),
+    ),
+    "no modes": ("mode", IMAGES, Case(directories=(replace(images()[0], abilities=FilesystemAbilities(modes=False)),))),
+    "a file that is too large": (
+        "file-size",
+        "vda",
+        Case(image={"data": 100}, directories=(replace(images()[0], abilities=FilesystemAbilities(largest=99)),)),
+    ),
+    "a file that may be too large": (
+        "file-size-later",
+        "vda",
+        Case(image={"data": 9}, directories=(replace(images()[0], abilities=FilesystemAbilities(largest=99)),)),
+    ),
+    "no O_DIRECT": (
+        "direct",
+        "vda",
+        Case(
+            ONE_DISK.replace("'qcow2'/>", "'qcow2' cache='none'/>"),
+            directories=(replace(images()[0], abilities=FilesystemAbilities(direct=False)),),
+        ),
     ),
     # files at the destination
     "no kernel": ("boot-file-missing", "/boot/vmlinuz", Case(os="<kernel>/boot/vmlinuz</kernel>")),
@@ -385,7 +423,7 @@ def test_a_finding_does_not_appear(what: str) -> None:
 
 def test_every_code_of_the_plan_is_in_the_table() -> None:
     written: set[object] = set()
-    for module in (planning, checks, decide, placement):
+    for module in (planning, checks, decide, placement, storage):
         for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 if node.func.id in ("block", "_stop", "Finding") and isinstance(node.args[0], ast.Constant):
@@ -884,7 +922,7 @@ def test_final_paths_are_unique_and_free(
     paths: list[str], names: dict[str, frozenset[str]], new_name: str | None, pool: str | None
 ) -> None:
     devices = "".join(disk_xml(path, f"vd{letter}") for path, letter in zip(paths, "abcdef", strict=False))
-    directories = tuple(Directory(path, True, True, 0, present) for path, present in names.items())
+    directories = tuple(Directory(path, True, True, 1 << 40, present) for path, present in names.items())
     plan = Case(devices, directories=directories, options=options(new_name=new_name, pool=pool)).plan()
     final = [disk.final for disk in plan.disks]
     assert len(final) == len(set(final)) == len(paths)

@@ -97,12 +97,12 @@ FINDINGS: dict[str, tuple[Facts, CloneOptions, list[Seen]]] = {
     "no room for scratch": (facts(ONE_DISK, room(free=(64 << 20) - 1)), NONE, [("scratch", "vda", B)]),
     "just enough for an empty disk": (facts(ONE_DISK, room(free=64 << 20)), NONE, []),
     "less than the disk": (
-        facts(ONE_DISK, room(free=GIB // 2), image={"allocated": GIB}),
+        facts(ONE_DISK, room(free=GIB // 2), image={"data": GIB}),
         NONE,
         [("scratch-small", "vda", W)],
     ),
     "less than a tenth of the disk": (
-        facts(ONE_DISK, room(free=GIB), image={"allocated": 11 * GIB}),
+        facts(ONE_DISK, room(free=GIB), image={"data": 11 * GIB}),
         NONE,
         [("scratch", "vda", B)],
     ),
@@ -158,14 +158,14 @@ NAME = f".kvm-clone-{UUID}-%s.scratch"
         (facts(TWO), [(IMAGES, "vda"), (IMAGES, "vdb")]),
         (facts(ONE_DISK, room(free=GIB), room("/big", filesystem=1)), [(IMAGES, "vda")]),
         (
-            facts(ONE_DISK, room(free=GIB - 1), room("/big", filesystem=1), image={"allocated": GIB}),
+            facts(ONE_DISK, room(free=GIB - 1), room("/big", filesystem=1), image={"data": GIB}),
             [("/big", "vda")],
         ),
         (facts(ONE_DISK, room(writable=False), room("/big", filesystem=1)), [("/big", "vda")]),
         (facts(ONE_DISK, room(exists=False), room("/big", filesystem=1)), [("/big", "vda")]),
         # the first disk's share is gone when the second one's place is chosen
         (
-            facts(TWO, room(free=2 * GIB), room("/b", 2 * GIB - 1, 1), image={"allocated": 2 * GIB}),
+            facts(TWO, room(free=2 * GIB), room("/b", 2 * GIB - 1, 1), image={"data": 2 * GIB}),
             [(IMAGES, "vda"), ("/b", "vdb")],
         ),
         # two directories of one filesystem have one room
@@ -175,7 +175,7 @@ NAME = f".kvm-clone-{UUID}-%s.scratch"
                 room(free=100 << 20),
                 room("/same", 100 << 20),
                 room("/b", 99 << 20, 1),
-                image={"allocated": 64 << 20},
+                image={"data": 64 << 20},
             ),
             [(IMAGES, "vda"), ("/b", "vdb")],
         ),

@@ -393,7 +393,7 @@ def test_what_an_attempt_has_of_an_overlay(kept: StagedDisk, used: bool) -> None
     operation = "earlier"
     assert plan.identity.operation == operation
     final = kept.final if used else f"{IMAGES}/kvm-clone-{operation}-vda.qcow2"
-    assert plan.disks == (PlannedDisk(FACTS.source.images[0], final, kept if used else None, REPLICA_IMAGE),)
+    assert plan.disks == (PlannedDisk(FACTS.source.images[0], final, kept if used else None, REPLICA_IMAGE, fine=True),)
 
 
 def test_an_overlay_that_is_kept_cannot_become_a_whole_disk() -> None:
@@ -417,7 +417,7 @@ COMPLAINTS: dict[str, tuple[str, Case, dict[str, Any]]] = {
     "an old libvirt": ("libvirt-old", Case(**{**running(), "source": {**running()["source"], "libvirt": 1}}), {}),
     "no room": (
         "space",
-        Case(image={"allocated": GIB}, directories=(Directory(IMAGES, True, True, free=GIB),)),
+        Case(image={"data": GIB}, directories=(Directory(IMAGES, True, True, free=2 * GIB),)),
         {},
     ),
     "no kernel": ("boot-file-missing", Case(os="<kernel>/boot/vmlinuz</kernel>"), {}),
@@ -441,9 +441,9 @@ def test_every_finding_is_reported_at_once() -> None:
 
 
 def test_room_is_needed_for_what_the_replica_may_grow_by() -> None:
-    tight = (Directory(IMAGES, True, True, free=GIB),)
-    given = Case(image={"allocated": GIB}, directories=tight)
-    grown = replica(given.facts(), replace(REPLICA_IMAGE, allocated=GIB // 2))
+    tight = (Directory(IMAGES, True, True, free=2 * GIB),)
+    given = Case(image={"data": GIB}, directories=tight)
+    grown = replica(given.facts(), replace(REPLICA_IMAGE, data=GIB // 2))
     assert replace(given, existing=grown).sync().refusal() is None
 
 
@@ -642,6 +642,29 @@ def test_the_images_below_the_overlays_are_never_removed() -> None:
 
 SHARING = (Directory(IMAGES, exists=True, writable=True, free=1 << 40, reflink=True),)
 SUCCESSOR = f"{IMAGES}/replica.{IDENTITY.operation}.qcow2"
+
+
+@pytest.mark.parametrize(
+    ("qemu_img", "options"),
+    [
+        ("4.2.0", {}),
+        ("5.1.0", {}),
+        ("5.2.0", {"extended_l2": "on"}),
+        ("10.0.3", {"extended_l2": "on"}),
+        ("unknown", {}),
+        (None, {}),
+    ],
+)
+def test_an_overlay_has_subclusters_where_qemu_has_them(qemu_img: str | None, options: dict[str, str]) -> None:
+    case = Case(
+        existing=replica(FACTS), destination_host={"qemu_img": qemu_img}, image={"options": (("compat", "1.1"),)}
+    )
+    [disk] = case.sync().disks
+    assert disk.options == options
+    [disk] = replace(case, directories=SHARING).sync().disks
+    assert disk.options == {}, "a copy that shares its blocks is what it is a copy of"
+    [disk] = replace(case, existing=None).plan().disks
+    assert disk.options == {"compat": "1.1"}
 
 
 def test_a_copy_that_shares_its_blocks_takes_the_images_place() -> None:

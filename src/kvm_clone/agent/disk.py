@@ -99,6 +99,13 @@ class Disk(abc.ABC):
         self.write(offset, memoryview(data))
 
 
+def zero_data(disk: Disk, start: int, end: int) -> None:
+    """Make the range read as zeros; what does so already is left alone, so that an image does not grow by it."""
+    for extent in list(disk.extents(start, end)):
+        if extent.kind == DATA:
+            disk.zero(extent.offset, extent.length)
+
+
 def split(extent: Extent, unit: int) -> Iterator[Extent]:
     """The extent in pieces of at most `unit` bytes that end at multiples of it."""
     position = extent.offset

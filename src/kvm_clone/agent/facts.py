@@ -12,12 +12,13 @@ import re
 import shutil
 import stat
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from . import fingerprint, header, image, journal, names, nbd, qemu, reflink
+from . import chain, filesystem, fingerprint, header, image, journal, names, nbd, qemu, reflink
 from .digest import BLOCK
 from .disk import DATA, joined, thinned
 from .errors import AgentError, from_exception
+from .file import disk_size
 
 
 def host() -> Dict[str, Any]:
@@ -103,7 +104,8 @@ def _version(program: str) -> Optional[str]:
 def disk(path: str, image_format: str, live: bool = False) -> Dict[str, Any]:
     """What is known of an image file. `error` is there instead when it cannot be known.
 
-    `live`: a VM may be writing it; `data` is then a guess, what the file takes.
+    `data`: how much of it is not known to be zero; a guess with `live`, when a VM may be writing it. `stored`: what a
+    fresh copy takes where that is less, for clusters that stay compressed; else 0.
     """
     try:
         about = os.stat(path)
@@ -116,12 +118,14 @@ def disk(path: str, image_format: str, live: bool = False) -> Dict[str, Any]:
             "group": _name(grp.getgrgid, about.st_gid),
             "allocated": about.st_blocks * 512,
             "fingerprint": fingerprint.of_stat(about),
-            "virtual_size": about.st_size,
+            "virtual_size": disk_size(about.st_size),
         }
         if answer["regular"] and image_format == image.QCOW2:
             answer.update(_image(path, live))
-        known = answer["regular"] and not live and not {"backing", "data_file", "encrypted"} & answer.keys()
-        answer["data"] = data_in(path, image_format) if known else answer["allocated"] if live else 0
+        known = answer["regular"] and not {"backing", "data_file", "encrypted"} & answer.keys()
+        answer["data"], answer["stored"] = (
+            _content(path, image_format, answer["virtual_size"], live) if known else (0, 0)
+        )
     except (OSError, AgentError) as error:
         return {"path": path, "error": getattr(error, "strerror", None) or str(error)}
     return answer
@@ -135,6 +139,42 @@ def _image(path: str, live: bool) -> Dict[str, Any]:
         return {**refused, **({"encrypted": True} if about.encrypted else {})}
     info = qemu.info(path, image.QCOW2, live=live)
     return {"image": info, "virtual_size": info["virtual-size"], **({"backing": about.base} if about.base else {})}
+
+
+def _content(path: str, image_format: str, size: int, live: bool) -> Tuple[int, int]:
+    """`data` and `stored` of `disk`."""
+    if live:
+        return _guessed(path, image_format, size), 0
+    data = kept = 0
+    opened = image.open_for_reading(path, image_format)
+    try:
+        for extent in opened.extents():
+            data += extent.length if extent.kind == DATA else 0
+            kept += extent.length if extent.compressed else 0
+    finally:
+        opened.close()
+    # How large a compressed cluster is nobody says; all of them are in the file, with the others.
+    stored = data_in(path, image.RAW) if kept else data
+    return data, stored if stored < data else 0
+
+
+def _guessed(path: str, image_format: str, size: int) -> int:
+    """The image's content while a VM writes it: by its tables as they are just now, else by what the file holds."""
+    if image_format == image.QCOW2:
+        try:
+            found = qemu.map_extents([chain.Node(path, image_format)], 0, size, shared=True)
+            return sum(extent.length for extent in found if extent.kind == DATA)
+        except AgentError:  # torn in the midst of a change
+            pass
+    return data_in(path, image.RAW)
+
+
+def data_held(path: str, image_format: str) -> int:
+    """How many bytes of content the staged image has of its own; 0 where it cannot be told, as while it is written."""
+    try:
+        return data_in(path, image_format, own=True)
+    except (AgentError, OSError):
+        return 0
 
 
 def data_in(path: str, image_format: str, ranges: Optional[List[List[int]]] = None, own: bool = False) -> int:
@@ -186,30 +226,58 @@ def _name(look_up: Callable[[int], Any], number: int) -> str:
         return str(number)
 
 
+_NAME_MAX = 255
+"""Bytes of a file's name, on every filesystem that images live on but a few that allow fewer."""
+
 _NO_DIRECTORY = {
     "exists": False,
     "writable": False,
     "free": 0,
     "names": (),
+    "more": False,
     "inodes": 0,
     "filesystem": 0,
     "reflink": False,
+    "longest": _NAME_MAX,
+    "abilities": {},
 }
 
 
-def directory(path: str) -> Dict[str, Any]:
-    """Whether the directory is there and can be written, its free bytes, the names in it, and whether files share."""
+MOST_NAMES = 4096
+"""So many of a directory's names are told; a directory may hold millions."""
+
+
+def directory(path: str, stems: Sequence[str] = (), tried: bool = True) -> Dict[str, Any]:
+    """Whether the directory is there and can be written, its free bytes, and whether files share.
+
+    `names`: those in it that begin with one of the stems, in whatever case, MOST_NAMES at most; `more`: there are more.
+    `abilities`: see filesystem.abilities; nothing is tried where this user cannot write, nor without `tried`, since a
+    few filesystems can be tried only with files that have names.
+    """
     if not os.path.isdir(path):
         return {**_NO_DIRECTORY, "path": path}
     space = os.statvfs(path)
+    found, more = _names(path, stems) if stems else ([], False)
+    writable = os.access(path, os.W_OK | os.X_OK)
     return {
         "path": path,
         "exists": True,
-        "writable": os.access(path, os.W_OK | os.X_OK),
+        "writable": writable,
         "free": free(path),
         # Filesystems that make inodes as they go say that they have none.
         "inodes": space.f_favail if space.f_files else 1 << 40,
         "filesystem": os.stat(path).st_dev,
         "reflink": reflink.works_in(path),
-        "names": sorted(os.listdir(path)),
+        "names": found,
+        "more": more,
+        "longest": min(_NAME_MAX, space.f_namemax or _NAME_MAX),
+        "abilities": filesystem.abilities(path) if writable and tried else {},
     }
+
+
+def _names(path: str, stems: Sequence[str]) -> Tuple[List[str], bool]:
+    """`names` and `more` of `directory`; any name may be in one that this user can write and not read."""
+    try:
+        return filesystem.names_in(path, stems, MOST_NAMES)
+    except PermissionError:
+        return [], True

@@ -9,19 +9,28 @@ from typing import Iterator, Optional
 
 from .disk import DATA, HOLE, Disk, Extent, bounded, open_flags
 from .stream import Incoming
-from .wire import CHUNK
+from .wire import CHUNK, write_all
+
+SECTOR = 512
+"""Bytes. QEMU's least unit: a guest sees no disk whose size is not a multiple of it."""
 
 _FALLOC_KEEP_AND_PUNCH = 0x01 | 0x02
 """FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE of fallocate(2)."""
 
 
+def disk_size(file_size: int) -> int:
+    """The size in bytes of the disk that a guest sees in a raw file of `file_size` bytes, which QEMU rounds up."""
+    return -(-file_size // SECTOR) * SECTOR
+
+
 class FileDisk(Disk):
-    """A raw image file."""
+    """A raw image file. Between the file's end, as it was when opened, and the disk's there are zeros, as in QEMU."""
 
     def __init__(self, path: str, *, writable: bool = False) -> None:
         self.path = path
         self._fd = os.open(path, open_flags(writable))
-        self.size = os.fstat(self._fd).st_size
+        self._file_end = os.fstat(self._fd).st_size
+        self.size = disk_size(self._file_end)
 
     def extents(self, start: int = 0, end: Optional[int] = None) -> Iterator[Extent]:
         """See Disk. Asks the filesystem as it goes, so that memory stays flat."""
@@ -48,15 +57,25 @@ class FileDisk(Disk):
     def _check_end(self) -> None:
         """What was cut off while we read is no hole."""
         end = os.fstat(self._fd).st_size
-        if end < self.size:
-            raise OSError(errno.EIO, f"the file ends at {end}, before the disk does", self.path)
+        if end < self._file_end:
+            raise self._cut_off(end)
+
+    def _cut_off(self, end: int) -> OSError:
+        return OSError(errno.EIO, f"the file ends at {end}, before the disk does", self.path)
+
+    def _zeros_after(self, offset: int, length: int) -> bytes:
+        """The content of the range, at which the file ends. Raises OSError unless it lies behind the disk's data."""
+        if offset < self._file_end or offset + length > self.size:
+            raise self._cut_off(offset)
+        return bytes(length)
 
     def readinto(self, offset: int, view: memoryview) -> None:
         """See Disk."""
         while view:
             count = os.preadv(self._fd, [view], offset)
             if not count:
-                raise OSError(errno.EIO, f"the file ends at {offset}, before the disk does", self.path)
+                view[:] = self._zeros_after(offset, len(view))
+                return
             view = view[count:]
             offset += count
 
@@ -91,7 +110,8 @@ class FileDisk(Disk):
         while done < extent.length:
             count = os.sendfile(out, self._fd, host + done, extent.length - done)
             if not count:
-                raise OSError(errno.EIO, f"the file ends at {host + done}, before the disk does", self.path)
+                write_all(out, self._zeros_after(host + done, extent.length - done))
+                return
             done += count
 
     def receive(self, offset: int, length: int, source: Incoming) -> None:

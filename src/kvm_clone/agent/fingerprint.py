@@ -1,13 +1,16 @@
 """How a file was, in a line of text: device, inode, size in bytes, mtime and ctime in nanoseconds, with colons between.
 
 Whoever compares two says what has to be equal. The device's number is another one after some reboots and on another
-host. The ctime changes with the content, and also when a file is renamed, linked, or given to another user.
+host. The inode is 0 where its number does not last: see filesystem.lasting_inode. The ctime changes with the content,
+and also when a file is renamed, linked, or given to another user.
 """
 
 from __future__ import annotations
 
 import os
 from typing import Callable, Tuple
+
+from .filesystem import lasting_inode
 
 
 def of(path: str) -> str:
@@ -17,7 +20,7 @@ def of(path: str) -> str:
 
 def of_stat(about: os.stat_result) -> str:
     """The fingerprint in what stat(2) answers."""
-    return f"{about.st_dev}:{about.st_ino}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
+    return f"{about.st_dev}:{lasting_inode(about)}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
 
 
 def identity(path: str) -> str:

@@ -6,9 +6,9 @@ import contextlib
 import os
 import stat
 import time
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
-from . import chain, fingerprint, names, qemu, records
+from . import chain, facts, filesystem, fingerprint, names, qemu, records
 from .errors import LOCKED, UNSUPPORTED, AgentError, from_exception
 from .journal import LEASE_SECONDS, Journal, elsewhere, look, make_durable
 from .lock import OperationLock, holder_of
@@ -82,14 +82,16 @@ class DiskState:
         return about
 
     def as_dict(self) -> Dict[str, Any]:
-        """The form that crosses the wire, with the bytes that the file takes."""
+        """The form that crosses the wire, with the bytes that the file takes, and those of content that it has."""
         about = self.about()
+        durable = self.durable if self.durable and about and self._is_whole(about) else 0
         return {
             "part": self.part,
             "final": self.final,
             "size": self.size,
             "format": self.format,
-            "durable": self.durable if self.durable and about and self._is_whole(about) else 0,
+            "durable": durable,
+            "data": facts.data_held(self.path, self.format) if durable else 0,
             "allocated": about.st_blocks * 512 if about else 0,
             "backing": self.backing.get("path", ""),
         }
@@ -127,20 +129,25 @@ def staged(directories: List[str], name: Optional[str] = None) -> List[Dict[str,
     """
     found: List[Dict[str, Any]] = []
     for directory in sorted(set(directories)):
-        wanted = [names.journal_path(directory, name)] if name is not None else _journals_in(directory)
+        wanted, error = _journals_in(directory) if name is None else ([names.journal_path(directory, name)], "")
         for path in wanted:
             if os.path.lexists(path):
                 found += _summary(directory, path, directories)
+        if error:
+            found.append({"directory": directory, "path": directory, "error": error})
     return found
 
 
-def _journals_in(directory: str) -> List[str]:
+def _journals_in(directory: str) -> Tuple[List[str], str]:
+    """The paths of the journals in the directory, and why they may not be all."""
     try:
-        with os.scandir(directory) as entries:
-            found = sorted(entry.path for entry in entries if names.is_journal(entry.name))
-    except OSError:  # a pool's directory may be gone, or not for us
-        return []
-    return found[:MOST_JOURNALS]
+        found, more = filesystem.names_in(directory, [names.PREFIX], MOST_JOURNALS, names.JOURNAL)
+    except (FileNotFoundError, NotADirectoryError):  # a pool's directory may be gone
+        return [], ""
+    except OSError as error:
+        return [], str(error.strerror)
+    left_out = f"it has more than {MOST_JOURNALS} journals, of which the others were not looked at" if more else ""
+    return [os.path.join(directory, name) for name in found], left_out
 
 
 def _summary(directory: str, path: str, directories: List[str]) -> List[Dict[str, Any]]:
@@ -165,11 +172,13 @@ def sweep(directories: List[str]) -> List[str]:
     """
     removed: List[str] = []
     for directory in sorted(set(directories)):
-        for path in _journals_in(directory):
+        for path in _journals_in(directory)[0]:
             with contextlib.suppress(AgentError, OSError):  # whatever it is, it is more than nothing
                 found = look(path)
                 if not found.records and not found.active and abs(time.time() - found.changed) > LEASE_SECONDS:
                     removed += _removed_if_empty(path)
+        with contextlib.suppress(OSError):
+            removed += [path for path in filesystem.stale_probes(directory) if filesystem.remove_probe(path)]
     return removed
 
 

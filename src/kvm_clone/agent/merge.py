@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import os
 import time
+from array import array
 from threading import Event
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, TypeVar
 
 from . import chain, fingerprint, header, image, qemu, records
-from .errors import IN_USE, INTERRUPTED, AgentError
+from .disk import DATA, Disk, Extent, split, zero_data
+from .errors import IN_USE, INTERRUPTED, UNSUPPORTED, AgentError
+from .file import FileDisk
 from .lock import ImageLock
+from .wire import CHUNK
 
-_TRIES = 3
-"""How often a merge is taken up again because a VM was started and stopped on the overlay meanwhile."""
+_Result = TypeVar("_Result")
+
+_HOLE = 4096
+"""Bytes. The least hole that is made below: what filesystems allocate by."""
+
+_ZEROS = bytes(_HOLE)
+_ZERO = -1
 
 _PATIENCE_SECONDS, _LOOK_SECONDS = 10.0, 0.2
 """How long a merge waits for an image that is locked, and how often it tries: others look at it for a moment."""
@@ -44,42 +53,117 @@ def overlays(entries: List[records.Record]) -> List[Overlay]:
 
 
 def merge(overlay: Overlay, ending: Event) -> List[ImageLock]:
-    """Write the overlay's content into its base, durably; the locks say that nobody has changed either since.
+    """Write the overlay's content into its base, durably; the locks say that nobody changes either any more.
 
-    Raises AgentError: in-use when a VM runs on it, interrupted once `ending` is set.
+    It takes no more room below than the content does: what is zero is a hole there, also where the overlay has whole
+    clusters. Raises AgentError: in-use when a VM runs on it, interrupted once `ending` is set; it can be repeated.
     """
-    for _ in range(_TRIES):
-        before = fingerprint.of(overlay.path)
-        _write_down(overlay, ending)
-        image.settle(overlay.base)
-        locks = [ImageLock(overlay.path)]
-        try:
-            locks.append(ImageLock(overlay.base))
-        except BaseException:
-            locks[0].release()
-            raise
-        if fingerprint.content(before) == fingerprint.content(fingerprint.of(overlay.path)):
-            return locks
-        for lock in locks:
-            lock.release()
-    raise AgentError(IN_USE, f"a VM is started on {overlay.path} again and again")
-
-
-def _write_down(overlay: Overlay, ending: Event) -> None:
     if header.read(overlay.path).snapshots:
         raise AgentError(IN_USE, f"{overlay.path} has internal snapshots, which would be lost with it")
+    locks = [_patiently(overlay, ending, lambda: ImageLock(overlay.path))]
+    try:
+        size = int(qemu.info(overlay.path, image.QCOW2)["virtual-size"])
+        below = _patiently(overlay, ending, lambda: qemu.info(overlay.base, overlay.base_format))
+        if int(below["virtual-size"]) < size:
+            qemu.resize(overlay.base, overlay.base_format, size)
+        write_down(overlay, size, ending)
+        image.settle(overlay.base)
+        locks.append(ImageLock(overlay.base))
+    except BaseException:
+        locks[0].release()
+        raise
+    return locks
+
+
+def _patiently(overlay: Overlay, ending: Event, act: Callable[[], _Result]) -> _Result:
+    """What `act` returns once nobody has the images open.
+
+    Raises AgentError: in-use when somebody keeps them, interrupted once `ending` is set.
+    """
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
-        if ending.is_set():
-            raise AgentError(INTERRUPTED, f"merging {overlay.path} was left to the next run")
+        _check_time(overlay, ending)
         try:
-            return qemu.merge(overlay.path, chain.Node(overlay.base, overlay.base_format), ending)
+            return act()
         except AgentError as error:
-            if not any(words in str(error) for words in _LOCKED):
+            if error.kind != IN_USE and not any(words in str(error) for words in _LOCKED):
                 raise
             if time.monotonic() > deadline:
                 raise AgentError(IN_USE, f"another process uses {overlay.path}, or what it rests on") from error
         time.sleep(_LOOK_SECONDS)
+
+
+def write_down(overlay: Overlay, size: int, ending: Event) -> None:
+    """Give the base what the overlay itself holds. Nobody writes the overlay; QEMU's lock keeps others off the base.
+
+    Raises AgentError (interrupted) once `ending` is set.
+    """
+    held = _patiently(overlay, ending, lambda: _held(overlay, size))
+    base = [chain.Node(overlay.base, overlay.base_format)]
+    below = _patiently(overlay, ending, lambda: qemu.open_nbd(base, writable=True))
+    above, buffer = FileDisk(overlay.path), memoryview(bytearray(CHUNK))
+    try:
+        for at in range(0, len(held), 3):
+            start, end, host = held[at : at + 3]
+            if host == _ZERO:
+                _check_time(overlay, ending)
+                zero_data(below, start, end)
+                continue
+            for piece in split(Extent(start, end - start, DATA, host), CHUNK):
+                _check_time(overlay, ending)
+                _copy_down(above, piece, below, buffer)
+        below.flush()
+    finally:
+        above.close()
+        below.close()
+
+
+def _check_time(overlay: Overlay, ending: Event) -> None:
+    if ending.is_set():
+        raise AgentError(INTERRUPTED, f"merging {overlay.path} was left to the next run")
+
+
+def _held(overlay: Overlay, size: int) -> "array[int]":
+    """What the overlay itself holds: start, end, and where that lies in its file or _ZERO, for each range in turn.
+
+    Known whole before the base is written: QEMU reads the base's own tables to tell, which then change. Three numbers a
+    range, since there may be millions.
+    """
+    held = array("q")
+    layers = [chain.Node(overlay.path, image.QCOW2), chain.Node(overlay.base, overlay.base_format)]
+    for extent in qemu.map_extents(layers, 0, size):
+        if extent.kind == DATA and extent.host is None and not extent.layer:
+            raise AgentError(UNSUPPORTED, f"{overlay.path} has compressed clusters, which no overlay of ours has")
+        if not extent.layer:
+            held.extend((extent.offset, extent.end, _ZERO if extent.host is None else extent.host))
+    return held
+
+
+def _copy_down(above: FileDisk, piece: Extent, below: Disk, buffer: memoryview) -> None:
+    """Write the content of a piece of at most CHUNK bytes, and make holes where it is zero."""
+    assert piece.host is not None
+    content = buffer[: piece.length]
+    above.readinto(piece.host, content)
+    for start, end, is_zero in _runs(content, piece.offset):
+        if is_zero:
+            zero_data(below, start, end)
+        else:
+            below.write(start, content[start - piece.offset : end - piece.offset])
+
+
+def _runs(content: memoryview, offset: int) -> Iterator[Tuple[int, int, bool]]:
+    """The content, which lies at `offset`, in (start, end, whether it is all zeros), cut at multiples of _HOLE."""
+    first = position = offset
+    was_zero: Optional[bool] = None
+    while position < offset + len(content):
+        end = min(offset + len(content), position - position % _HOLE + _HOLE)
+        is_zero = content[position - offset : end - offset].tobytes() == _ZEROS[: end - position]
+        if was_zero is not None and is_zero != was_zero:
+            yield first, position, was_zero
+            first = position
+        was_zero, position = is_zero, end
+    if was_zero is not None:
+        yield first, position, was_zero
 
 
 def journalled_images(entries: List[records.Record]) -> Dict[str, List[str]]:

@@ -16,7 +16,7 @@ OPERATION = re.compile(r"[0-9a-zA-Z][0-9a-zA-Z-]{0,63}")
 DISK = re.compile(r"[0-9a-zA-Z_][0-9a-zA-Z_.-]{0,63}")
 """What an operation, and a disk's target, look like: both become parts of file names."""
 
-_JOURNAL, _PART, _MARK = ".journal", ".part", ".mark"
+JOURNAL, _PART, _MARK = ".journal", ".part", ".mark"
 
 
 def key_of(name: str) -> str:
@@ -26,12 +26,12 @@ def key_of(name: str) -> str:
 
 def journal_path(directory: str, name: str) -> str:
     """Where the journal of an operation on the VM `name` lies when its first disk lands in `directory`."""
-    return os.path.join(directory, f"{PREFIX}{key_of(name)}{_JOURNAL}")
+    return os.path.join(directory, f"{PREFIX}{key_of(name)}{JOURNAL}")
 
 
 def is_journal(name: str) -> bool:
     """Whether a file of this name is a journal of ours."""
-    return name.startswith(PREFIX) and name.endswith(_JOURNAL)
+    return name.startswith(PREFIX) and name.endswith(JOURNAL)
 
 
 def part_path(operation: str, disk: str, final: str) -> str:

@@ -13,15 +13,14 @@ import re
 import select
 import socket
 import subprocess
-from threading import Event
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from . import header
 from .chain import QCOW2, Node
 from .disk import DATA, HOLE, ZERO, Extent
-from .errors import INTERRUPTED, IO, UNSUPPORTED, AgentError
+from .errors import IO, UNSUPPORTED, AgentError
 from .nbd import NbdDisk
-from .process import SECONDS, die_with_parent, end, finished, last_words, run, start
+from .process import SECONDS, die_with_parent, finished, last_words, run, start
 from .wire import ProtocolError
 
 _ACTIVATION_FD = 3
@@ -97,31 +96,6 @@ def resize(path: str, format_: str, size: int) -> None:
     run(["qemu-img", "resize", "-q", _name(_node([Node(path, format_)])), str(size)])
 
 
-def merge(overlay: str, base: Node, ending: Event) -> None:
-    """Write what the qcow2 image has into the image that it rests on, and leave it as it is. Can be repeated.
-
-    What is zero takes no room below afterwards. Raises AgentError (interrupted) once `ending` is set.
-    """
-    node = _node([Node(overlay, QCOW2), base], discard="unmap")
-    node["backing"]["discard"] = "unmap"
-    argv = ["qemu-img", "commit", "-q", "-d", _name(node)]
-    child = start(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    left = _seconds(overlay)
-    while True:
-        try:
-            _, err = child.communicate(timeout=_LOOK_SECONDS)
-            break
-        except subprocess.TimeoutExpired:
-            left -= _LOOK_SECONDS
-            if ending.is_set() or left <= 0:
-                end(child)
-                what = "was ended" if ending.is_set() else "does not end"
-                kind = INTERRUPTED if ending.is_set() else IO
-                raise AgentError(kind, f"the merge of {overlay} {what}; it can be repeated") from None
-    if child.returncode:
-        raise AgentError(IO, last_words("qemu-img", child.returncode, err))
-
-
 def is_sound(path: str, format_: str) -> bool:
     """Whether the image can be opened and its metadata contradict nothing; clusters that nothing refers to are no harm.
 
@@ -153,13 +127,15 @@ _CHECK_FAILED, _CHECK_CORRUPT = 1, 2
 """Exit statuses of qemu-img check."""
 
 
-def map_extents(chained: Sequence[Node], start_at: int, stop: int) -> Iterator[Extent]:
+def map_extents(chained: Sequence[Node], start_at: int, stop: int, *, shared: bool = False) -> Iterator[Extent]:
     """The extents of the top layer, read from `qemu-img map` as it prints them, so that memory stays flat.
+
+    `shared`: also of an image that a VM is writing, as its tables are just now. Raises AgentError.
 
     A data extent without a host offset does not lie in the file as the guest sees it: it is compressed, since
     encrypted images and external data files are refused before.
     """
-    argv = ["qemu-img", "map", "--output=json", f"--start-offset={start_at}"]
+    argv = ["qemu-img", "map", *(["--force-share"] if shared else []), "--output=json", f"--start-offset={start_at}"]
     argv += [f"--max-length={stop - start_at}", _name(_node(chained))]
     child = start(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout is not None
@@ -197,9 +173,10 @@ def _extent(entry: Dict[str, Any]) -> Extent:
     layer = entry.get("depth", 0)
     if entry["zero"]:
         # "present" tells an explicit zero from a hole; QEMU before 6.1 does not say it.
-        return Extent(entry["start"], entry["length"], ZERO if entry.get("present") and not entry["data"] else HOLE)
+        kind = ZERO if entry.get("present") and not entry["data"] else HOLE
+        return Extent(entry["start"], entry["length"], kind, layer=layer)
     if not entry["data"]:
-        return Extent(entry["start"], entry["length"], HOLE)
+        return Extent(entry["start"], entry["length"], HOLE, layer=layer)
     return Extent(entry["start"], entry["length"], DATA, host, compressed=host is None, layer=layer)
 
 

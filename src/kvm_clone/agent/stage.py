@@ -15,7 +15,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, List, Optional, Protocol, TypeVar, cast
 
-from . import chain, fingerprint, image, journal, leftovers, merge, names, qemu, records, reflink
+from . import chain, filesystem, fingerprint, image, journal, leftovers, merge, names, qemu, records, reflink
 from .errors import EXISTS, IN_USE, IO, LOCKED, MISSING, UNSUPPORTED, AgentError, from_exception
 from .lock import ImageLock, OperationLock, is_written
 
@@ -218,9 +218,7 @@ class Stage(Hold):
         """
         if disk.is_published:
             self._append(records.RETRACT, disk=disk.disk)
-            if not os.path.lexists(disk.part):
-                os.link(disk.final, disk.part)
-            os.unlink(disk.final)
+            filesystem.give_name(disk.final, disk.part)
             journal.make_durable(os.path.dirname(disk.final))
 
     def _make_marks(self, directories: List[str]) -> None:
@@ -307,8 +305,7 @@ class Stage(Hold):
         part = names.part_path(self.operation, disk, final)
         try:
             self._append(records.PUBLISH, disk=disk, part=part, final=final, identity=fingerprint.identity(part))
-            os.link(part, final)  # unlike rename, never replaces what is there
-            os.unlink(part)
+            filesystem.give_name(part, final)
             journal.make_durable(os.path.dirname(final))
         except OSError as error:
             raise from_exception(error, f"giving {part} its final name {final}") from error
@@ -470,9 +467,7 @@ def _check_below(overlays: List[merge.Overlay], disks: Dict[str, leftovers.DiskS
 
 def _own(path: str, spec: Dict[str, Any]) -> None:
     """Mode and owner as at the source, as far as this host has the owner and we may give files away."""
-    os.chmod(path, spec["mode"])
-    if os.geteuid() == 0:
-        os.chown(path, _id_of(pwd.getpwnam, spec["user"]), _id_of(grp.getgrnam, spec["group"]))
+    filesystem.own(path, spec["mode"], _id_of(pwd.getpwnam, spec["user"]), _id_of(grp.getgrnam, spec["group"]))
 
 
 def _id_of(look_up: Any, name: str) -> int:

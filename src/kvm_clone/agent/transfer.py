@@ -11,7 +11,7 @@ from typing import Callable, Dict, Generator, Iterator, List, NamedTuple, Option
 
 from . import image
 from .disk import DATA as DATA_KIND
-from .disk import Disk, Extent, split
+from .disk import Disk, Extent, split, zero_data
 from .errors import INTERRUPTED, PROTOCOL, AgentError, from_exception
 from .lock import WriterLock
 from .stream import Incoming
@@ -239,7 +239,7 @@ class Receiver:
                 self.written[record.disk] += record.length
                 self._reach(record)
             elif record.type == ZERO:
-                _zero_data(disk, record.offset, record.offset + record.length)
+                zero_data(disk, record.offset, record.offset + record.length)
                 self._reach(record)
             elif record.type == DISK_END:
                 self._finish(record.disk)
@@ -293,13 +293,6 @@ class Receiver:
         if now - self._reported >= REPORT_SECONDS:
             self._reported = now
             self._report(self.written)
-
-
-def _zero_data(disk: Disk, start: int, end: int) -> None:
-    """Make the range read as zeros; what does so already is left alone, so that an image does not grow by it."""
-    for extent in disk.extents(start, end):
-        if extent.kind == DATA_KIND:
-            disk.zero(extent.offset, extent.length)
 
 
 def _check(record: Record, size: int) -> None:

@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
-from . import chain, header
+from . import chain, fingerprint, header
 from .errors import AgentError
 from .lock import is_locked_by_qemu
 
@@ -277,8 +277,8 @@ class _Index:
 
 
 def _lasting(about: os.stat_result) -> str:
-    """A fingerprint without the device, see facts.fingerprint."""
-    return f"{about.st_ino}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
+    """A fingerprint without the device."""
+    return fingerprint.of_stat(about).partition(":")[2]
 
 
 def _files_in(directory: str) -> Iterator[str]:
