@@ -1,11 +1,12 @@
 # What people and CI run. Each target installs what it needs (scripts/install).
 
-.PHONY: help install demo test test-faults check format bench lab-up lab-down clean
+.PHONY: help install demo test test-faults fresh check format bench lab-up lab-down clean
 
 help:
 	@echo "make demo      a clone between two real hosts on this machine, from nothing"
 	@echo "make test      the tests, real hosts included: ten minutes"
 	@echo "make test-faults  the whole fault matrix and the long tests: an hour"
+	@echo "make fresh     make demo and make test in a minimal Debian that never saw the project: twenty minutes"
 	@echo "make check     ruff, strict mypy, format, shellcheck"
 	@echo "make format    format the code"
 	@echo "make bench     kvm-clone beside scp, rsync, nbdcopy and others"
@@ -22,6 +23,9 @@ test:
 
 test-faults:
 	@scripts/test -m faults
+
+fresh:
+	@scripts/fresh $(FRESH)
 
 check:
 	@scripts/check
