@@ -5,12 +5,8 @@ from __future__ import annotations
 import functools
 import random
 import tempfile
-<<<<<<< HEAD
 import threading
-from collections.abc import Iterator
-=======
 from collections.abc import Callable, Iterator
->>>>>>> wt-sizes
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -395,13 +391,8 @@ class Replica:
         staged.finish()
         return "done"
 
-<<<<<<< HEAD
-    def merging(self, path: str, _base: chain.Node, _ending: threading.Event) -> None:
-        """qemu-img commit, or as much of it as comes before the power is cut."""
-=======
-    def merging(self, overlay: merge.Overlay, size: int) -> None:
+    def merging(self, overlay: merge.Overlay, size: int, _ending: threading.Event) -> None:
         """What a merge writes, or as much of it as comes before the power is cut."""
->>>>>>> wt-sizes
         if self.merged < CLUSTERS:
             with closing(image.open_for_reading(overlay.path, "qcow2")) as disk, self.base.open("r+b") as base:
                 base.truncate(disk.size)

@@ -14,11 +14,7 @@ from typing import Any
 
 import pytest
 
-<<<<<<< HEAD
-from kvm_clone.agent import errors, leftovers, names, qemu, records, stage
-=======
-from kvm_clone.agent import errors, filesystem, journal, qemu, stage
->>>>>>> wt-sizes
+from kvm_clone.agent import errors, filesystem, leftovers, names, qemu, records, stage
 from kvm_clone.agent.errors import AgentError
 from kvm_clone.agent.lock import WriterLock
 from kvm_clone.agent.stage import Stage
@@ -848,7 +844,6 @@ def test_remove_files(pool: Path) -> None:
     assert answers[2]["error"]
     assert seen_names(pool) >= {"other.qcow2", "directory"}
     assert not {"old", "link"} & seen_names(pool)
-<<<<<<< HEAD
     assert held.remove([]) == []
     held.release()
 
@@ -859,24 +854,23 @@ def file_id(path: str) -> str:
         return ""
     about = os.lstat(path)
     return f"{about.st_dev}:{about.st_ino}"
-=======
-    assert stage.remove_files([]) == []
 
 
 # What is told of a directory that holds much.
 
 
 def test_so_many_journals_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "MOST_JOURNALS", 3)
+    monkeypatch.setattr(leftovers, "MOST_JOURNALS", 3)
+    torn = b"torn\n" * 3
     for number in range(3):
-        (tmp_path / f".kvm-clone-{number}.journal").write_bytes(b"torn")
+        (tmp_path / f".kvm-clone-{number}.journal").write_bytes(torn)
     (tmp_path / ".kvm-clone-x.part").touch()
     (tmp_path / "other.journal").touch()
-    assert [Path(one["path"]).name for one in stage.staged([str(tmp_path)])] == [
+    assert [Path(one["path"]).name for one in leftovers.staged([str(tmp_path)])] == [
         f".kvm-clone-{number}.journal" for number in range(3)
     ]
-    (tmp_path / ".kvm-clone-3.journal").write_bytes(b"torn")
-    *found, last = stage.staged([str(tmp_path)])
+    (tmp_path / ".kvm-clone-3.journal").write_bytes(torn)
+    *found, last = leftovers.staged([str(tmp_path)])
     assert len(found) == 3
     assert (last["path"], "more than 3 journals" in last["error"]) == (str(tmp_path), True)
 
@@ -884,7 +878,6 @@ def test_so_many_journals_and_no_more(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_directory_that_cannot_be_looked_into_is_told(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").touch()
-    [said] = stage.staged([str(tmp_path / "loop"), str(tmp_path / "file"), str(tmp_path / "missing")])
+    [said] = leftovers.staged([str(tmp_path / "loop"), str(tmp_path / "file"), str(tmp_path / "missing")])
     assert (said["path"], said["error"]) == (str(tmp_path / "loop"), "Too many levels of symbolic links")
-    assert stage.staged([str(tmp_path / "loop")], "web") == []
->>>>>>> wt-sizes
+    assert leftovers.staged([str(tmp_path / "loop")], "web") == []
