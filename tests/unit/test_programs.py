@@ -45,6 +45,11 @@ FOLLOWED: dict[tuple[str, str], tuple[str, ...]] = {
     ("scripts/install", "…"): (),  # apt-config's output
     ("scripts/install", "… -c import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))"): ("python3",),
     ("scripts/install", "… -m venv --clear"): ("python3",),
+    ("tests/agent/test_limits.py", "…"): (),  # the shell's own words, which set limits
+    ("tests/agent/test_limits.py", "… -I -X utf8"): ("python3",),
+    ("tests/agent/test_limits.py", "………………"): (),
+    ("tests/agent/test_limits.py", "… … …"): (),
+    ("tests/agent/test_limits.py", "… … … …"): (),
     ("tests/e2e/pools.py", "… /var/lib/libvirt/images/own"): ("mount",),  # with the callers' options
     ("tests/e2e/test_preflight.py", "… /var/lib/libvirt/images/own"): ("mount",),  # with the callers' options
     ("tests/e2e/test_retry.py", "… clone … --retries"): (),  # kvm-clone itself
