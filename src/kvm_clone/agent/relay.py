@@ -46,8 +46,12 @@ class Relay:
         self._passing = threading.Lock()
         self._closed = False
         self._ended = threading.Event()
-        if hold is not None:
-            hold.add_fence(self)
+        try:
+            if hold is not None:
+                hold.add_fence(self)
+        except AgentError:
+            self._socket.close()
+            raise
         threading.Thread(target=self._receive, daemon=True).start()
         threading.Thread(target=self._send, daemon=True).start()
 
@@ -59,6 +63,7 @@ class Relay:
         with contextlib.suppress(OSError):
             while self._pass_on(self._waiting.get()):
                 continue
+        self._drain()
         self._shut()
 
     def _pass_on(self, data: bytes) -> bool:
@@ -83,10 +88,14 @@ class Relay:
         """Let nothing more through, and wait until libvirt has answered what it was asked."""
         with self._passing:
             self._closed = True
+        self._drain()
+        self.send(b"")
+
+    def _drain(self) -> None:
+        """Wait until libvirt has answered: it goes on with what it was asked when its client goes away."""
         deadline = time.monotonic() + _DRAIN_SECONDS
         while self._calls.calls > self._answers.replies and not self._ended.is_set() and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)
-        self.send(b"")
 
     def _shut(self) -> None:
         with contextlib.suppress(OSError):

@@ -1,0 +1,69 @@
+"""Children of the agent: what they print, and that they end."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from kvm_clone.agent import errors, process
+from kvm_clone.agent.errors import AgentError
+
+from .tools import processes
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def test_output_that_is_not_utf_8() -> None:
+    assert os.fsencode(process.run(["printf", r"a\377b\303\244"])) == b"a\xffb\xc3\xa4"
+
+
+def test_last_words_that_are_not_utf_8() -> None:
+    with pytest.raises(AgentError, match="sh: a\ufffdb") as caught:
+        process.run(["sh", "-c", r"printf 'first\na\377b\n' >&2; exit 1"])
+    assert caught.value.kind == errors.IO
+
+
+@pytest.mark.parametrize(("said", "kind"), [("No space left on device", errors.NO_SPACE), ("what else", errors.IO)])
+def test_how_it_failed(said: str, kind: str) -> None:
+    with pytest.raises(AgentError, match=said) as caught:
+        process.run(["sh", "-c", f"echo {said} >&2; exit 1"])
+    assert caught.value.kind == kind
+
+
+def test_a_program_that_is_not_there() -> None:
+    with pytest.raises(AgentError, match="not installed") as caught:
+        process.run(["kvm-clone-no-such-program"])
+    assert caught.value.kind == errors.MISSING
+
+
+SLEEPERS = {
+    "a child": 'exec sleep "$1"',
+    "a child that leaves one of its own": 'sleep "$1" & wait',
+    "a child that prints without end": "while :; do echo line; sleep 0.01; done",
+    "a child that ignores signals": "trap '' TERM INT HUP; while :; do sleep 0.1; done",
+}
+
+
+@pytest.mark.parametrize("which", SLEEPERS)
+def test_a_child_that_does_not_end(which: str) -> None:
+    mark = f"4711.{random.randrange(10**9)}"
+    started = time.monotonic()
+    try:
+        with pytest.raises(AgentError, match=r"^sh did not end within 0 s") as caught:
+            process.run(["sh", "-c", SLEEPERS[which], "sh", mark], 0.3)
+        took, left = time.monotonic() - started, len(processes(mark))
+    finally:
+        for pid in processes(mark):
+            os.kill(pid, signal.SIGKILL)  # a grandchild is nobody's that we could end
+    assert caught.value.kind == errors.IO
+    assert took < 5
+    assert left == (1 if "of its own" in which else 0)
+
+
+def test_what_is_not_told_otherwise_has_a_limit() -> None:
+    assert process.run.__defaults__ == (process.SECONDS,)
+    assert 0 < process.SECONDS <= 120
