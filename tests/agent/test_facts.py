@@ -146,6 +146,8 @@ def test_by_what_a_host_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(facts, "LIBVIRT_SOCKETS", ())
     assert facts.identity()["libvirt"] == ""
     assert facts._line(str(tmp_path / "none")) == ""
+
+
 @pytest.mark.parametrize("size", [0, 1, 7, 511, 512, 513, 1_000_001, MIB])
 def test_a_raw_disks_size_is_what_qemu_says(tmp_path: Path, size: int) -> None:
     path = make_raw(tmp_path / "disk", size, [(0, noise(size))])

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent import chain, fingerprint, image, leftovers, names, qemu, records, transfer
+from kvm_clone.agent import chain, fingerprint, image, leftovers, merge, names, qemu, records, transfer
 from kvm_clone.agent.differ import Differ
 from kvm_clone.agent.errors import AgentError
 from kvm_clone.agent.stage import Stage
