@@ -38,7 +38,7 @@ from kvm_clone.run import Outcome, Run
 from kvm_clone.running import stale_checkpoints
 from kvm_clone.staging import StagedData
 from kvm_clone.sync import make_sync_plan
-from kvm_clone.tasks import together
+from kvm_clone.tasks import together, undisturbed
 
 
 @dataclass(frozen=True)
@@ -353,16 +353,13 @@ class Client:
             connections = await together(*(_open(host) for host in hosts))
             yield list(zip(hosts, connections, strict=True))
         finally:
-            for connection in connections:
-                with contextlib.suppress(libvirt.libvirtError):  # its tunnel may be gone
-                    await asyncio.to_thread(connection.close)
-            await asyncio.gather(*(host.close() for host in hosts))
+            await undisturbed(_close(hosts, connections))
 
     async def list_vms(self, hosts: Sequence[str]) -> list[HostListing]:
         """The VMs of every host, in the order given. A host that cannot be asked has its error in its place."""
         for host in hosts:
             ssh.parse_address(host)
-        return list(await asyncio.gather(*(self._list_host(host) for host in hosts)))
+        return await together(*(self._list_host(host) for host in hosts))
 
     async def staged(self, hosts: Sequence[str]) -> list[StagedListing]:
         """What interrupted and running operations have staged on each host, in the order given."""
@@ -378,7 +375,7 @@ class Client:
         """
         for host in hosts:
             ssh.parse_address(host)
-        return list(await asyncio.gather(*(self._clean_host(host, older_than, dry_run) for host in hosts)))
+        return await together(*(self._clean_host(host, older_than, dry_run) for host in hosts))
 
     async def _clean_host(self, name: str, older_than: float, dry_run: bool) -> StagedListing:
         try:
@@ -420,6 +417,13 @@ class Client:
                 return HostListing(name, tuple(await asyncio.to_thread(domains.list_all, connection, name)))
         except KvmCloneError as error:
             return HostListing(name, error=error)
+
+
+async def _close(hosts: Sequence[Host], connections: Sequence[libvirt.virConnect]) -> None:
+    for connection in connections:
+        with contextlib.suppress(libvirt.libvirtError):  # its tunnel may be gone
+            await asyncio.to_thread(connection.close)
+    await asyncio.gather(*(host.close() for host in hosts))
 
 
 async def _open(host: Host) -> libvirt.virConnect:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import random
-import signal
 import sys
 import time
 from collections import deque
@@ -19,6 +17,7 @@ from urllib.parse import quote
 from kvm_clone import payload, ssh
 from kvm_clone.agent import errors as kinds
 from kvm_clone.agent import wire
+from kvm_clone.children import answer, end_process, kill_process, spawn, spawn_options, stop_process
 from kvm_clone.errors import (
     ConnectError,
     InterruptedTransferError,
@@ -27,6 +26,7 @@ from kvm_clone.errors import (
     RefusedError,
     TransferError,
 )
+from kvm_clone.tasks import undisturbed
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +77,6 @@ def call_error(answer: dict[str, Any], host: str) -> KvmCloneError:
     return AgentCallError(kind, message, host)
 
 
-def spawn_options() -> dict[str, Any]:
-    """Children ignore Ctrl-C: a terminal sends it to them as well, and we need them to roll back."""
-    return {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
-
-
 class Host:
     """A connected host. One SSH connection carries the control agent, the data streams and libvirt."""
 
@@ -123,11 +118,15 @@ class Host:
 
     async def close(self) -> None:
         """End the agent, and with it the connection."""
+        await undisturbed(self._close())
+
+    async def _close(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._process is not None:
             await end_process(self._process)
+            await kill_process(self._process)
             self._process = None
 
     def _master_argv(self) -> list[str]:
@@ -174,7 +173,7 @@ class Host:
     async def _start_agent(self) -> None:
         self._stderr.clear()
         self._lost = None
-        process = await asyncio.create_subprocess_exec(
+        process = await spawn(
             *self._master_argv(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -191,9 +190,11 @@ class Host:
         except (EOFError, OSError, TimeoutError, wire.ProtocolError) as error:
             await end_process(process)
             await errors
+            await kill_process(process)
             raise self._start_failure(process.returncode, error) from error
         except BaseException:
-            await end_process(process)
+            errors.cancel()
+            await stop_process(process)
             raise
         self._process = process
         self._tasks = [
@@ -313,16 +314,10 @@ class Host:
     async def _forward(self, local: Path, remote: str) -> None:
         local.unlink(missing_ok=True)
         argv = [*self._mux_argv(), "-O", "forward", "-L", f"{local}:{remote}", "host"]
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        out, _ = await process.communicate()
-        if process.returncode:
+        status, out, err = await answer(argv)
+        if status:
             raise ConnectError(
-                f"{self.name} does not forward its libvirt socket: {out.decode(errors='replace').strip()}",
+                f"{self.name} does not forward its libvirt socket: {(out + err).decode(errors='replace').strip()}",
                 subject=self.name,
                 remedy="allow AllowStreamLocalForwarding in its sshd_config",
             )
@@ -374,34 +369,3 @@ async def read_frame(stream: asyncio.StreamReader) -> dict[str, Any] | None:
             raise EOFError("the stream ended within a frame") from error
         return None
     return wire.unpack_body(await stream.readexactly(wire.frame_length(header)))
-
-
-async def end_process(process: asyncio.subprocess.Process, patience: float = 5.0) -> None:
-    """Close a child's input, which ends an agent, and kill it if it does not end."""
-    if process.stdin is not None:
-        process.stdin.close()
-    try:
-        async with asyncio.timeout(patience):
-            await process.wait()
-    except TimeoutError:
-        await kill_process(process)
-    else:
-        await _forget_input(process)
-
-
-async def kill_process(process: asyncio.subprocess.Process) -> None:
-    """Kill a child. Not by its own method: that reaps a child that has just ended, behind asyncio's back."""
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
-    await process.wait()
-    await _forget_input(process)
-
-
-async def _forget_input(process: asyncio.subprocess.Process) -> None:
-    """What an ended child has not read is no news: without this asyncio complains of it on stderr."""
-    if process.stdin is not None:
-        process.stdin.close()
-        with contextlib.suppress(OSError, TimeoutError):
-            async with asyncio.timeout(1.0):
-                await process.stdin.wait_closed()

@@ -13,6 +13,7 @@ import libvirt
 from kvm_clone import definition, domains, live, ssh, vms
 from kvm_clone.agent import errors as kinds
 from kvm_clone.agent import peer
+from kvm_clone.children import kill_process, spawn
 from kvm_clone.errors import RefusedError
 from kvm_clone.facts import (
     DestinationFacts,
@@ -26,7 +27,7 @@ from kvm_clone.facts import (
     image_facts,
     staged_facts,
 )
-from kvm_clone.host import AgentCallError, Host, kill_process
+from kvm_clone.host import AgentCallError, Host
 from kvm_clone.options import Options, Route, SyncOptions
 from kvm_clone.tasks import together
 
@@ -176,17 +177,17 @@ async def _measure_relay(source: Host, destination: Host) -> float:
     """Bytes a second from one host through this machine to the other; 0 when it cannot be measured."""
     out, into = os.pipe()
     devnull = asyncio.subprocess.DEVNULL
-    children = []
+    children: list[asyncio.subprocess.Process] = []
     try:
         argv = destination.session_argv(peer.MEASURE)
-        reader = await asyncio.create_subprocess_exec(*argv, stdin=out, stdout=asyncio.subprocess.PIPE, stderr=devnull)
+        reader = await spawn(*argv, stdin=out, stdout=asyncio.subprocess.PIPE, stderr=devnull)
         children.append(reader)
         assert reader.stdout is not None
         if await reader.stdout.readline() != b"ready\n":
             return 0.0
         began = time.monotonic()
         argv = source.session_argv(f"timeout {peer.MEASURED_SECONDS} head -c {peer.MEASURED_BYTES} /dev/zero")
-        children.append(await asyncio.create_subprocess_exec(*argv, stdin=devnull, stdout=into, stderr=devnull))
+        children.append(await spawn(*argv, stdin=devnull, stdout=into, stderr=devnull))
         os.close(into)
         into = -1
         arrived = (await reader.stdout.readline()).strip()
@@ -195,8 +196,7 @@ async def _measure_relay(source: Host, destination: Host) -> float:
         for descriptor in (out, into):
             if descriptor >= 0:
                 os.close(descriptor)
-        for child in children:
-            await kill_process(child)
+        await kill_process(*children)
 
 
 async def direct_ssh(destination: Host) -> tuple[list[str], str]:
