@@ -39,7 +39,7 @@ from kvm_clone.run import Outcome, Run
 from kvm_clone.running import stale_checkpoints
 from kvm_clone.staging import StagedData
 from kvm_clone.sync import make_sync_plan
-from kvm_clone.tasks import together
+from kvm_clone.tasks import together, undisturbed
 from kvm_clone.watching import watched
 
 
@@ -375,15 +375,13 @@ class Client:
             opened = await together(*(connections.open_libvirt(host) for host in hosts))
             yield list(zip(hosts, opened, strict=True))
         finally:
-            for connection in opened:
-                await connections.close(connection)
-            await asyncio.gather(*(host.close() for host in hosts))
+            await undisturbed(_close(hosts, opened))
 
     async def list_vms(self, hosts: Sequence[str]) -> list[HostListing]:
         """The VMs of every host, in the order given. A host that cannot be asked has its error in its place."""
         for host in hosts:
             ssh.parse_address(host)
-        return list(await asyncio.gather(*(self._list_host(host) for host in hosts)))
+        return await together(*(self._list_host(host) for host in hosts))
 
     async def staged(self, hosts: Sequence[str]) -> list[StagedListing]:
         """What interrupted and running operations have staged on each host, in the order given."""
@@ -399,7 +397,7 @@ class Client:
         """
         for host in hosts:
             ssh.parse_address(host)
-        return list(await asyncio.gather(*(self._clean_host(host, older_than, dry_run) for host in hosts)))
+        return await together(*(self._clean_host(host, older_than, dry_run) for host in hosts))
 
     async def _clean_host(self, name: str, older_than: float, dry_run: bool) -> StagedListing:
         try:
@@ -441,6 +439,12 @@ class Client:
                 return HostListing(name, tuple(await asyncio.to_thread(domains.list_all, connection, name)))
         except KvmCloneError as error:
             return HostListing(name, error=error)
+
+
+async def _close(hosts: Sequence[Host], opened: Sequence[libvirt.virConnect]) -> None:
+    for connection in opened:
+        await connections.close(connection)
+    await asyncio.gather(*(host.close() for host in hosts))
 
 
 def _log(request: Request, plan: Plan) -> operations.OperationLog:

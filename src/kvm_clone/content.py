@@ -19,7 +19,7 @@ from kvm_clone.host import Host
 from kvm_clone.options import Route, Verify
 from kvm_clone.placement import PlannedDisk
 from kvm_clone.progress import DiskProgress, OnEvent, Phase
-from kvm_clone.tasks import together
+from kvm_clone.tasks import together, undisturbed
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,9 @@ class Prepared:
 
     async def close(self) -> None:
         """End it, ready or not."""
+        await undisturbed(self._close())
+
+    async def _close(self) -> None:
         self._task.cancel()
         await asyncio.wait([self._task])
         if not self._task.cancelled() and self._task.exception() is None:
@@ -248,9 +251,10 @@ class Content:
 
     async def _stream(self) -> contextlib.AbstractAsyncContextManager[transport.Stream]:
         """The stream that was prepared if it is still good, else a new one."""
-        prepared, self._prepared = self._prepared, None
-        if prepared is not None:
-            if await prepared.is_good():
+        if self._prepared is not None:
+            good = await self._prepared.is_good()  # cancelled meanwhile, it is still there to be closed
+            prepared, self._prepared = self._prepared, None
+            if good:
                 return prepared
             await prepared.close()
         return transport.opened(self.source, self.destination, self.transfer.route)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import random
-import signal
 import sys
 import time
 from collections import deque
@@ -19,6 +17,7 @@ from urllib.parse import quote
 from kvm_clone import payload, ssh
 from kvm_clone.agent import errors as kinds
 from kvm_clone.agent import wire
+from kvm_clone.children import end_process, kill_process, spawn, spawn_options, stop_process
 from kvm_clone.errors import (
     ConnectError,
     InterruptedTransferError,
@@ -27,7 +26,8 @@ from kvm_clone.errors import (
     RefusedError,
     TransferError,
 )
-from kvm_clone.outputs import ended, heard_out, lines_of, read_past_noise, reaped
+from kvm_clone.outputs import lines_of, read_past_noise
+from kvm_clone.tasks import undisturbed
 from kvm_clone.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
@@ -80,11 +80,6 @@ def call_error(answer: dict[str, Any], host: str) -> KvmCloneError:
     return AgentCallError(kind, message, host)
 
 
-def spawn_options() -> dict[str, Any]:
-    """Children ignore Ctrl-C: a terminal sends it to them as well, and we need them to roll back."""
-    return {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
-
-
 class Host:
     """A connected host. One SSH connection carries the control agent, the data streams and libvirt."""
 
@@ -127,13 +122,17 @@ class Host:
 
     async def close(self) -> None:
         """End the agent, and with it the connection."""
+        await undisturbed(self._close())
+
+    async def _close(self) -> None:
         for task in self._tasks[1:]:
             task.cancel()
         await asyncio.gather(*self._tasks[1:], return_exceptions=True)
         await asyncio.gather(*(tunnel.close() for tunnel in self._tunnels.values()))
         if self._process is not None:
             await end_process(self._process)
-            await heard_out(self._process, self._tasks[0])  # unread, its stderr would keep it from its end
+            await self._tasks[0]  # unread, its stderr would keep it from its end
+            await kill_process(self._process)
             self._process = None
 
     def _master_argv(self) -> list[str]:
@@ -180,7 +179,7 @@ class Host:
     async def _start_agent(self) -> None:
         self._stderr.clear()
         self._lost = None
-        process = await asyncio.create_subprocess_exec(
+        process = await spawn(
             *self._master_argv(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -196,11 +195,12 @@ class Host:
             await read_marker(process.stdout, None if self._interactive else _READY_SECONDS)
         except (EOFError, OSError, TimeoutError, wire.ProtocolError) as error:
             await end_process(process)
-            await heard_out(process, errors)
+            await errors
+            await kill_process(process)
             raise self._start_failure(process.returncode, error) from error
         except BaseException:
-            await end_process(process)
-            await heard_out(process, errors)
+            await stop_process(process)
+            await errors
             raise
         self._process = process
         self._tasks = [
@@ -384,37 +384,3 @@ async def read_any(stream: asyncio.StreamReader) -> dict[str, Any] | wire.Channe
             raise EOFError("the stream ended within a frame") from error
         return None
     return wire.unpack_frame(header, await stream.readexactly(wire.body_length(header)))
-
-
-async def end_process(process: asyncio.subprocess.Process, patience: float = 5.0) -> None:
-    """Close a child's input, which ends an agent, and kill it if it does not end. Nobody else may read its stdout."""
-    if process.stdin is not None:
-        process.stdin.close()
-    try:
-        async with asyncio.timeout(patience):
-            await ended(process)
-    except TimeoutError:
-        await kill_process(process)
-    else:
-        await _forget_input(process)
-
-
-async def kill_process(process: asyncio.subprocess.Process) -> None:
-    """Kill a child. Not by its own method: that reaps a child that has just ended, behind asyncio's back.
-
-    Nobody else may read its stdout.
-    """
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
-    await reaped(process)
-    await _forget_input(process)
-
-
-async def _forget_input(process: asyncio.subprocess.Process) -> None:
-    """What an ended child has not read is no news: without this asyncio complains of it on stderr."""
-    if process.stdin is not None:
-        process.stdin.close()
-        with contextlib.suppress(OSError, TimeoutError):
-            async with asyncio.timeout(1.0):
-                await process.stdin.wait_closed()

@@ -16,6 +16,7 @@ from kvm_clone import definition, domains, host_things, live, ssh, things, vms
 from kvm_clone.agent import errors as kinds
 from kvm_clone.agent import peer, uses
 from kvm_clone.agent.wire import ProtocolError
+from kvm_clone.children import kill_process, spawn
 from kvm_clone.errors import RefusedError
 from kvm_clone.facts import (
     DestinationFacts,
@@ -29,7 +30,7 @@ from kvm_clone.facts import (
     image_facts,
     staged_facts,
 )
-from kvm_clone.host import AgentCallError, Host, kill_process
+from kvm_clone.host import AgentCallError, Host
 from kvm_clone.options import Options, Route, SyncOptions
 from kvm_clone.outputs import read_past_noise
 from kvm_clone.placement import stems
@@ -232,16 +233,16 @@ async def _measure_relay(source: Host, destination: Host) -> float:
     """Bytes a second from one host through this machine to the other; 0 when it cannot be measured."""
     out, into = os.pipe()
     devnull = asyncio.subprocess.DEVNULL
-    children = []
+    children: list[asyncio.subprocess.Process] = []
     try:
         argv = destination.session_argv(peer.MEASURE)
-        reader = await asyncio.create_subprocess_exec(*argv, stdin=out, stdout=asyncio.subprocess.PIPE, stderr=devnull)
+        reader = await spawn(*argv, stdin=out, stdout=asyncio.subprocess.PIPE, stderr=devnull)
         children.append(reader)
         assert reader.stdout is not None
         await read_past_noise(reader.stdout, peer.READY, peer.PROBE_SECONDS)
         began = time.monotonic()
         argv = source.session_argv(f"timeout {peer.MEASURED_SECONDS} head -c {peer.MEASURED_BYTES} /dev/zero")
-        children.append(await asyncio.create_subprocess_exec(*argv, stdin=devnull, stdout=into, stderr=devnull))
+        children.append(await spawn(*argv, stdin=devnull, stdout=into, stderr=devnull))
         os.close(into)
         into = -1
         arrived = await read_past_noise(reader.stdout, b"", peer.PROBE_SECONDS)
@@ -252,8 +253,7 @@ async def _measure_relay(source: Host, destination: Host) -> float:
         for descriptor in (out, into):
             if descriptor >= 0:
                 os.close(descriptor)
-        for child in children:
-            await kill_process(child)
+        await kill_process(*children)
 
 
 async def direct_ssh(destination: Host) -> tuple[list[str], str]:

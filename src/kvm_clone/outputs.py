@@ -1,4 +1,4 @@
-"""What child processes print: read in time and within bounds, and never left unread, or they would not end."""
+"""What child processes print: read in time and within bounds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from kvm_clone.agent import wire
 
 _MOST_LINE = 4096
 """Bytes. A longer line of a login's is taken in parts."""
-
-_REAP_SECONDS = 5.0
-"""How long the outputs of a killed child may stay open in the hands of a child of its own."""
 
 
 async def lines_of(stream: asyncio.StreamReader) -> AsyncIterator[str]:
@@ -46,41 +43,3 @@ async def read_past_noise(stream: asyncio.StreamReader, start: bytes, seconds: f
                 raise EOFError("the connection ended before the agent was ready")
             skipped += len(line)
     raise wire.ProtocolError("the login prints without end instead of running the agent")
-
-
-async def ended(process: asyncio.subprocess.Process) -> None:
-    """Wait for a child's end. asyncio waits for that of its output too: what is left of it is read and dropped."""
-    dropping = asyncio.ensure_future(_drop(process.stdout)) if process.stdout is not None else None
-    try:
-        await process.wait()
-    finally:
-        if dropping is not None:
-            dropping.cancel()
-            await asyncio.gather(dropping, return_exceptions=True)
-
-
-async def _drop(stream: asyncio.StreamReader) -> None:
-    while await stream.read(1 << 16):
-        pass
-
-
-async def reaped(process: asyncio.subprocess.Process) -> None:
-    """Wait for the end of a child that was killed; its outputs are closed should a child of its own hold them."""
-    try:
-        async with asyncio.timeout(_REAP_SECONDS):
-            await ended(process)
-    except TimeoutError:
-        _close_outputs(process)
-        await process.wait()
-
-
-async def heard_out(process: asyncio.subprocess.Process, reader: asyncio.Task[None]) -> None:
-    """Wait until the task has read an ended child's output, or until nothing more comes although it is kept open."""
-    _, late = await asyncio.wait([reader], timeout=_REAP_SECONDS)
-    if late:
-        _close_outputs(process)
-    await reader
-
-
-def _close_outputs(process: asyncio.subprocess.Process) -> None:
-    process._transport.close()  # type: ignore[attr-defined] # asyncio names no other way

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import errno
 import os
 import pwd
@@ -15,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from kvm_clone.agent.peer import FAST_CIPHERS, has_aes
+from kvm_clone.children import answer
 from kvm_clone.errors import AuthenticationError, ConnectError, HostKeyError, UsageError
 
 LOCALHOST = "localhost"
@@ -292,18 +291,6 @@ async def _lines_of(name: str, file: Path) -> list[str]:
 
 
 async def _answer(argv: list[str]) -> tuple[int | None, str, str]:
-    """The status of a command that ends soon, and what it writes. Cancelled, it leaves no process behind."""
-    process = await asyncio.create_subprocess_exec(
-        *argv,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        out, err = await process.communicate()
-    except asyncio.CancelledError:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.communicate()
-        raise
-    return process.returncode, os.fsdecode(out), err.decode(errors="replace")
+    """The status of a command that ends soon, and what it writes."""
+    status, out, err = await answer(argv)
+    return status, os.fsdecode(out), err.decode(errors="replace")

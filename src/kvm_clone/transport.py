@@ -20,11 +20,12 @@ from kvm_clone import payload
 from kvm_clone.agent import errors as kinds
 from kvm_clone.agent import wire
 from kvm_clone.agent.stream import enlarge_pipe
+from kvm_clone.children import end_process, kill_process, spawn, spawn_options
 from kvm_clone.errors import InterruptedTransferError, TransferError
-from kvm_clone.host import Host, call_error, end_process, kill_process, read_frame, read_marker, spawn_options
+from kvm_clone.host import Host, call_error, read_frame, read_marker
 from kvm_clone.inspect import direct_ssh
 from kvm_clone.options import Route
-from kvm_clone.outputs import heard_out
+from kvm_clone.tasks import undisturbed
 
 READY_SECONDS = 45.0
 """How long a stream may be kept ready before it is used: less than its agents' patience, agent.__main__."""
@@ -187,7 +188,7 @@ class _Child:
         self.host = host
         self.destination = destination
         self._stderr = b""
-        self._reader = asyncio.create_task(self._read_stderr())
+        self.reader = asyncio.create_task(self._read_stderr())
 
     async def _read_stderr(self) -> None:
         assert self.process.stderr is not None
@@ -216,19 +217,21 @@ class _Child:
                 async with asyncio.timeout(_END_SECONDS):
                     await self.process.wait()
         await end_process(self.process, patience=_END_SECONDS)
-        await heard_out(self.process, self._reader)
+        await self.reader
         return self.process.returncode or 0
 
     async def kill(self) -> None:
         """Make it end now."""
-        await kill_process(self.process)
-        await heard_out(self.process, self._reader)
+        await undisturbed(_killed([self]))
+
+
+async def _killed(children: Sequence[_Child]) -> None:
+    await kill_process(*(child.process for child in children))
+    await asyncio.gather(*(child.reader for child in children))
 
 
 async def _spawn(argv: list[str], host: str, destination: str, stdin: int, stdout: int) -> _Child:
-    process = await asyncio.create_subprocess_exec(
-        *argv, stdin=stdin, stdout=stdout, stderr=asyncio.subprocess.PIPE, **spawn_options()
-    )
+    process = await spawn(*argv, stdin=stdin, stdout=stdout, stderr=asyncio.subprocess.PIPE, **spawn_options())
     return _Child(process, host, destination)
 
 
@@ -331,13 +334,14 @@ async def _relay(source: Host, destination: Host) -> AsyncIterator[Stream]:
         into = -1
         yield stream
     finally:
-        for descriptor in (out, into):
-            if descriptor >= 0:
-                os.close(descriptor)
-        if stream is not None:
-            stream.let_go()
-        for child in children:
-            await child.kill()
+        try:
+            await undisturbed(_killed(children))  # first: a thread may be in the midst of using the pipe
+        finally:
+            for descriptor in (out, into):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            if stream is not None:
+                stream.let_go()
 
 
 async def _pipe_ready(sender: _Child, out: int) -> None:

@@ -28,6 +28,7 @@ from kvm_clone.agent import digest, errors, names, qemu, server
 from kvm_clone.agent.chain import Node
 from kvm_clone.agent.transfer import Job, Sender
 from kvm_clone.agent.wire import MARKER, RECORD_HEADER, pack_frame, read_frame
+from kvm_clone.children import end_process
 
 from .naive_hash import BY_SHA256, naive_hash
 from .tools import (
@@ -152,7 +153,7 @@ def test_login_noise_is_skipped(name: str, tmp_path: Path) -> None:
         process.stdin.write(WHOLE + pack_frame({"mode": "control"}) + pack_frame({"id": 7, "call": "ping"}))
         identity = await host.read_marker(process.stdout, 20)
         answer = await host.read_frame(process.stdout)
-        await host.end_process(process)
+        await end_process(process)
         return identity, answer
 
     assert asyncio.run(run()) == (payload.identity(), {"id": 7, "ok": None})

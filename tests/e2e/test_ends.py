@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,18 @@ from clonekit import (
     assert_nothing_left,
     environment,
     kvm_clone,
+    parts,
     remove,
     running,
     wait_for_copy,
+    wait_until,
     wipe,
 )
 from labclient import Lab, Vm
 
-from kvm_clone.errors import ExitCode
+from kvm_clone import Client, CloneOptions, SshOptions
+from kvm_clone.errors import ExitCode, KvmCloneError
+from kvm_clone.options import Route
 
 pytestmark = pytest.mark.e2e
 
@@ -222,3 +227,26 @@ def test_a_jump_host_and_a_configuration_of_an_odd_name(lab: Lab, odd: Path) -> 
     done = run(lab, "list", "-F", str(odd / "ssh config"), *key, "far", "--output", "json", variables=variables_of(odd))
     assert done.code == 0, done.err
     assert done.document["hosts"][0]["vms"] == []
+
+
+@pytest.mark.parametrize("route", [Route.DIRECT, Route.RELAY])
+@pytest.mark.parametrize("moment", [0.3, 0.8, 1.2, 1.6, 2.5])
+def test_a_clone_is_stopped_at_any_moment(
+    lab: Lab, vm: Vm, children: Callable[[], Mapping[object, str]], route: Route, moment: float
+) -> None:
+    """And told so again and again, as by a time limit and a signal: whatever it does, it leaves no child behind."""
+    options = CloneOptions(route=route, bandwidth_limit=8 << 20, keep_partial=False)
+
+    async def main() -> None:
+        before = set(children())
+        async with Client(SshOptions(config=lab.ssh_config)) as client:
+            task = asyncio.ensure_future(client.clone("kc-a", "kc-b", NAME, options))
+            await asyncio.wait([task], timeout=moment)
+            while not task.done():
+                task.cancel()
+                await asyncio.sleep(0)
+            assert task.cancelled() or isinstance(task.exception(), KvmCloneError)
+            assert set(children()) == before
+
+    asyncio.run(main())
+    wait_until("what was staged is gone", lambda: not parts(lab))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.tasks import together
+from kvm_clone.tasks import together, undisturbed
 
 
 async def value(what: Any, after: asyncio.Event | None = None) -> Any:
@@ -103,5 +103,102 @@ def test_cancelling_stops_all() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert (one.stopped, two.stopped) == (True, True)
+
+    asyncio.run(main())
+
+
+class Tidying:
+    """Work that takes a few rounds to stop, and counts how often it is told to."""
+
+    def __init__(self) -> None:
+        self.started = asyncio.Event()
+        self.told = 0
+        self.stopped = False
+
+    async def work(self) -> None:
+        self.started.set()
+        rounds = 5
+        while rounds:
+            try:
+                await asyncio.sleep(0.01 if self.told else 100)
+                rounds -= 1
+            except asyncio.CancelledError:
+                self.told += 1
+        self.stopped = True
+        raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("cause", ["cancelled", "failed"])
+def test_what_is_stopped_is_told_once(cause: str) -> None:
+    """Told again, it would be disturbed in tidying up; the quick one must not hide that the other still does."""
+
+    async def main() -> None:
+        one, quick, may_fail = Tidying(), Witness(), asyncio.Event()
+        task = asyncio.ensure_future(together(one.work(), quick.work(), fail(ValueError("x"), may_fail)))
+        await one.started.wait()
+        if cause == "cancelled":
+            task.cancel()
+        else:
+            may_fail.set()
+        await asyncio.wait([task])
+        assert (one.told, one.stopped, quick.stopped) == (1, True, True)
+
+    asyncio.run(main())
+
+
+def test_stopping_is_not_disturbed_by_a_second_cancellation() -> None:
+    async def main() -> None:
+        one, quick = Tidying(), Witness()
+        task = asyncio.ensure_future(together(one.work(), quick.work()))
+        await one.started.wait()
+        task.cancel()
+        while not quick.stopped:
+            await asyncio.sleep(0)
+        for _ in range(5):
+            await asyncio.sleep(0)
+            task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        assert (one.told, one.stopped) == (1, True)
+
+    asyncio.run(main())
+
+
+async def slow(result: Any) -> Any:
+    await asyncio.sleep(0.05)
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+@pytest.mark.parametrize("times", [0, 1, 3])
+@pytest.mark.parametrize("result", ["done", ValueError("x")])
+def test_what_is_not_disturbed_comes_to_its_end(times: int, result: Any) -> None:
+    async def main() -> None:
+        ended = asyncio.Event()
+
+        async def work() -> Any:
+            try:
+                return await slow(result)
+            finally:
+                ended.set()
+
+        task = asyncio.ensure_future(undisturbed(work()))
+        for _ in range(times):
+            await asyncio.sleep(0)
+            task.cancel()
+        await asyncio.wait([task])
+        assert ended.is_set()
+        assert task.cancelled() is (times > 0)
+        if not times:
+            assert task.exception() is result if isinstance(result, Exception) else task.result() == result
+
+    asyncio.run(main())
+
+
+def test_what_cancels_itself_is_cancelled() -> None:
+    async def main() -> None:
+        with pytest.raises(asyncio.CancelledError):
+            await undisturbed(slow(asyncio.CancelledError()))
 
     asyncio.run(main())

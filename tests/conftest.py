@@ -1,0 +1,47 @@
+"""What holds for every test: none leaves a process behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+Children = dict[tuple[int, str], str]
+"""Processes by pid and start, which together name one; how each looks."""
+
+
+@pytest.fixture
+def children() -> Callable[[], Children]:
+    """What tells the children of this process, as they are when it is called."""
+    return _children
+
+
+@pytest.fixture(autouse=True)
+def _no_child_is_left() -> Iterator[None]:
+    """Fail a test that ends with a child of this process that it did not begin with, be it dead and not awaited.
+
+    What session and module fixtures have started is there when this begins: they are set up before.
+    """
+    before = _children()
+    yield
+    left = {child: how for child, how in _children().items() if child not in before}
+    if left:
+        pytest.fail(f"processes outlive their test: {'; '.join(left.values())}", pytrace=False)
+
+
+def _children() -> Children:
+    found = {}
+    for children in Path("/proc/self/task").glob("*/children"):
+        try:
+            pids = children.read_text().split()
+        except OSError:  # the thread has ended, and its children are the others'
+            continue
+        for pid in pids:
+            try:
+                fields = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()
+                argv = Path("/proc", pid, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:  # another thread has awaited it just now
+                continue
+            found[int(pid), fields[19]] = f"{pid} ({fields[0]}) {argv[:200]}"
+    return found
