@@ -1,4 +1,4 @@
-"""What holds for every test: none leaves a process behind."""
+"""What holds for every test: none leaves a process behind, and none is about how busy the machine is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("any-speed", deadline=None)
+settings.load_profile("any-speed")
 
 Children = dict[tuple[int, str], str]
 """Processes by pid and start, which together name one; how each looks."""
