@@ -26,7 +26,7 @@ from kvm_clone.errors import (
     RefusedError,
     TransferError,
 )
-from kvm_clone.outputs import ended, heard_out, lines_of, read_past_noise, reaped
+from kvm_clone.outputs import ended, heard_out, lines_of, read_past_noise, read_steadily, reaped
 
 log = logging.getLogger(__name__)
 
@@ -249,14 +249,18 @@ class Host:
 
     def _take(self, frame: dict[str, Any]) -> None:
         number, error = frame.get("id"), frame.get("error", {})
-        if type(number) is not int or not isinstance(error, dict):
+        if type(number) is not int or not isinstance(error, dict) or not isinstance(frame.get("progress", {}), dict):
             raise wire.ProtocolError(f"an answer that is none: {str(frame)[:200]}")
         future, progress = self._calls.get(number, (None, None))
         if future is None or future.done():
             return
         if "progress" in frame:
-            if progress is not None:
-                progress(frame["progress"])
+            try:
+                if progress is not None:
+                    progress(frame["progress"])
+            except Exception as failure:  # noqa: BLE001 - the caller's own, which ends its call and no other's
+                del self._calls[number]
+                future.set_exception(failure)
             return
         del self._calls[number]
         if "error" in frame:
@@ -364,14 +368,15 @@ def _checked(identity: str) -> str:
 
 
 async def read_frame(stream: asyncio.StreamReader) -> dict[str, Any] | None:
-    """The next control frame, None at the end. Raises EOFError when it ends within a frame, ProtocolError."""
-    try:
-        header = await stream.readexactly(wire.FRAME_HEADER.size)
-    except asyncio.IncompleteReadError as error:
-        if error.partial:
-            raise EOFError("the stream ended within a frame") from error
+    """The next control frame, None at the end.
+
+    Raises ProtocolError, EOFError when the stream ends within a frame, TimeoutError when it stops there.
+    """
+    begun = await stream.read(1)
+    if not begun:
         return None
-    return wire.unpack_body(await stream.readexactly(wire.frame_length(header)))
+    header = begun + await read_steadily(stream, wire.FRAME_HEADER.size - 1)
+    return wire.unpack_body(await read_steadily(stream, wire.frame_length(header)))
 
 
 async def end_process(process: asyncio.subprocess.Process, patience: float = 5.0) -> None:

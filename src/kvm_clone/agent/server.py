@@ -83,13 +83,10 @@ class Server:
     def serve(self) -> None:
         """Answer until the controller is gone, then undo what it left unfinished."""
         try:
-            while self._heard():
-                frame = read_frame(self._source)
-                if frame is None:
-                    break
+            while (frame := read_frame(self._source, self._wait)) is not None:
                 self._begin_answer(frame)
         except EOFError:
-            return  # torn in the midst of a frame: gone all the same
+            return  # torn in the midst of a frame, or silent: gone all the same
         finally:
             with self._beginning:
                 self._over = True
@@ -97,9 +94,9 @@ class Server:
                 self._stage.abandon()
             self._guard.step_in()
 
-    def _heard(self) -> bool:
-        readable, _, _ = select.select([self._source], [], [], SILENCE_SECONDS)
-        return bool(readable)
+    def _wait(self) -> None:
+        if not select.select([self._source], [], [], SILENCE_SECONDS)[0]:
+            raise EOFError("the controller is silent")
 
     def _begin_answer(self, frame: Dict[str, Any]) -> None:
         try:
