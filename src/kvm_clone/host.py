@@ -211,7 +211,7 @@ class Host:
                 subject=self.name,
                 remedy="install python3 (3.9 or newer) there",
             )
-        ours = [line.removeprefix(_OURS) for line in self._stderr if line.startswith(_OURS)]
+        ours = [line.partition(_OURS)[2] for line in self._stderr if _OURS in line]
         if ours:
             remedy = _REMEDIES[kinds.LIMIT] if "cannot run here" in ours[0] or "limits" in ours[0] else ""
             return RefusedError(f"{self.name}: {ours[0]}", subject=self.name, remedy=remedy)
