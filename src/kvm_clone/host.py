@@ -26,7 +26,7 @@ from kvm_clone.errors import (
     RefusedError,
     TransferError,
 )
-from kvm_clone.outputs import lines_of, read_past_noise
+from kvm_clone.outputs import lines_of, read_past_noise, read_steadily
 from kvm_clone.tasks import undisturbed
 from kvm_clone.tunnel import Tunnel
 
@@ -221,7 +221,7 @@ class Host:
                 subject=self.name,
                 remedy="install python3 (3.9 or newer) there",
             )
-        ours = [line.removeprefix(_OURS) for line in self._stderr if line.startswith(_OURS)]
+        ours = [line.partition(_OURS)[2] for line in self._stderr if _OURS in line]
         if ours:
             remedy = _REMEDIES[kinds.LIMIT] if "cannot run here" in ours[0] or "limits" in ours[0] else ""
             return RefusedError(f"{self.name}: {ours[0]}", subject=self.name, remedy=remedy)
@@ -265,14 +265,18 @@ class Host:
 
     def _take(self, frame: dict[str, Any]) -> None:
         number, error = frame.get("id"), frame.get("error", {})
-        if type(number) is not int or not isinstance(error, dict):
+        if type(number) is not int or not isinstance(error, dict) or not isinstance(frame.get("progress", {}), dict):
             raise wire.ProtocolError(f"an answer that is none: {str(frame)[:200]}")
         future, progress = self._calls.get(number, (None, None))
         if future is None or future.done():
             return
         if "progress" in frame:
-            if progress is not None:
-                progress(frame["progress"])
+            try:
+                if progress is not None:
+                    progress(frame["progress"])
+            except Exception as failure:  # noqa: BLE001 - the caller's own, which ends its call and no other's
+                del self._calls[number]
+                future.set_exception(failure)
             return
         del self._calls[number]
         if "error" in frame:
@@ -368,7 +372,7 @@ def _checked(identity: str) -> str:
 
 
 async def read_frame(stream: asyncio.StreamReader) -> dict[str, Any] | None:
-    """The next message, None at the end. Raises EOFError when it ends within a frame, ProtocolError."""
+    """The next message, None at the end. Raises what read_any does, and ProtocolError for another kind of frame."""
     found = await read_any(stream)
     if isinstance(found, wire.ChannelData):
         raise wire.ProtocolError("bytes of a channel where a message was expected")
@@ -376,11 +380,12 @@ async def read_frame(stream: asyncio.StreamReader) -> dict[str, Any] | None:
 
 
 async def read_any(stream: asyncio.StreamReader) -> dict[str, Any] | wire.ChannelData | None:
-    """The next frame, None at the end. Raises EOFError when it ends within one, ProtocolError."""
-    try:
-        header = await stream.readexactly(wire.FRAME_HEADER.size)
-    except asyncio.IncompleteReadError as error:
-        if error.partial:
-            raise EOFError("the stream ended within a frame") from error
+    """The next frame, None at the end.
+
+    Raises ProtocolError, EOFError when the stream ends within a frame, TimeoutError when it stops there.
+    """
+    begun = await stream.read(1)
+    if not begun:
         return None
-    return wire.unpack_frame(header, await stream.readexactly(wire.body_length(header)))
+    header = begun + await read_steadily(stream, wire.FRAME_HEADER.size - 1)
+    return wire.unpack_frame(header, await read_steadily(stream, wire.body_length(header)))

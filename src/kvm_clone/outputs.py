@@ -10,6 +10,9 @@ from kvm_clone.agent import wire
 _MOST_LINE = 4096
 """Bytes. A longer line of a login's is taken in parts."""
 
+_STEADY_SECONDS = 60.0
+"""How long a frame that has begun to come may stop."""
+
 
 async def lines_of(stream: asyncio.StreamReader) -> AsyncIterator[str]:
     """The lines of a child's output to its end, however many and however long; without line ends."""
@@ -43,3 +46,16 @@ async def read_past_noise(stream: asyncio.StreamReader, start: bytes, seconds: f
                 raise EOFError("the connection ended before the agent was ready")
             skipped += len(line)
     raise wire.ProtocolError("the login prints without end instead of running the agent")
+
+
+async def read_steadily(stream: asyncio.StreamReader, count: int) -> bytes:
+    """The next `count` bytes of something that has begun. Raises EOFError; TimeoutError when it stops in the middle."""
+    parts: list[bytes] = []
+    while count:
+        async with asyncio.timeout(_STEADY_SECONDS):
+            part = await stream.read(min(count, 1 << 16))
+        if not part:
+            raise EOFError("the stream ended within a frame")
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)

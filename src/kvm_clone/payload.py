@@ -23,7 +23,8 @@ import sys
 def fail(kind, error, trace):
     sys.stderr.write("kvm-clone: the agent cannot run here: %s: %s\\n" % (kind.__name__, error))
 sys.excepthook = fail
-import hashlib, os
+import hashlib, os, signal
+signal.alarm(300)
 if sys.version_info < (3, 9):
     sys.exit("kvm-clone: this host has Python %d.%d, the agent needs 3.9 or newer" % sys.version_info[:2])
 def take(count):
@@ -48,6 +49,7 @@ while view:
 path = "/proc/self/fd/%d" % fd
 sys.path.insert(0, path)
 from kvm_clone.agent.__main__ import main
+signal.alarm(0)
 main(path, VERSION + " " + head[8:24].decode())
 """
 

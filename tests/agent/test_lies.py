@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import os
+import signal
 import struct
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import AsyncIterator
@@ -14,15 +18,15 @@ from typing import Any
 
 import pytest
 
-from kvm_clone import payload
-from kvm_clone.agent import errors
+from kvm_clone import outputs, payload
+from kvm_clone.agent import errors, server
 from kvm_clone.agent.wire import FRAME_LIMIT, pack_channel, pack_frame
 from kvm_clone.errors import InterruptedTransferError, KvmCloneError, TransferError
 from kvm_clone.host import AgentCallError, Host
 from kvm_clone.ssh import SshOptions, parse_address
 
-from .test_loader import WHOLE, agent
-from .tools import need
+from .test_loader import IMPATIENT, WHOLE, agent
+from .tools import arriving, ending, need, python
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -138,6 +142,7 @@ LIES: dict[str, tuple[bytes, str]] = {
     "a list for a number": (pack_frame({"id": [1], "ok": 1}), ""),
     "a flag for a number": (pack_frame({"id": True, "ok": 1}), ""),
     "a number for an error": (b"", "self._write(pack_frame({'id': number, 'error': 5}))"),
+    "a number for progress": (b"", "self._write(pack_frame({'id': number, 'progress': 5}))"),
     "a flood": (b"", "[write_all(self._out, bytes(1 << 20)) for _ in range(1000)]"),
     "noise": (b"", "[write_all(self._out, b'word ' * 200_000) for _ in range(100)]"),
     "the end": (b"", "os._exit(0)"),
@@ -221,3 +226,78 @@ def test_a_sender_whose_ssh_fails_leaves_it_the_last_word() -> None:
     assert status == 3
     assert said.startswith("ssh: connect to host 127.0.0.1 port 1")
     assert said.count("\n") == 1
+
+
+MIDDLES = {"in a length": b"\0\0", "behind a length": b"\0\0\0\x20", "in a body": pack_frame({"id": 1})[:-1]}
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+def test_an_agent_that_stops_in_the_middle_is_lost(
+    name: str, travelling: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "_STEADY_SECONDS", 0.5)
+    travelling("server", LIAR.format(before=MIDDLES[name], then=""))
+
+    async def run() -> None:
+        async with connected(tmp_path) as host:
+            await asyncio.sleep(1)  # between frames it may be silent
+            with pytest.raises(InterruptedTransferError):
+                await asyncio.wait_for(host.call("host"), 20)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+def test_a_controller_that_stops_in_the_middle_counts_as_gone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without power closes no connection."""
+    monkeypatch.setattr(server, "SILENCE_SECONDS", 0.3)
+    with arriving(pack_frame({"id": 0, "call": "ping"}) + MIDDLES[name], then_silence=True) as source:
+        out = os.open(os.devnull, os.O_WRONLY)
+        begun = time.monotonic()
+        server.Server(source, out).serve()
+        assert time.monotonic() - begun < 5
+        time.sleep(0.2)  # the answer's thread may be at it
+        os.close(out)
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+def test_a_request_that_stops_in_the_middle(name: str) -> None:
+    with ending(python(IMPATIENT, stderr=subprocess.PIPE)) as running:
+        assert running.stdin
+        assert running.stderr
+        running.stdin.write(MIDDLES[name])
+        running.stdin.flush()
+        assert running.wait(20) == 3
+        assert b"said nothing" in running.stderr.read()
+
+
+@pytest.mark.parametrize("cut", [0, 10, 72, 1000])
+def test_a_package_that_stops_in_the_middle(cut: int) -> None:
+    loader = payload._LOADER.replace("VERSION", "''").replace("alarm(300)", "alarm(1)")
+    argv = [sys.executable, "-I", "-c", loader]
+    with ending(subprocess.Popen(argv, stdin=subprocess.PIPE)) as loading:
+        assert loading.stdin
+        loading.stdin.write(WHOLE[:cut])
+        loading.stdin.flush()
+        assert loading.wait(20) == -signal.SIGALRM
+
+
+def test_progress_that_its_hearer_does_not_bear_ends_the_call(travelling: Any, tmp_path: Path) -> None:
+    travelling(
+        "server",
+        LIAR.format(
+            before=b"",
+            then="[self._write(pack_frame({'id': number, **what})) for what in ({'progress': {}}, {'ok': 1})]",
+        ),
+    )
+
+    def hear(state: dict[str, Any]) -> None:
+        raise LookupError(f"of the hearer's own: {state}")
+
+    async def run() -> None:
+        async with connected(tmp_path) as host:
+            with pytest.raises(LookupError, match="of the hearer's own"):
+                await asyncio.wait_for(host.call("host", hear), 20)
+            assert not host.lost
+
+    asyncio.run(run())

@@ -61,9 +61,12 @@ def main(payload: str, version: str) -> NoReturn:
 
 def _next_frame() -> Optional[Dict[str, Any]]:
     """The frame that says what to do. A cut network closes no connection: who waits in vain gives up."""
+    return read_frame(0, _wait)
+
+
+def _wait() -> None:
     if not select.select([0], [], [], PATIENCE_SECONDS)[0]:
         raise AgentError(INTERRUPTED, f"the controller said nothing for {PATIENCE_SECONDS:.0f} seconds")
-    return read_frame(0)
 
 
 def _exit(status: int) -> NoReturn:

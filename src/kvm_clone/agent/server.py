@@ -94,10 +94,7 @@ class Server:
     def serve(self) -> None:
         """Answer until the controller is gone, then undo what it left unfinished."""
         try:
-            while self._heard():
-                frame = read_any(self._source)
-                if frame is None:
-                    break
+            while (frame := read_any(self._source, self._wait)) is not None:
                 if self._hold is not None:
                     self._hold.renew()
                 if isinstance(frame, ChannelData):
@@ -105,7 +102,7 @@ class Server:
                 else:
                     self._begin_answer(frame)
         except EOFError:
-            return  # torn in the midst of a frame: gone all the same
+            return  # torn in the midst of a frame, or silent: gone all the same
         finally:
             with self._beginning:
                 self._over = True
@@ -113,9 +110,9 @@ class Server:
                 self._hold.abandon()
             self._guard.step_in()
 
-    def _heard(self) -> bool:
-        readable, _, _ = select.select([self._source], [], [], SILENCE_SECONDS)
-        return bool(readable)
+    def _wait(self) -> None:
+        if not select.select([self._source], [], [], SILENCE_SECONDS)[0]:
+            raise EOFError("the controller is silent")
 
     def _begin_answer(self, frame: Dict[str, Any]) -> None:
         try:

@@ -205,20 +205,23 @@ def _unambiguous(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     return found
 
 
-def read_frame(fd: int) -> Optional[Dict[str, Any]]:
-    """The next message, or None at the stream's end. Raises EOFError when it ends within a frame, ProtocolError."""
-    header = read_exact(fd, FRAME_HEADER.size)
-    return unpack_body(_body(fd, frame_length(header))) if header else None
+def read_frame(fd: int, wait: Callable[[], None] = lambda: None) -> Optional[Dict[str, Any]]:
+    """The next message, or None at the stream's end. Raises EOFError when it ends within a frame, ProtocolError.
+
+    `wait` is called before each read: it returns when there is something to be read, or raises.
+    """
+    header = read_exact(fd, FRAME_HEADER.size, wait)
+    return unpack_body(_body(fd, frame_length(header), wait)) if header else None
 
 
-def read_any(fd: int) -> Union[Dict[str, Any], ChannelData, None]:
+def read_any(fd: int, wait: Callable[[], None] = lambda: None) -> Union[Dict[str, Any], ChannelData, None]:
     """The next message or a channel's bytes, otherwise as read_frame."""
-    header = read_exact(fd, FRAME_HEADER.size)
-    return unpack_frame(header, _body(fd, body_length(header))) if header else None
+    header = read_exact(fd, FRAME_HEADER.size, wait)
+    return unpack_frame(header, _body(fd, body_length(header), wait)) if header else None
 
 
-def _body(fd: int, length: int) -> bytes:
-    body = read_exact(fd, length)
+def _body(fd: int, length: int, wait: Callable[[], None]) -> bytes:
+    body = read_exact(fd, length, wait)
     if len(body) != length:
         raise EOFError("the stream ended between a frame's length and its body")
     return body
