@@ -191,9 +191,16 @@ async def _destination(
         attempt,
         "; ".join(_error(answer) for answer in staged if "error" in answer),
         abilities,
-        frozenset(claim.path for claim in known.claims),
+        _names_by_path(known),
         things.Things(found, things.resources(resources), objects),
     )
+
+
+def _names_by_path(known: vms.Users) -> dict[str, frozenset[str]]:
+    found: dict[str, set[str]] = {}
+    for claim in known.claims:
+        found.setdefault(claim.path, set()).add(claim.by.name)
+    return {path: frozenset(names) for path, names in found.items()}
 
 
 def _error(answer: Mapping[str, Any]) -> str:

@@ -90,7 +90,7 @@ def place(
         if finding is not None and finding not in findings:
             findings.append(finding)
         if directory is not None:
-            others = taken | facts.destination.paths_in_use
+            others = taken | facts.destination.paths_in_use.keys()
             path = kept.final if kept else _free_path(directory, image, names, others)
             taken.add(path)
             placed.append(PlannedDisk(image, path))
