@@ -7,10 +7,11 @@ known to be in the image below.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from array import array
-from threading import Event
+from threading import Event, Thread
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, TypeVar
 
 from . import chain, fingerprint, header, image, qemu, records
@@ -31,6 +32,8 @@ _ZERO = -1
 _PATIENCE_SECONDS, _LOOK_SECONDS = 10.0, 0.2
 """How long a merge waits for an image that is locked, and how often it tries: others look at it for a moment."""
 
+_GRACE_SECONDS = 5.0
+"""How long the server of the image below may take for its last answers once a merge is to end: it may hang."""
 
 _LOCKED = ('" lock', "Is another process using")
 """In the last line that qemu-img prints of an image that others have open."""
@@ -103,19 +106,38 @@ def write_down(overlay: Overlay, size: int, ending: Event) -> None:
     below = _patiently(overlay, ending, lambda: qemu.open_nbd(base, writable=True))
     above, buffer = FileDisk(overlay.path), memoryview(bytearray(CHUNK))
     try:
-        for at in range(0, len(held), 3):
-            start, end, host = held[at : at + 3]
-            if host == _ZERO:
-                _check_time(overlay, ending)
-                zero_data(below, start, end)
-                continue
-            for piece in split(Extent(start, end - start, DATA, host), CHUNK):
-                _check_time(overlay, ending)
-                _copy_down(above, piece, below, buffer)
-        below.flush()
+        with _killed_late(below, ending):
+            for at in range(0, len(held), 3):
+                start, end, host = held[at : at + 3]
+                if host == _ZERO:
+                    _check_time(overlay, ending)
+                    zero_data(below, start, end)
+                    continue
+                for piece in split(Extent(start, end - start, DATA, host), CHUNK):
+                    _check_time(overlay, ending)
+                    _copy_down(above, piece, below, buffer)
+            below.flush()
     finally:
         above.close()
         below.close()
+
+
+@contextlib.contextmanager
+def _killed_late(server: qemu.QemuNbdDisk, ending: Event) -> Iterator[None]:
+    """Kill the server when the block goes on for _GRACE_SECONDS after `ending` is set."""
+    over = Event()
+
+    def watch() -> None:
+        while not over.wait(_LOOK_SECONDS):
+            if ending.is_set() and not over.wait(_GRACE_SECONDS):
+                server.kill()
+                return
+
+    Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _check_time(overlay: Overlay, ending: Event) -> None:

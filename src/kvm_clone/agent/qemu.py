@@ -180,7 +180,7 @@ def _extent(entry: Dict[str, Any]) -> Extent:
     return Extent(entry["start"], entry["length"], DATA, host, compressed=host is None, layer=layer)
 
 
-def open_nbd(chained: Sequence[Node], *, writable: bool, compress: bool = False) -> NbdDisk:
+def open_nbd(chained: Sequence[Node], *, writable: bool, compress: bool = False) -> QemuNbdDisk:
     """The top layer through a qemu-nbd of its own, which ends when the disk is closed.
 
     With `compress`, whole clusters that were never written before are stored compressed.
@@ -214,6 +214,10 @@ class QemuNbdDisk(NbdDisk):
             said = self._end()
             if self._child.returncode:
                 raise AgentError(IO, said)
+
+    def kill(self) -> None:
+        """End the server at once, as a crash of the host would; whoever waits for its answer gets an OSError."""
+        self._child.kill()
 
     def _end(self) -> str:
         """Wait until qemu-nbd has ended; its last words."""
