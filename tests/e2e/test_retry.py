@@ -410,7 +410,8 @@ def _everything(lab: Lab) -> list[object]:
     for host in ("kc-a", "kc-b"):
         root = lab.outside(host, IMAGES)
         times = [(path.name, path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in sorted(root.iterdir())]
-        xml = lab.run(host, "sh", "-c", "cat /etc/libvirt/qemu/*.xml; ls -A /run/lock /tmp; ls -A /run/kvm-clone 2>&1 || true").stdout
+        script = "cat /etc/libvirt/qemu/*.xml; ls -A /run/lock /tmp; ls -A /run/kvm-clone 2>&1 || true"
+        xml = lab.run(host, "sh", "-c", script).stdout
         found += [picture(lab, host), times, root.stat().st_mtime_ns, xml]
     return found
 
