@@ -17,6 +17,7 @@ from kvm_clone.domains import Fenced
 from kvm_clone.errors import RefusedError, TransferError
 from kvm_clone.facts import Existing
 from kvm_clone.host import Host
+from kvm_clone.references import Role, references
 from kvm_clone.tasks import together
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ async def users(host: Host, connection: libvirt.virConnect, elsewhere: Iterable[
         claims, pools = await together(
             asyncio.to_thread(inventory.claims, connection), asyncio.to_thread(domains.pools, connection)
         )
-    directories = (pool.path for pool in pools if pool.active and pool.path and pool.type in domains.FILE_POOLS)
+    directories = (pool.path for pool in pools if pool.path and pool.type in domains.FILE_POOLS)  # active or not
     return Users(tuple(claims), tuple(directories), tuple(elsewhere))
 
 
@@ -161,11 +162,22 @@ async def cleanup(host: Host, fenced: Fenced, name: str, *, stop: bool, elsewher
             )
         if await asyncio.to_thread(domains.stop, fenced, name):
             removed.append(f"running state of {name}")
+        variables = await _variables_in_use(host, fenced.connection, found, elsewhere)
         if found.domain.persistent:
-            await asyncio.to_thread(domains.undefine, fenced, name)
+            await asyncio.to_thread(domains.undefine, fenced, name, keep_variables=bool(variables))
             removed.append(f"definition of {name}")
     for thing in removed:
         log.info("removed the %s on %s", thing, host.name)
     done = await _remove_files(host, fenced.connection, found.removable, elsewhere)
-    kept = tuple(f"{path} was left: {why}" for path, why in found.kept)
+    kept = tuple(f"{path} was left: {why}" for path, why in (*found.kept, *variables))
     return Removal((*removed, *done.removed), (*kept, *done.kept))
+
+
+async def _variables_in_use(
+    host: Host, connection: libvirt.virConnect, found: Existing, elsewhere: Sequence[str]
+) -> list[tuple[str, str]]:
+    """The files of UEFI variables that libvirt would remove with the VM and others may use; each with the reason."""
+    files = [one.value for one in references(found.domain.xml) if one.role is Role.DATA and one.kind == "nvram"]
+    known = await users(host, connection, elsewhere)
+    judged = await judge(host, known, files, but=found.domain.uuid, processes=True)
+    return [(use.path, use.why) for use in judged if use.state not in (uses.FREE, uses.ABSENT)]
