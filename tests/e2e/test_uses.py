@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
-from clonekit import IMAGES, assert_equal, kvm_clone, wipe
+from clonekit import IMAGES, Done, assert_equal, held, kvm_clone, wait_until, wipe
 from labclient import Lab, Vm
 
 pytestmark = pytest.mark.e2e
@@ -164,32 +164,64 @@ def define_uefi(lab: Lab, name: str, variables: str) -> None:
     lab.run("kc-b", "virsh", "define", "/dev/stdin", input=xml)
 
 
+def test_another_file_at_the_path_of_what_was_replaced_stays(lab: Lab, source: Vm) -> None:
+    """It came there between a crash after the commit and the next run, which finds the old path in the definition."""
+    lab.run("kc-b", "sh", "-c", f"{QCOW2} {IMAGES}/x.qcow2 1M")
+    define(lab, "used", disk("x.qcow2"))
+    with held(lab, "committed", "kc-a", "kc-b", "used", "--force") as child:
+        child.kill()
+    other = lab.outside("kc-b", f"{IMAGES}/x.qcow2")
+    other.unlink()
+    other.write_text("precious")  # perhaps with the old inode's number
+    answers: list[Done] = []
+    wait_until("the lock is free", lambda: _done(lab, answers))
+    assert answers[-1].code == 0, answers[-1].err
+    assert "it is another file" in answers[-1].err
+    assert other.read_text() == "precious"
+
+
+def _done(lab: Lab, answers: list[Done]) -> bool:
+    answers.append(kvm_clone(lab, "clone", "kc-a", "kc-b", "used", "--idempotent"))
+    return answers[-1].code != 8
+
+
 @contextmanager
 def made(lab: Lab, make: str, undo: str) -> Iterator[None]:
-    """Something on the destination beside the pool, in whose directory both scripts run."""
-    lab.run("kc-b", "sh", "-e", "-c", f"cd {IMAGES}; {make}")
+    """Something on the destination beside what is in the pool."""
+    lab.run("kc-b", "sh", "-e", "-c", make)
     try:
         yield
     finally:
-        lab.run("kc-b", "sh", "-c", f"cd {IMAGES}; {undo}")
+        lab.run("kc-b", "sh", "-c", undo)
 
 
 ELSEWHERE = "/var/lib/libvirt/elsewhere"
 OVERLAY = f"mount -t overlay overlay -o lowerdir={ELSEWHERE}/low,upperdir={IMAGES},workdir={ELSEWHERE}/work"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Something beside the pool, how it is made and undone, and what the reason says."""
+
+    make: str
+    undo: str
+    words: str
+
+
 BESIDE = {
-    "an image in a pool that is not active": (
+    "an image in a pool that is not active": Beside(
         f"mkdir {ELSEWHERE}; virsh pool-define-as asleep dir --target {ELSEWHERE}; "
         f"{QCOW2} -b {IMAGES}/x.qcow2 -F qcow2 {ELSEWHERE}/child.qcow2",
         f"virsh pool-undefine asleep; rm -r {ELSEWHERE}",
         "the image",
     ),
-    "a link in the pool to an image elsewhere": (
+    "a link in the pool to an image elsewhere": Beside(
         f"mkdir {ELSEWHERE}; {QCOW2} -b {IMAGES}/x.qcow2 -F qcow2 {ELSEWHERE}/child.qcow2; "
-        f"ln -s {ELSEWHERE}/child.qcow2 l",
-        f"rm -r {ELSEWHERE} l",
+        f"ln -s {ELSEWHERE}/child.qcow2 {IMAGES}/l",
+        f"rm -r {ELSEWHERE} {IMAGES}/l",
         "the image",
     ),
-    "the same file in another filesystem": (
+    "the same file in another filesystem": Beside(
         f"mkdir -p {ELSEWHERE}/low {ELSEWHERE}/work {ELSEWHERE}/all; {OVERLAY} {ELSEWHERE}/all",
         f"umount {ELSEWHERE}/all; rm -r {ELSEWHERE}",
         "VM other uses it",
@@ -199,16 +231,18 @@ BESIDE = {
 
 @pytest.mark.parametrize("what", BESIDE)
 def test_what_is_used_from_elsewhere_stays(lab: Lab, source: Vm, what: str) -> None:
-    make, undo, words = BESIDE[what]
+    case = BESIDE[what]
     lab.run("kc-b", "sh", "-e", "-c", f"cd {IMAGES}; {QCOW2} x.qcow2 1M; {QCOW2} y.qcow2 1M")
-    with made(lab, make, undo):
+    with made(lab, case.make, case.undo):
         define(lab, "used", disk("x.qcow2"))
         define(
-            lab, "other", disk("x.qcow2").replace(IMAGES, f"{ELSEWHERE}/all") if "other" in words else disk("y.qcow2")
+            lab,
+            "other",
+            disk("x.qcow2").replace(IMAGES, f"{ELSEWHERE}/all") if "other" in case.words else disk("y.qcow2"),
         )
         done = kvm_clone(lab, "clone", "kc-a", "kc-b", "used", "--force")
         assert done.code == 0, done.err
-        assert words in done.err
+        assert case.words in done.err
         assert lab.outside("kc-b", f"{IMAGES}/x.qcow2").exists()
 
 
