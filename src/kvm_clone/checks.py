@@ -134,6 +134,9 @@ def host_findings(facts: Facts, name: str) -> Iterator[Finding]:
     host = destination.host.name
     yield from _ability_findings(destination, xml)
     yield from _clock_findings(facts)
+    if destination.host.locks:
+        text = f"Operations on {host} cannot be locked: {destination.host.locks}."
+        yield block("locks", host, text, "remove what is there, or connect as a user who may make files there")
     if destination.staged_error:
         yield block(
             "journal-damaged",

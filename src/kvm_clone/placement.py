@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kvm_clone import domains
 from kvm_clone.agent.image import QCOW2
+from kvm_clone.agent.names import is_plain
 from kvm_clone.facts import DestinationFacts, Directory, Facts, ImageFacts, Staged, StagedDisk
 from kvm_clone.findings import Finding, block
 from kvm_clone.options import Options
@@ -123,8 +124,8 @@ def _directory_for(
 
 
 def _usable(host: str, directory: Directory) -> tuple[Directory | None, Finding | None]:
-    if _UNKEPT.search(directory.path):
-        text = f"The path {directory.path!r} on {host} holds what libvirt does not keep in a definition."
+    if _UNKEPT.search(directory.path) or not is_plain(directory.path):
+        text = f"The path {directory.path!r} on {host} is none for a disk: it has line breaks, tabs, or '..' in it."
         return None, block("directory-name", directory.path, text, "name another pool with --pool")
     if not directory.exists:
         text = f"{host} has no directory {directory.path}, although it has a storage pool there."

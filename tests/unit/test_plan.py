@@ -182,6 +182,20 @@ APPEARS: dict[str, tuple[str, str, Case]] = {
     "a newline in the name": ("name", "a\nb", Case(options=options(new_name="a\nb"))),
     "a carriage return in the name": ("name", "a\rb", Case(options=options(new_name="a\rb"))),
     "a name that its definition's file cannot have": ("name", "é" * 124, Case(options=options(new_name="é" * 124))),
+    "a pool's path with a detour": (
+        "directory-name",
+        "/a/../b",
+        Case(
+            pools=(Pool("up", "dir", "/a/../b", active=True),),
+            directories=images(path="/a/../b"),
+            options=options(pool="up"),
+        ),
+    ),
+    "a lock directory that is not ours": (
+        "locks",
+        "kc-b",
+        Case(destination_host={"locks": "/run/kvm-clone is not ours alone"}),
+    ),
     "a pool's path with a tab": (
         "directory-name",
         "/a\tb",
