@@ -25,6 +25,9 @@ _SUBCLUSTERS_QEMU = (5, 2)
 
 _CLOCK_SECONDS = 5.0
 
+_LONGEST_NAME = 255 - len(".xml.new")
+"""Bytes of a VM's name: libvirt makes files of names that begin so."""
+
 
 def source_findings(source: SourceFacts) -> Iterator[Finding]:
     """What the source says against the clone."""
@@ -116,7 +119,8 @@ def destination_findings(facts: Facts, options: CloneOptions, name: str, decisio
     destination, xml = facts.destination, facts.source.xml
     host = destination.host.name
     if not _is_name(name):
-        yield block("name", name, f"{name!r} cannot be a VM's name.", "choose another --new-name")
+        remedy = f"choose another --new-name, of {_LONGEST_NAME} bytes at most"
+        yield block("name", name, f"{name!r} cannot be a VM's name.", remedy)
     owner = next((one for one, uuid in destination.domains.items() if uuid == xml.uuid and one != name), None)
     if options.preserve_uuid and owner is not None:
         yield block("uuid-in-use", name, f"VM {owner} on {host} has the UUID {xml.uuid}.", "leave out --preserve-uuid")
@@ -130,6 +134,9 @@ def host_findings(facts: Facts, name: str) -> Iterator[Finding]:
     host = destination.host.name
     yield from _ability_findings(destination, xml)
     yield from _clock_findings(facts)
+    if destination.host.locks:
+        text = f"Operations on {host} cannot be locked: {destination.host.locks}."
+        yield block("locks", host, text, "remove what is there, or connect as a user who may make files there")
     if destination.staged_error:
         yield block(
             "journal-damaged",
@@ -236,5 +243,9 @@ def _replace_findings(facts: Facts, options: CloneOptions, name: str, decision: 
 
 
 def _is_name(name: str) -> bool:
-    """Whether libvirt and XML take the name, and a file can have it."""
-    return bool(name.strip()) and name not in (".", "..") and not re.search("[/\n]", name) and is_xml(name)
+    """Whether libvirt and XML take the name and keep it, and a file can have it.
+
+    libvirt writes the definition to NAME.xml.new, and a carriage return in it so that it reads a line break.
+    """
+    fits = len(name.encode(errors="surrogatepass")) <= _LONGEST_NAME
+    return bool(name.strip()) and name not in (".", "..") and fits and not re.search("[/\r\n]", name) and is_xml(name)

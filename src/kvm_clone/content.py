@@ -309,13 +309,24 @@ class Content:
     async def verify(self, disks: Sequence[PlannedDisk]) -> None:
         """Digest a finished clone's disks against the source's. Raises VerificationError."""
         for disk in disks:
-            if await self._differing(disk, disk.final, disk.format, _whole(disk), Phase.PROVE):
+            why = await self._other_size(disk)
+            if not why and await self._differing(disk, disk.final, disk.format, _whole(disk), Phase.PROVE):
+                why = "differs from the source's"
+            if why:
                 raise VerificationError(
-                    f"disk {disk.target} of the clone differs from the source's",
+                    f"disk {disk.target} of the clone {why}",
                     subject=disk.final,
                     remedy="replace the clone with --force",
                 )
         self.totals.proof = Verify.FULL
+
+    async def _other_size(self, disk: PlannedDisk) -> str:
+        """Why the finished clone's disk cannot be equal whatever it holds, nothing when it has the source's size."""
+        found = await self.destination.call("disk", path=disk.final, image_format=disk.format, live=True)
+        if "error" in found or not found["regular"]:
+            return f"cannot be read: {found.get('error', 'it is no regular file')}"
+        size, wanted = found["virtual_size"], disk.image.virtual_size
+        return f"has {size} bytes, the source's {wanted}" if size != wanted else ""
 
     async def _each(
         self, disks: Sequence[tuple[PlannedDisk, str]], work: Callable[[PlannedDisk, str], Awaitable[Any]]

@@ -104,9 +104,10 @@ def _made_by(existing: Existing | None, operation: str) -> bool:
 
 
 def _is_current(facts: Facts, existing: Existing) -> bool:
-    """Whether it is our finished clone of this very VM, which has not changed since."""
+    """Whether it is our finished clone of this very VM, which has not changed since, with all of its disks."""
     source, mark = facts.source, existing.mark
-    ours = mark is not None and mark.source_uuid == source.xml.uuid
+    lacking = {disk.target for disk in source.xml.own_disks} - {disk.target for disk in existing.xml.own_disks}
+    ours = mark is not None and mark.source_uuid == source.xml.uuid and not lacking
     return ours and existing.whole and mark is not None and mark.fingerprint == source.fingerprint
 
 

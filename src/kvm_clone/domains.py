@@ -266,10 +266,14 @@ def _refers_to(xml: str, disks: tuple[str, ...]) -> bool:
     return any(disk.path in disks for disk in definition.read_domain(xml).disks)
 
 
-def undefine(fenced: Fenced, name: str) -> None:
-    """Undefine the domain with its UEFI variables and TPM state. Raises libvirt.libvirtError."""
+def undefine(fenced: Fenced, name: str, *, keep_variables: bool = False) -> None:
+    """Undefine the domain with its TPM state and, unless they are kept, its UEFI variables.
+
+    Raises libvirt.libvirtError.
+    """
     flags = libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
-    flags |= libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
+    flags |= libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+    flags |= libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM if keep_variables else libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
     fenced.connection.lookupByName(name).undefineFlags(flags)
 
 

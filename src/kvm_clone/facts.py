@@ -20,7 +20,10 @@ from kvm_clone.things import Things
 
 @dataclass(frozen=True)
 class HostFacts:
-    """A host's tools; None for one that is missing. `clock`: its time less ours, in seconds."""
+    """A host's tools; None for one that is missing. `clock`: its time less ours, in seconds.
+
+    `locks`: why operations cannot be locked there, nothing where they can.
+    """
 
     name: str
     hostname: str
@@ -29,6 +32,7 @@ class HostFacts:
     qemu_nbd: str | None
     clock: float = 0.0
     identity: HostIdentity = field(default_factory=HostIdentity)
+    locks: str = ""
 
 
 @dataclass(frozen=True)
@@ -324,7 +328,7 @@ def host_facts(name: str, answer: Mapping[str, Any], uuid: str = "") -> HostFact
     """From the agent's answer to `host`, and the host's UUID by its libvirt."""
     clock = answer["time"] - time.time()
     tools = (answer["hostname"], answer["python"], answer["qemu_img"], answer["qemu_nbd"])
-    return HostFacts(name, *tools, clock, HostIdentity(**answer["identity"], uuid=uuid))
+    return HostFacts(name, *tools, clock, HostIdentity(**answer["identity"], uuid=uuid), answer["locks"])
 
 
 def directory_facts(answer: Mapping[str, Any]) -> Directory:

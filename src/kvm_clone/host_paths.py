@@ -49,6 +49,7 @@ def _free(reference: Reference, old: str, new: str, taken: set[str]) -> str | No
 
 def _candidates(file: str, old: str, new: str) -> Iterator[str]:
     """Yield names with the new VM's in place of the old one's, or before the extension; then numbered ones."""
+    new = re.sub(r"[\t\r\n]", "_", new)  # of which libvirt keeps none in an attribute
     pattern = rf"(?<![0-9A-Za-z]){re.escape(old)}(?![0-9A-Za-z])"
     renamed = re.sub(pattern, lambda _: new, file, count=1)
     stem, extension = posixpath.splitext(renamed)

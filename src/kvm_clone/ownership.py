@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from kvm_clone.definition import parse
@@ -68,12 +68,14 @@ class Pending:
     """What the commit of an operation has left to be done, for whoever finishes it.
 
     It stands in libvirt's definition, where only those can write who may remove anything there: a journal lies where
-    others may. `remove`: files that only the replaced VM had. `forget`: snapshots and checkpoints that it had.
+    others may. `remove`: files that only the replaced VM had; `contents`: inode, size and mtime of each at the commit,
+    since another file may get its path. `forget`: snapshots and checkpoints that it had.
     """
 
     operation: str
     remove: tuple[str, ...] = ()
     forget: tuple[str, ...] = ()
+    contents: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_pending(xml: str) -> Pending | None:
@@ -85,15 +87,18 @@ def read_pending(xml: str) -> Pending | None:
     remove, forget = (
         tuple(one.text for one in node.find_all(f"{PENDING_NAMESPACE} {tag}")) for tag in ("remove", "forget")
     )
-    return Pending(node.attributes.get("operation", ""), remove, forget)
+    removed = node.find_all(f"{PENDING_NAMESPACE} remove")
+    contents = {one.text: one.attributes["content"] for one in removed if "content" in one.attributes}
+    return Pending(node.attributes.get("operation", ""), remove, forget, contents)
 
 
 def pending_markup(pending: Pending) -> str:
     """Return the element as libvirt would print it."""
+    known = {path: f' content="{escape(said, quote=chr(34))}"' for path, said in pending.contents.items()}
+    written = [("remove", path, known.get(path, "")) for path in pending.remove]
+    written += [("forget", name, "") for name in pending.forget]
     inner = "".join(
-        f"<kvm-clone-pending:{tag}>{escape(text)}</kvm-clone-pending:{tag}>"
-        for tag, texts in (("remove", pending.remove), ("forget", pending.forget))
-        for text in texts
+        f"<kvm-clone-pending:{tag}{said}>{escape(text)}</kvm-clone-pending:{tag}>" for tag, text, said in written
     )
     opening = f'kvm-clone-pending:pending xmlns:kvm-clone-pending="{PENDING_NAMESPACE}"'
     return f'<{opening} operation="{escape(pending.operation, quote=chr(34))}">{inner}</kvm-clone-pending:pending>'

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kvm_clone import domains
 from kvm_clone.agent.image import QCOW2
+from kvm_clone.agent.names import is_plain
 from kvm_clone.facts import DestinationFacts, Directory, Facts, ImageFacts, Staged, StagedDisk
 from kvm_clone.findings import Finding, block
 from kvm_clone.options import Options
@@ -19,6 +20,10 @@ perhaps a target's and an operation's name."""
 
 _UNPORTABLE = re.compile(r'[:*?"<>|\\\x00-\x1f]|[ .]$')
 """What FAT and its kin take in no name, or drop from it."""
+
+
+_UNKEPT = re.compile(r"[\t\r\n]")
+"""What libvirt writes into an attribute so that it reads a space: the disk would be lost at its next start."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,9 @@ def _directory_for(
 
 
 def _usable(host: str, directory: Directory) -> tuple[Directory | None, Finding | None]:
+    if _UNKEPT.search(directory.path) or not is_plain(directory.path):
+        text = f"The path {directory.path!r} on {host} is none for a disk: it has line breaks, tabs, or '..' in it."
+        return None, block("directory-name", directory.path, text, "name another pool with --pool")
     if not directory.exists:
         text = f"{host} has no directory {directory.path}, although it has a storage pool there."
         return None, block("directory-missing", directory.path, text, "make it, or name another pool with --pool")
@@ -152,14 +160,15 @@ def _pool_finding(host: str, name: str, pool: domains.Pool | None, known: list[s
 def stems(paths: Iterable[str], old: str, new: str) -> tuple[str, ...]:
     """How the names begin that disks of these paths may get, once the VM `old` is `new`."""
     parts = [_stem(path, old, new) for path in paths]
-    found = {_cut(stem, _ASKED - _bytes(extension)) for stem, extension in parts}
+    found = {cut(stem, _ASKED - _bytes(extension)) for stem, extension in parts}
     return tuple(sorted(found | {_UNPORTABLE.sub("_", one) for one in found}))
 
 
 def _stem(path: str, old: str, new: str) -> tuple[str, str]:
     """The file's name, with the VM's new name for the old, and its extension."""
     stem, extension = posixpath.splitext(posixpath.basename(path))
-    return (new + stem.removeprefix(old) if new != old and stem.startswith(old) else stem), extension
+    renamed = new + stem.removeprefix(old) if new != old and stem.startswith(old) else stem
+    return _UNKEPT.sub("_", renamed), extension
 
 
 def _free_path(directory: Directory, image: ImageFacts, names: Names, taken: set[str]) -> str:
@@ -182,11 +191,11 @@ def _free_path(directory: Directory, image: ImageFacts, names: Names, taken: set
 
 def _file_name(directory: Directory, stem: str, ending: str) -> str:
     """Both together, the stem cut where a file's name could not hold it, with letters that the filesystem takes."""
-    name = _cut(stem, directory.longest - _bytes(ending)) + ending
+    name = cut(stem, directory.longest - _bytes(ending)) + ending
     return name if directory.abilities.any_name else _UNPORTABLE.sub("_", name)
 
 
-def _cut(text: str, room: int) -> str:
+def cut(text: str, room: int) -> str:
     """As much of its beginning as `room` bytes hold."""
     raw = text.encode(errors="surrogatepass")
     return text if len(raw) <= room else raw[: max(room, 0)].decode(errors="ignore")

@@ -78,7 +78,10 @@ class Stage(IntEnum):
 
 @dataclass
 class _State:
-    """How far a run is, and what came of it. `pending`: what is left is for the next run."""
+    """How far a run is, and what came of it. `pending`: what is left is for the next run.
+
+    `contents`: inode, size and mtime of the files that the replaced VM had, as they were at the commit.
+    """
 
     stage: Stage = Stage.LOOKING
     pending: bool = False
@@ -88,6 +91,7 @@ class _State:
     parts: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
+    contents: dict[str, str] = field(default_factory=dict)
 
 
 _LOOK_SECONDS = 0.05
@@ -382,7 +386,10 @@ class Run:
 
     async def _define(self, remove: tuple[str, ...], forget: tuple[str, ...]) -> None:
         self._say(Phase.COMMIT, f"defining {self._plan.name} on {self._destination.name}")
-        xml = self._definition(ownership.Pending(self._plan.identity.operation, remove, forget))
+        prints = await self._call("fingerprints", paths=list(remove)) if remove else []
+        pairs = zip(remove, prints, strict=True)
+        self._state.contents = {path: ":".join(fingerprint.content(text)) for path, text in pairs if text}
+        xml = self._definition(ownership.Pending(self._plan.identity.operation, remove, forget, self._state.contents))
         await self._check_name()
         self._state.stage = Stage.COMMITTING
         images = {disk.target: [disk.final, await self._fingerprint(disk.final)] for disk in self._plan.disks}
@@ -462,7 +469,11 @@ class Run:
 
     async def _remove_replaced(self, paths: tuple[str, ...], forget: tuple[str, ...]) -> None:
         name, elsewhere = self._plan.name, await self._elsewhere()
-        done = await vms.remove_replaced(self._destination, self._changing, name, paths, forget, elsewhere)
+        existing = self._plan.facts.destination.existing
+        pending = existing.pending if existing is not None else None  # an earlier run's commit
+        contents = self._state.contents or (pending.contents if pending is not None else {})
+        fenced = self._changing
+        done = await vms.remove_replaced(self._destination, fenced, name, paths, forget, elsewhere, contents=contents)
         self._tell(done)
 
     async def _remove_existing(self) -> None:

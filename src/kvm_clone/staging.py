@@ -151,7 +151,11 @@ async def _finish(host: Host, connection: libvirt.virConnect, data: StagedData) 
         await replica.merge(host, fenced, data.name)
         kept: tuple[str, ...] = ()
         if pending is not None and pending.operation == data.operation:
-            kept = (await vms.remove_replaced(host, fenced, data.name, pending.remove, pending.forget)).kept
+            kept = (
+                await vms.remove_replaced(
+                    host, fenced, data.name, pending.remove, pending.forget, contents=pending.contents
+                )
+            ).kept
         await replica.seal(host, fenced, data.name)
         await host.call("finish")
     finally:

@@ -22,7 +22,7 @@ from kvm_clone.facts import Existing, Facts, ImageFacts, Staged, files_in
 from kvm_clone.findings import EXISTS, Finding, block
 from kvm_clone.identity_checks import duplicate_findings, identity_findings, replica_findings
 from kvm_clone.options import Retry, SyncOptions, Verify
-from kvm_clone.placement import Names, PlannedDisk, place, stage_directory
+from kvm_clone.placement import Names, PlannedDisk, cut, place, stage_directory
 from kvm_clone.plan import (
     DONE_ALREADY,
     Identity,
@@ -213,7 +213,8 @@ def _updated(facts: Facts, image: ImageFacts, base: ImageFacts, operation: str, 
     """Where what has changed of a disk goes."""
     directory = facts.destination.directories.get(posixpath.dirname(base.path))
     shares = directory is not None and directory.reflink
-    final = _successor(base.path, operation) if shares else _overlay(base.path, operation, image.target)
+    longest = directory.longest if directory is not None else 0
+    final = _successor(base.path, operation, longest) if shares else _overlay(base.path, operation, image.target)
     kept = staged.disks.get(image.target) if staged is not None else None
     wanted = ("", base.format) if shares else (base.path, QCOW2)
     if kept is not None and (
@@ -231,10 +232,15 @@ def _overlay(path: str, operation: str, target: str) -> str:
 _OPERATION = re.compile(r"\.[0-9a-f]{12}$")
 
 
-def _successor(path: str, operation: str) -> str:
-    """The name of the file that takes the place of this one: the operation's name before the extension."""
-    stem, extension = posixpath.splitext(path)
-    return f"{_OPERATION.sub('', stem)}.{operation}{extension}"
+def _successor(path: str, operation: str, longest: int) -> str:
+    """The path of the file that takes the place of this one: the operation's name before the extension.
+
+    The stem is cut where a file's name of at most `longest` bytes could not hold it.
+    """
+    directory, name = posixpath.split(path)
+    stem, extension = posixpath.splitext(name)
+    ending = f".{operation}{extension}"
+    return posixpath.join(directory, cut(_OPERATION.sub("", stem), longest - len(ending.encode())) + ending)
 
 
 def _since(facts: Facts, name: str) -> tuple[str, str]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import posixpath
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import libvirt
 
 from kvm_clone import definition, domains, inventory, ownership
-from kvm_clone.agent import uses
+from kvm_clone.agent import fingerprint, uses
 from kvm_clone.claims import Claim
 from kvm_clone.domains import Fenced
 from kvm_clone.errors import RefusedError, TransferError
 from kvm_clone.facts import Existing
 from kvm_clone.host import Host
+from kvm_clone.references import Role, references
 from kvm_clone.tasks import together
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ async def users(host: Host, connection: libvirt.virConnect, elsewhere: Iterable[
         claims, pools = await together(
             asyncio.to_thread(inventory.claims, connection), asyncio.to_thread(domains.pools, connection)
         )
-    directories = (pool.path for pool in pools if pool.active and pool.path and pool.type in domains.FILE_POOLS)
+    directories = (pool.path for pool in pools if pool.path and pool.type in domains.FILE_POOLS)  # active or not
     return Users(tuple(claims), tuple(directories), tuple(elsewhere))
 
 
@@ -109,13 +110,19 @@ async def judge(host: Host, known: Users, paths: Sequence[str], but: str = "", *
 
 
 async def _remove_files(
-    host: Host, connection: libvirt.virConnect, paths: Sequence[str], elsewhere: Sequence[str]
+    host: Host,
+    connection: libvirt.virConnect,
+    paths: Sequence[str],
+    elsewhere: Sequence[str],
+    contents: Mapping[str, str],
 ) -> Removal:
     """Remove those of the files that nobody uses now. Raises TransferError for what cannot be removed.
 
-    Others may have come to use them since they were looked at first.
+    Others may have come to use them since they were looked at first. `contents`: inode, size and mtime of those that
+    the replaced VM had; others may have put other files in their places since.
     """
-    found = await judge(host, await users(host, connection, elsewhere), paths, processes=True)
+    judged = await judge(host, await users(host, connection, elsewhere), paths, processes=True)
+    found = await _if_unchanged(host, judged, contents)
     free = [{"path": use.path, "identity": use.identity} for use in found if use.is_free]
     answers = await host.call("remove", files=free) if free else []
     removed = [one["path"] for one in answers if one["result"] == "removed"]
@@ -128,6 +135,17 @@ async def _remove_files(
     return Removal(tuple(removed), kept)
 
 
+async def _if_unchanged(host: Host, found: Sequence[Use], contents: Mapping[str, str]) -> list[Use]:
+    """The same, but unknown where the file is another one than the replaced VM had, or was written since."""
+    answers = await host.call("fingerprints", paths=[use.path for use in found]) if contents else [None] * len(found)
+    return [
+        replace(use, state=uses.UNKNOWN, why="it is another file than the replaced VM had, or was written since")
+        if text and use.path in contents and ":".join(fingerprint.content(text)) != contents[use.path]
+        else use
+        for use, text in zip(found, answers, strict=True)
+    ]
+
+
 async def remove_replaced(
     host: Host,
     fenced: Fenced,
@@ -135,11 +153,13 @@ async def remove_replaced(
     paths: Sequence[str],
     forget: Sequence[str],
     elsewhere: Sequence[str] = (),
+    *,
+    contents: Mapping[str, str],
 ) -> Removal:
     """Remove what only a VM that was replaced had: these files, snapshots and checkpoints. Raises TransferError."""
     with domains.failing_as(f"tidying up after the old {name} on {host.name}", name):
         forgotten = await asyncio.to_thread(domains.forget_state, fenced, name, tuple(forget), tuple(paths))
-    done = await _remove_files(host, fenced.connection, paths, elsewhere)
+    done = await _remove_files(host, fenced.connection, paths, elsewhere, contents)
     return Removal((*forgotten, *done.removed), done.kept)
 
 
@@ -161,11 +181,22 @@ async def cleanup(host: Host, fenced: Fenced, name: str, *, stop: bool, elsewher
             )
         if await asyncio.to_thread(domains.stop, fenced, name):
             removed.append(f"running state of {name}")
+        variables = await _variables_in_use(host, fenced.connection, found, elsewhere)
         if found.domain.persistent:
-            await asyncio.to_thread(domains.undefine, fenced, name)
+            await asyncio.to_thread(domains.undefine, fenced, name, keep_variables=bool(variables))
             removed.append(f"definition of {name}")
     for thing in removed:
         log.info("removed the %s on %s", thing, host.name)
-    done = await _remove_files(host, fenced.connection, found.removable, elsewhere)
-    kept = tuple(f"{path} was left: {why}" for path, why in found.kept)
+    done = await _remove_files(host, fenced.connection, found.removable, elsewhere, {})
+    kept = tuple(f"{path} was left: {why}" for path, why in (*found.kept, *variables))
     return Removal((*removed, *done.removed), (*kept, *done.kept))
+
+
+async def _variables_in_use(
+    host: Host, connection: libvirt.virConnect, found: Existing, elsewhere: Sequence[str]
+) -> list[tuple[str, str]]:
+    """The files of UEFI variables that libvirt would remove with the VM and others may use; each with the reason."""
+    files = [one.value for one in references(found.domain.xml) if one.role is Role.DATA and one.kind == "nvram"]
+    known = await users(host, connection, elsewhere)
+    judged = await judge(host, known, files, but=found.domain.uuid, processes=True)
+    return [(use.path, use.why) for use in judged if use.state not in (uses.FREE, uses.ABSENT)]

@@ -187,3 +187,11 @@ def test_there_is_one_holder_at_a_time(tmp_path: Path) -> None:
     answers = [racer.communicate(timeout=50)[0] for racer in racers]
     assert answers == [b"%d\n" % turns] * len(racers)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.timeout(10)
+def test_nobody_waits_for_a_fifo_at_an_images_path(tmp_path: Path) -> None:
+    fifo = tmp_path / "disk"
+    os.mkfifo(fifo)
+    ImageLock(str(fifo)).release()
+    assert image.open_for_reading(str(fifo), image.RAW).size == 0

@@ -244,3 +244,27 @@ def test_what_cannot_be_removed_is_told(open_to_all: Path) -> None:
         scratch.remove([str(path)])
     assert caught.value.kind == errors.PERMISSION
     assert path.exists()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ODD if kind != "a directory"])
+def test_what_is_at_the_lock_directorys_name_is_told_before(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An inspection asks, and makes nothing."""
+    before = os.getcwd()
+    path = tmp_path / "locks"
+    monkeypatch.setattr(names, "_lock_directory", lambda: str(path))
+    assert (names.lock_trouble(), path.exists()) == ("", False)
+    ODD[kind](path)
+    os.chdir(before)
+    assert "is not ours alone" in names.lock_trouble()
+    path.unlink()
+    path.mkdir(mode=0o700)
+    assert names.lock_trouble() == ""
+    path.chmod(0o777)
+    assert "is not ours alone" in names.lock_trouble()
+
+
+def test_where_no_lock_directory_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "_lock_directory", lambda: str(tmp_path / "none" / "locks"))
+    assert "cannot be made" in names.lock_trouble()

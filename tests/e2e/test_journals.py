@@ -76,6 +76,7 @@ MALFORMED: dict[str, Callable[[Lab], bytes]] = {
     "a part that we would not name so": forged_part,
     "a final name where no disk would land": forged_final,
     "a merge into a file of somebody's": forged_merge,
+    "of another VM, under this one's name": lambda lab: encoded(begun("another")),
     "no records": lambda lab: encoded({"record": "frobnicate"}),
     "nonsense": lambda lab: (b"\xff" * 5000 + b"\n") * 3,
     "deep nesting": lambda lab: encoded(begun("forged")) + _deep(),

@@ -404,6 +404,24 @@ def test_verify_existing_digests_instead_of_trusting(lab: Lab, row: Vm) -> None:
     assert_equal(lab, row)
 
 
+@pytest.mark.parametrize("size", ["512K", "64M"])
+def test_verify_existing_sees_a_disk_of_another_size(lab: Lab, row: Vm, size: str) -> None:
+    """Whatever it holds: a guest that was started on the clone has grown it, say."""
+    _finished(lab, row)
+    raw = next(path for path, format_ in disks_of(lab, "kc-b", "row").values() if format_ == "raw")
+    lab.run("kc-b", "truncate", "-s", size, raw)
+    done = clone(lab, "row", "--idempotent", "--verify-existing")
+    assert (done.code, "bytes, the source's" in done.err) == (7, True), done.err
+
+
+def test_verify_existing_does_not_pass_a_clone_that_lacks_a_disk(lab: Lab, row: Vm) -> None:
+    _finished(lab, row)
+    lab.run("kc-b", "virsh", "detach-disk", "row", "vdb", "--config")
+    done = clone(lab, "row", "--idempotent", "--verify-existing")
+    assert (done.code, done.document["changed"]) == (0, True), done.err
+    assert_equal(lab, row)
+
+
 def _everything(lab: Lab) -> list[object]:
     """Both hosts with the times and definitions that a mere look might change."""
     found: list[object] = []

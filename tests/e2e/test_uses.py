@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
-from clonekit import IMAGES, assert_equal, kvm_clone, wipe
+from clonekit import IMAGES, Done, assert_equal, held, kvm_clone, wait_until, wipe
 from labclient import Lab, Vm
 
 pytestmark = pytest.mark.e2e
@@ -137,6 +137,113 @@ def test_what_others_use_stays(lab: Lab, source: Vm, what: str) -> None:
     if case.stays:
         assert case.words in done.err
     assert_equal(lab, source)
+
+
+def test_uefi_variables_of_another_vm_stay(lab: Lab, source: Vm) -> None:
+    """libvirt would remove the file that the replaced VM's definition names, whoever else has it."""
+    own, shared = f"{IMAGES}/own_VARS.fd", f"{IMAGES}/shared_VARS.fd"
+    lab.run("kc-b", "sh", "-c", f"truncate -s 128K {own} {shared}; truncate -s 512K {IMAGES}/code.fd")
+    for name in ("used", "other"):
+        define_uefi(lab, name, shared)
+    done = kvm_clone(lab, "clone", "kc-a", "kc-b", "used", "--cleanup-existing")
+    assert done.code == 0, done.err
+    assert f"{shared} was left: VM other uses it" in done.err
+    assert lab.outside("kc-b", shared).exists()
+    define_uefi(lab, "used", own)
+    assert kvm_clone(lab, "clone", "kc-a", "kc-b", "used", "--cleanup-existing").code == 0
+    assert not lab.outside("kc-b", own).exists()
+
+
+def define_uefi(lab: Lab, name: str, variables: str) -> None:
+    lab.run("kc-b", "virsh", "undefine", name, check=False)
+    xml = (
+        f"<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><features><acpi/></features>"
+        "<os><type arch='x86_64' machine='q35'>hvm</type>"
+        f"<loader readonly='yes' type='pflash'>{IMAGES}/code.fd</loader><nvram>{variables}</nvram></os></domain>"
+    )
+    lab.run("kc-b", "virsh", "define", "/dev/stdin", input=xml)
+
+
+def test_another_file_at_the_path_of_what_was_replaced_stays(lab: Lab, source: Vm) -> None:
+    """It came there between a crash after the commit and the next run, which finds the old path in the definition."""
+    lab.run("kc-b", "sh", "-c", f"{QCOW2} {IMAGES}/x.qcow2 1M")
+    define(lab, "used", disk("x.qcow2"))
+    with held(lab, "committed", "kc-a", "kc-b", "used", "--force") as child:
+        child.kill()
+    other = lab.outside("kc-b", f"{IMAGES}/x.qcow2")
+    other.unlink()
+    other.write_text("precious")  # perhaps with the old inode's number
+    answers: list[Done] = []
+    wait_until("the lock is free", lambda: _done(lab, answers))
+    assert answers[-1].code == 0, answers[-1].err
+    assert "it is another file" in answers[-1].err
+    assert other.read_text() == "precious"
+
+
+def _done(lab: Lab, answers: list[Done]) -> bool:
+    answers.append(kvm_clone(lab, "clone", "kc-a", "kc-b", "used", "--idempotent"))
+    return answers[-1].code != 8
+
+
+@contextmanager
+def made(lab: Lab, make: str, undo: str) -> Iterator[None]:
+    """Something on the destination beside what is in the pool."""
+    lab.run("kc-b", "sh", "-e", "-c", make)
+    try:
+        yield
+    finally:
+        lab.run("kc-b", "sh", "-c", undo)
+
+
+ELSEWHERE = "/var/lib/libvirt/elsewhere"
+OVERLAY = f"mount -t overlay overlay -o lowerdir={ELSEWHERE}/low,upperdir={IMAGES},workdir={ELSEWHERE}/work"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Something beside the pool, how it is made and undone, and what the reason says."""
+
+    make: str
+    undo: str
+    words: str
+
+
+BESIDE = {
+    "an image in a pool that is not active": Beside(
+        f"mkdir {ELSEWHERE}; virsh pool-define-as asleep dir --target {ELSEWHERE}; "
+        f"{QCOW2} -b {IMAGES}/x.qcow2 -F qcow2 {ELSEWHERE}/child.qcow2",
+        f"virsh pool-undefine asleep; rm -r {ELSEWHERE}",
+        "the image",
+    ),
+    "a link in the pool to an image elsewhere": Beside(
+        f"mkdir {ELSEWHERE}; {QCOW2} -b {IMAGES}/x.qcow2 -F qcow2 {ELSEWHERE}/child.qcow2; "
+        f"ln -s {ELSEWHERE}/child.qcow2 {IMAGES}/l",
+        f"rm -r {ELSEWHERE} {IMAGES}/l",
+        "the image",
+    ),
+    "the same file in another filesystem": Beside(
+        f"mkdir -p {ELSEWHERE}/low {ELSEWHERE}/work {ELSEWHERE}/all; {OVERLAY} {ELSEWHERE}/all",
+        f"umount {ELSEWHERE}/all; rm -r {ELSEWHERE}",
+        "VM other uses it",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BESIDE)
+def test_what_is_used_from_elsewhere_stays(lab: Lab, source: Vm, what: str) -> None:
+    case = BESIDE[what]
+    lab.run("kc-b", "sh", "-e", "-c", f"cd {IMAGES}; {QCOW2} x.qcow2 1M; {QCOW2} y.qcow2 1M")
+    with made(lab, case.make, case.undo):
+        define(lab, "used", disk("x.qcow2"))
+        define(
+            lab,
+            "other",
+            disk("x.qcow2").replace(IMAGES, f"{ELSEWHERE}/all") if "other" in case.words else disk("y.qcow2"),
+        )
+        done = kvm_clone(lab, "clone", "kc-a", "kc-b", "used", "--force")
+        assert done.code == 0, done.err
+        assert case.words in done.err
+        assert lab.outside("kc-b", f"{IMAGES}/x.qcow2").exists()
 
 
 @contextmanager

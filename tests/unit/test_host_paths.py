@@ -44,6 +44,7 @@ NAMES = [
     ("/log/web.log", "web", "web", "/log/web-2.log"),
     ("/log/x.log", "web", "web", "/log/x-web.log"),
     ("/log/x.log", "web", "東 é", "/log/x-東 é.log"),
+    ("/log/web.log", "web", "a\tb", "/log/a_b.log"),
 ]
 
 

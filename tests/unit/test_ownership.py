@@ -78,6 +78,11 @@ def test_a_seal_comes_back_as_it_was_written(seal: Seal) -> None:
     assert read_seal(domain(as_libvirt_prints(seal))) == seal
 
 
+def test_what_is_pending_comes_back_as_it_was_written() -> None:
+    pending = ownership.Pending("0f", ("/a & b", "/c"), ("monday",), {"/c": "1:2:3"})
+    assert ownership.read_pending(domain(ownership.pending_markup(pending))) == pending
+
+
 def test_a_domain_without_a_seal() -> None:
     for metadata in ("", "<other/>", mark_markup(MARK), "<replica/>"):
         assert read_seal(domain(metadata)) is None

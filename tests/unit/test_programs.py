@@ -53,6 +53,7 @@ FOLLOWED: dict[tuple[str, str], tuple[str, ...]] = {
     ("tests/e2e/pools.py", "… /var/lib/libvirt/images/own"): ("mount",),  # with the callers' options
     ("tests/e2e/test_preflight.py", "… /var/lib/libvirt/images/own"): ("mount",),  # with the callers' options
     ("tests/e2e/test_retry.py", "… clone … --retries"): (),  # kvm-clone itself
+    ("tests/e2e/test_uses.py", "…"): ("mount", "virsh", "qemu-img"),  # what a table makes, and undoes
 }
 
 

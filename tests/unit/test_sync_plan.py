@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import posixpath
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -665,6 +666,15 @@ def test_an_overlay_has_subclusters_where_qemu_has_them(qemu_img: str | None, op
     assert disk.options == {}, "a copy that shares its blocks is what it is a copy of"
     [disk] = replace(case, existing=None).plan().disks
     assert disk.options == {"compat": "1.1"}
+
+
+@pytest.mark.parametrize("stem", ["x" * 249, "ö" * 124])
+def test_the_name_of_a_copy_that_shares_is_cut(stem: str) -> None:
+    image = replace(REPLICA_IMAGE, path=f"{IMAGES}/{stem}.qcow2")
+    (disk,) = Case(existing=replica(FACTS, image), directories=SHARING).sync().disks
+    name = posixpath.basename(disk.final)
+    assert len(name.encode()) <= 255
+    assert name.endswith(f".{IDENTITY.operation}.qcow2")
 
 
 def test_a_copy_that_shares_its_blocks_takes_the_images_place() -> None:

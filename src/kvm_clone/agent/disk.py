@@ -234,5 +234,8 @@ def bounded(disk: Disk, start: int, end: Optional[int]) -> Tuple[int, int]:
 
 
 def open_flags(writable: bool) -> int:
-    """How image files are opened: never inherited by a child, never through a link when written."""
-    return (os.O_RDWR | os.O_NOFOLLOW if writable else os.O_RDONLY) | os.O_CLOEXEC
+    """How image files are opened: never inherited by a child, never through a link when written.
+
+    O_NONBLOCK: a path may have become a FIFO's, which would be waited for.
+    """
+    return (os.O_RDWR | os.O_NOFOLLOW if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK

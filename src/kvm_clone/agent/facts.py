@@ -32,6 +32,7 @@ def host() -> Dict[str, Any]:
         "qemu_nbd": _version("qemu-nbd"),
         "uid": os.geteuid(),
         "time": time.time(),
+        "locks": names.lock_trouble(),
     }
 
 

@@ -157,6 +157,7 @@ def _summary(directory: str, path: str, directories: List[str]) -> List[Dict[str
         found = look(path)
         if not found.records:
             return [{**_JUST_BEGUN, **where, "changed": found.changed}] if found.active else []
+        _check_name(path, found.records[0])
         records.in_directories(found.records, directories)
         return [{**_described(found.records, found.active), **where, "changed": found.changed}]
     except FileNotFoundError:  # it has just ended
@@ -216,6 +217,12 @@ def _described(entries: List[Record], locked: bool) -> Dict[str, Any]:
     }
 
 
+def _check_name(path: str, begin: Record) -> None:
+    """Whoever can rename files there may have given it another VM's. Raises AgentError (unsupported)."""
+    if path != names.journal_path(os.path.dirname(path), begin["name"]):
+        raise AgentError(UNSUPPORTED, f"{path} is of an operation on {begin['name']}, whose journal has another name")
+
+
 def check_earlier(journal: Journal, operation: str, directories: List[str]) -> None:
     """That the journal is of the operation which the controller has looked at, and of this host.
 
@@ -226,6 +233,7 @@ def check_earlier(journal: Journal, operation: str, directories: List[str]) -> N
         raise AgentError(
             LOCKED, f"another operation, {begin['operation']}, has taken the place of {operation or 'none'}"
         )
+    _check_name(journal.path, begin)
     foreign = elsewhere(begin)
     if foreign:
         raise AgentError(UNSUPPORTED, f"{journal.path} is of an operation on {foreign}, which alone can end it")

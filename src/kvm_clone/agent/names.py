@@ -66,10 +66,28 @@ def lock_directory() -> str:
         pass
     except OSError as error:
         raise AgentError(PERMISSION, f"cannot make {path} for our locks: {error.strerror}") from error
-    about = os.lstat(path)
-    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o022:
-        raise AgentError(PERMISSION, f"{path} is not ours alone, so that locks in it mean nothing: remove it")
+    if not _is_ours_alone(path):
+        raise AgentError(PERMISSION, f"{path} {_NOT_OURS}: remove it")
     return path
+
+
+_NOT_OURS = "is not ours alone, so that locks in it mean nothing"
+
+
+def _is_ours_alone(path: str) -> bool:
+    about = os.lstat(path)
+    return stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & 0o022
+
+
+def lock_trouble() -> str:
+    """Why there can be no locks on this host, nothing where there can be. Makes nothing."""
+    path = _lock_directory()
+    if not os.path.lexists(path):
+        parent = os.path.dirname(path)
+        return "" if os.access(parent, os.W_OK | os.X_OK) else f"{path} cannot be made"
+    if not _is_ours_alone(path):
+        return f"{path} {_NOT_OURS}"
+    return "" if os.access(path, os.W_OK | os.X_OK) else f"no file can be made in {path}"
 
 
 def _lock_directory() -> str:

@@ -130,6 +130,7 @@ class _Index:
 
     def __init__(self, claims: Iterable[Claim]) -> None:
         self._ids: Dict[_Id, str] = {}
+        self._lasting: Dict[str, str] = {}
         self._paths: Dict[str, str] = {}
         self._trees: Dict[_Id, str] = {}
         self._raw: Set[_Id] = set()
@@ -164,6 +165,7 @@ class _Index:
             return None
         found = (about.st_dev, about.st_ino)
         ids.setdefault(found, by)
+        self._lasting.setdefault(_lasting(about), by)
         return found
 
     def add_loops(self) -> None:
@@ -215,7 +217,7 @@ class _Index:
                 self._ids.setdefault(one.id, "the source VM")
 
     def add_processes(self, wanted: Set[_Id]) -> None:
-        """Processes, other than this one and its children, that have a candidate open."""
+        """Processes, other than this one and its children, that have a candidate open, or mapped into their memory."""
         others = _others()
         if 1 not in others:  # procfs may be mounted with hidepid, for all but root
             self._doubts.append("not all processes of this host can be looked at by this user")
@@ -226,6 +228,8 @@ class _Index:
                         about = os.stat(f"/proc/{pid}/fd/{number}")
                         if (about.st_dev, about.st_ino) in wanted:
                             self._ids.setdefault((about.st_dev, about.st_ino), f"process {pid} ({_name(pid)})")
+                for one in _mapped(pid) & wanted:
+                    self._ids.setdefault(one, f"process {pid} ({_name(pid)})")
             except (FileNotFoundError, ProcessLookupError):  # it has ended
                 continue
             except PermissionError:
@@ -250,7 +254,7 @@ class _Index:
 
     def _state(self, one: _Candidate) -> Tuple[str, str]:
         by = self._ids.get(one.id, "") if one.id else ""
-        by = by or self._paths.get(one.real, "") or self._above(one.real)
+        by = by or self._paths.get(one.real, "") or self._above(one.real) or self._by_another_filesystem(one)
         if by:
             return USED, f"{by} uses it"
         if one.error:
@@ -263,6 +267,14 @@ class _Index:
             more = f" (and {len(self._doubts) - 1} more reasons)" if len(self._doubts) > 1 else ""
             return UNKNOWN, f"what the VMs of this host use is not known: {self._doubts[0]}{more}"
         return FREE, ""
+
+    def _by_another_filesystem(self, one: _Candidate) -> str:
+        """Who has the file by a mount that numbers its device otherwise: an overlay, or what the host exports itself.
+
+        Inode, size and times, in nanoseconds, are equal then. An inode of 0 tells nothing: see filesystem.py.
+        """
+        lasting = _lasting(one.stat) if one.stat and one.regular else "0:"
+        return "" if lasting.startswith("0:") else self._lasting.get(lasting, "")
 
     def _above(self, path: str) -> str:
         """Who has a directory that the path lies below, nothing when nobody has."""
@@ -282,12 +294,12 @@ def _lasting(about: os.stat_result) -> str:
 
 
 def _files_in(directory: str) -> Iterator[str]:
-    """The regular files of the directory that are not staged by us."""
+    """The regular files of the directory, and those that its links lead to, that are not staged by us."""
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
             if not _OURS.fullmatch(entry.name):
                 with contextlib.suppress(OSError):
-                    if entry.is_file(follow_symlinks=False):
+                    if entry.is_file():  # or a link to one
                         yield entry.path
 
 
@@ -299,6 +311,20 @@ def _others() -> List[int]:
             with contextlib.suppress(OSError, IndexError, ValueError), open(f"/proc/{name}/stat", "rb") as file:
                 parents[int(name)] = int(file.read().rpartition(b")")[2].split()[1])
     return [pid for pid in parents if not _descends(pid, parents)]
+
+
+def _mapped(pid: int) -> Set[_Id]:
+    """Device and inode of the files that the process has mapped: it may have closed them since. Raises OSError.
+
+    Nothing is known of the maps of a process that has privileges which root here has not, as outside of a container.
+    """
+    found: Set[_Id] = set()
+    with contextlib.suppress(PermissionError), open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            _, _, _, device, inode, *_ = line.split()
+            major, minor = (int(part, 16) for part in device.split(":"))
+            found.add((os.makedev(major, minor), int(inode)))
+    return found
 
 
 def _descends(pid: int, parents: Dict[int, int]) -> bool:
