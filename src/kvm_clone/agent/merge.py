@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from array import array
+from contextlib import contextmanager
 from threading import Event
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, TypeVar
 
@@ -18,6 +19,7 @@ from .disk import DATA, Disk, Extent, split, zero_data
 from .errors import IN_USE, INTERRUPTED, UNSUPPORTED, AgentError
 from .file import FileDisk
 from .lock import ImageLock
+from .process import killed_by
 from .wire import CHUNK
 
 _Result = TypeVar("_Result")
@@ -62,17 +64,29 @@ def merge(overlay: Overlay, ending: Event) -> List[ImageLock]:
         raise AgentError(IN_USE, f"{overlay.path} has internal snapshots, which would be lost with it")
     locks = [_patiently(overlay, ending, lambda: ImageLock(overlay.path))]
     try:
-        size = int(qemu.info(overlay.path, image.QCOW2)["virtual-size"])
-        below = _patiently(overlay, ending, lambda: qemu.info(overlay.base, overlay.base_format))
-        if int(below["virtual-size"]) < size:
-            qemu.resize(overlay.base, overlay.base_format, size)
-        write_down(overlay, size, ending)
+        with _until(ending, overlay):
+            size = int(qemu.info(overlay.path, image.QCOW2)["virtual-size"])
+            below = _patiently(overlay, ending, lambda: qemu.info(overlay.base, overlay.base_format))
+            if int(below["virtual-size"]) < size:
+                qemu.resize(overlay.base, overlay.base_format, size)
+            write_down(overlay, size, ending)
         image.settle(overlay.base)
         locks.append(ImageLock(overlay.base))
     except BaseException:
         locks[0].release()
         raise
     return locks
+
+
+@contextmanager
+def _until(ending: Event, overlay: Overlay) -> Iterator[None]:
+    """Once `ending` is set the block ends soon, with AgentError (interrupted), whatever QEMU's programs wait for."""
+    try:
+        with killed_by(ending):
+            yield
+    except (AgentError, OSError):
+        _check_time(overlay, ending)
+        raise
 
 
 def _patiently(overlay: Overlay, ending: Event, act: Callable[[], _Result]) -> _Result:
@@ -120,7 +134,7 @@ def write_down(overlay: Overlay, size: int, ending: Event) -> None:
 
 def _check_time(overlay: Overlay, ending: Event) -> None:
     if ending.is_set():
-        raise AgentError(INTERRUPTED, f"merging {overlay.path} was left to the next run")
+        raise AgentError(INTERRUPTED, f"merging {overlay.path} was left to the next run; it can be repeated")
 
 
 def _held(overlay: Overlay, size: int) -> "array[int]":

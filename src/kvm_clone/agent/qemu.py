@@ -32,8 +32,6 @@ _EXIT_SECONDS = 120.0
 _SLOWEST = 1 << 20
 """Bytes a second that qemu-img gets through at least, of what it has to read or write."""
 
-_LOOK_SECONDS = 0.2
-
 
 def _node(chained: Sequence[Node], **options: Any) -> Dict[str, Any]:
     """The top layer as QEMU opens it, with all that it rests on. `options` are the driver's."""
@@ -164,8 +162,7 @@ def _lines(child: subprocess.Popen[bytes]) -> Iterator[bytes]:
         if not part:
             break
         *lines, rest = (rest + part).split(b"\n")
-        yield from lines
-    yield rest
+        yield from lines  # a last one without its end is of a child that failed
 
 
 def _extent(entry: Dict[str, Any]) -> Extent:
