@@ -622,7 +622,7 @@ def test_a_published_file_is_known_again_where_inode_numbers_do_not_last(
     (pool / "same").rename(final)
     again = resumed(pool)
     assert final.exists() == lasting, "where numbers last it is another one's file"
-    assert os.path.exists(again.part_path("vda", str(final))) != lasting
+    assert os.path.exists(part_path(again, "vda", final)) != lasting
     again.undo()
     assert final.exists() == lasting
 
