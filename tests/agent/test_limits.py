@@ -62,7 +62,7 @@ CALLS: list[tuple[str, Frame]] = [
     ("disk", {"path": "{}/disk", "image_format": "qcow2"}),
     ("directory", {"path": "{}"}),
     ("lock_image", {"path": "{}/disk"}),
-    ("stage", {"directory": "{}", "name": "{}", "operation": "0f", "about": {}}),
+    ("stage", {"directory": "{}", "name": "{}", "operation": "0f", "about": {}, "directories": []}),
     ("ranges_of", {"path": "{}/disk", "image_format": "qcow2", "data": True}),
     ("probe", {"ssh": ["ssh", "-F", "/dev/null", "-p", "1", "--", "127.0.0.1"], "known_hosts": "x"}),
     ("staged", {"directories": ["{}"]}),
@@ -88,7 +88,7 @@ def test_an_agent_answers_every_call(limits: str, tmp_path: Path) -> None:
             kind = answer.get("error", {}).get("kind", errors.LIMIT)
             assert kind in (errors.LIMIT, errors.IO), answer
         status, said = running.end()
-    assert status == 0
+    assert status == 0, said
     assert "Traceback" not in said
     assert {entry.name for entry in tmp_path.iterdir()} == {"disk"}
 

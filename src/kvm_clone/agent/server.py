@@ -106,9 +106,11 @@ class Server:
         finally:
             with self._beginning:
                 self._over = True
-            if self._hold is not None:
-                self._hold.abandon()
-            self._guard.step_in()
+            try:
+                if self._hold is not None:
+                    self._hold.abandon()
+            finally:
+                self._guard.step_in()
 
     def _wait(self) -> None:
         if not select.select([self._source], [], [], SILENCE_SECONDS)[0]:
