@@ -57,7 +57,7 @@ def test_data_in_an_image_that_rests_on_none(tmp_path: Path) -> None:
 
 
 SAID: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any]]] = {
-    "raw": (lambda at: make_raw(at / "disk", MIB + 1, [(0, b"x")]), "raw", {"virtual_size": MIB + 1, "data": 4096}),
+    "raw": (lambda at: make_raw(at / "disk", MIB + 1, [(0, b"x")]), "raw", {"virtual_size": MIB + 512, "data": 4096}),
     "raw, like a qcow2 image": (
         lambda at: make_raw(at / "disk", MIB, [(0, forged(b"/etc/passwd")["qcow2"])]),
         "raw",

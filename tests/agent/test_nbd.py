@@ -280,7 +280,7 @@ def test_an_image_of_another_format(writable: bool, tmp_path: Path) -> None:
     path = make_raw(tmp_path / "disk", MIB)
     with pytest.raises(AgentError, match="Image is not in qcow2 format"):
         qemu.open_nbd([Node(str(path), "qcow2")], writable=writable)
-    with pytest.raises(AgentError, match="Image is not in qcow2 format"):
+    with pytest.raises(AgentError, match="disk is no qcow2 image"):
         image.open_for_reading(str(path), "qcow2")
     assert not processes(str(path))
 
