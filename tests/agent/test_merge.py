@@ -227,7 +227,7 @@ exec {real} "$@"
 
 
 @pytest.mark.parametrize(("name", "word"), [("qemu-img", "map"), ("qemu-nbd", "--discard=unmap")])
-@pytest.mark.parametrize("how", [f"exec sleep {LONG}", "kill -STOP $$"])
+@pytest.mark.parametrize("how", ["exec sleep {long}", "kill -STOP $$"])
 def test_a_merge_that_takes_long_is_let_go_of(
     how: str, name: str, word: str, synced: Synced, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,7 +235,7 @@ def test_a_merge_that_takes_long_is_let_go_of(
     programs = synced.pool / "bin"
     programs.mkdir()
     program = programs / name
-    program.write_text(SLOW.format(how=how, word=word, real=shutil.which(name)))
+    program.write_text(SLOW.format(how=how.format(long=LONG), word=word, real=shutil.which(name)))
     program.chmod(0o755)
     said: list[AgentError] = []
 
