@@ -220,6 +220,8 @@ def test_a_disk_that_was_written_and_given_its_old_mtime(disk: str, synced: Sync
 LONG = f"60.{os.getpid()}"
 """Seconds, which nobody else sleeps for."""
 
+REAL = {"qemu-img": shutil.which("qemu-img"), "qemu-nbd": shutil.which("qemu-nbd")}
+
 SLOW = """#!/bin/sh
 case "$1" in {word}) touch "$0.begun"; {how} ;; esac
 exec {real} "$@"
@@ -235,7 +237,7 @@ def test_a_merge_that_takes_long_is_let_go_of(
     programs = synced.pool / "bin"
     programs.mkdir()
     program = programs / name
-    program.write_text(SLOW.format(how=how.format(long=LONG), word=word, real=shutil.which(name)))
+    program.write_text(SLOW.format(how=how.format(long=LONG), word=word, real=REAL[name]))
     program.chmod(0o755)
     said: list[AgentError] = []
 
