@@ -248,8 +248,9 @@ class DestinationFacts:
     """The destination.
 
     `domains`: its VMs' UUIDs by name. `directories`: those that disks may land in, by path. `present`: whether each
-    path that the definition refers to is there. `paths_in_use`: what any VM there refers to. `staged_error`: why the
-    journal of an earlier attempt cannot be read. `things`: what it has of all that the definition refers to.
+    path that the definition refers to is there. `paths_in_use`: what VMs there refer to, with their names.
+    `staged_error`: why the journal of an earlier attempt cannot be read. `things`: what it has of all that the
+    definition refers to.
     """
 
     host: HostFacts
@@ -261,7 +262,7 @@ class DestinationFacts:
     staged: Staged | None = None
     staged_error: str = ""
     abilities: Abilities = field(default_factory=Abilities)
-    paths_in_use: frozenset[str] = frozenset()
+    paths_in_use: Mapping[str, frozenset[str]] = field(default_factory=dict)
     things: Things = field(default_factory=Things)
 
 

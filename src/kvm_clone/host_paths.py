@@ -23,9 +23,8 @@ def renames(facts: Facts, name: str) -> dict[str, str]:
 
     `name` is the clone's. A path for which no free name fits is left out.
     """
-    claimed = facts.destination.things.objects.used
-    used = {path for path, names in claimed.items() if path.startswith("/") and names - {name}}
-    used |= {plain_path(path) for path in facts.destination.paths_in_use}
+    claimed = (*facts.destination.things.objects.used.items(), *facts.destination.paths_in_use.items())
+    used = {plain_path(path) for path, names in claimed if path.startswith("/") and names - {name}}
     own = [reference for reference in facts.source.references if reference.is_renamed]
     taken = used | {plain_path(reference.value) for reference in own}
     found: dict[str, str] = {}

@@ -33,7 +33,7 @@ from kvm_clone.facts import (
 from kvm_clone.host import AgentCallError, Host
 from kvm_clone.options import Options, Route, SyncOptions
 from kvm_clone.outputs import read_past_noise
-from kvm_clone.placement import stems
+from kvm_clone.placement import home_of, stems
 from kvm_clone.references import Role, references
 from kvm_clone.running import scratch_prefix
 from kvm_clone.tasks import together
@@ -164,7 +164,8 @@ async def _destination(
         )
     own = (*xml.own_disks, *(existing.xml.own_disks if existing is not None else ()))
     wanted = {pool.path for pool in pools if pool.path}
-    wanted |= {posixpath.dirname(disk.path) for disk in own if disk.path and disk.type == "file"}
+    files = [disk.path for disk in own if disk.path and disk.type == "file"]
+    wanted |= {posixpath.dirname(path) for path in files} | {home_of(path) for path in files}
     referred = {*(file.path for file in xml.os_files), *things.paths_of(source.references)}
     referred |= {disk.path for disk in (*xml.media, *xml.referenced_disks) if disk.path and disk.type == "file"}
     addresses = {one.value for one in source.references if one.role is Role.ADDRESS}
@@ -191,9 +192,16 @@ async def _destination(
         attempt,
         "; ".join(_error(answer) for answer in staged if "error" in answer),
         abilities,
-        frozenset(claim.path for claim in known.claims),
+        _names_by_path(known),
         things.Things(found, things.resources(resources), objects),
     )
+
+
+def _names_by_path(known: vms.Users) -> dict[str, frozenset[str]]:
+    found: dict[str, set[str]] = {}
+    for claim in known.claims:
+        found.setdefault(claim.path, set()).add(claim.by.name)
+    return {path: frozenset(names) for path, names in found.items()}
 
 
 def _error(answer: Mapping[str, Any]) -> str:

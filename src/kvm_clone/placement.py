@@ -86,15 +86,20 @@ def place(
         if kept is not None and kept.durable and _is_same(kept, image):
             placed.append(PlannedDisk(image, kept.final, kept))
             continue
-        directory, finding = _directory_for(facts.destination, posixpath.dirname(image.path), options.pool)
+        directory, finding = _directory_for(facts.destination, home_of(image.path), options.pool)
         if finding is not None and finding not in findings:
             findings.append(finding)
         if directory is not None:
-            others = taken | facts.destination.paths_in_use
+            others = taken | facts.destination.paths_in_use.keys()
             path = kept.final if kept else _free_path(directory, image, names, others)
             taken.add(path)
             placed.append(PlannedDisk(image, path))
     return tuple(placed), tuple(findings)
+
+
+def home_of(path: str) -> str:
+    """The directory, without detours by `..`, in which the clone of the disk `path` lands if the destination has it."""
+    return posixpath.normpath(posixpath.dirname(path))
 
 
 def _is_same(kept: StagedDisk, image: ImageFacts) -> bool:

@@ -98,7 +98,8 @@ def _made(facts: Facts, name: str, reference: Reference) -> Iterator[Finding]:
     new = renames(facts, name).get(reference.value)
     others = _others(facts, name, reference)
     if new is not None:
-        text = f"{reference.value} is used by {_listed(others)} on {host} already; {name} gets {new}."
+        users = others | destination.paths_in_use.get(reference.value, frozenset()) - {name}
+        text = f"{reference.value} is used by {_listed(users)} on {host} already; {name} gets {new}."
         yield Finding("path-renamed", Severity.INFO, reference.value, text)
     elif others:
         yield _shared(facts, reference, others)
@@ -266,7 +267,7 @@ def _others(facts: Facts, name: str, reference: Reference) -> frozenset[str]:
 
 
 def _listed(names: frozenset[str]) -> str:
-    return f"VM {', '.join(sorted(names))}" if names else "a VM's disk"
+    return f"VM {', '.join(sorted(names))}" if names else "another VM"
 
 
 # CPUs and memory.

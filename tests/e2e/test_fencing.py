@@ -161,9 +161,9 @@ def test_ctrl_c_does_not_wait_out_a_merge(lab: Lab) -> None:
     with held(lab, "before merge", *argv, "--no-verify", command="sync") as child:
         child.send_signal(signal.SIGCONT)
         wait_until(
-            "it merges", lambda: bool(lab.run("kc-b", "pgrep", "-x", "qemu-img", check=False).stdout.strip()), 20
+            "it merges", lambda: bool(lab.run("kc-b", "pgrep", "-x", "qemu-nbd", check=False).stdout.strip()), 20
         )
-        for pid in lab.run("kc-b", "pgrep", "-x", "qemu-img").stdout.split():
+        for pid in lab.run("kc-b", "pgrep", "-x", "qemu-nbd").stdout.split():
             kill(lab, "kc-b", int(pid), signal.SIGSTOP)  # a merge that takes for ever
         started = time.monotonic()
         child.send_signal(signal.SIGINT)

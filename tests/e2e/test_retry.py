@@ -290,7 +290,7 @@ def test_a_vm_that_was_stopped_for_a_definition_that_is_refused_is_started_again
         lab.run("kc-b", "rm", EMULATOR)
         done = ended(child)
     assert done.code == 6, done.err
-    assert "refuses the definition" in done.err
+    assert f"defining row on kc-b: Cannot check QEMU binary {EMULATOR}" in done.err
     assert lab.run("kc-b", "virsh", "domstate", "row").stdout.strip() == "running"
     assert_becomes(lab, "kc-b", before)
 
@@ -383,19 +383,14 @@ def test_any_controller_can_go_on(lab: Lab, row: Vm, tmp_path: Path) -> None:
 # Doing nothing.
 
 
-def test_a_repeated_run_is_quick_and_changes_nothing(lab: Lab) -> None:
+def test_a_repeated_run_sends_and_changes_nothing(lab: Lab) -> None:
     vm = lab.vm("kc-a", "again", ["raw:2G:64M", "qcow2:8M:1M"], boot=False)
     _finished(lab, vm)
     before = {host: picture(lab, host) for host in ("kc-a", "kc-b")}
-    taken: list[float] = []
-    while len(taken) < 3 and min(taken, default=3.0) >= 3:  # the best of three: other tests run beside this one
-        started = time.monotonic()
-        done = clone(lab, "again", "--idempotent")
-        taken.append(time.monotonic() - started)
-        assert done.code == 0, done.err
-        assert done.document["changed"] is False
-        assert done.document["bytes_sent"] == 0
-    assert min(taken) < 3
+    done = clone(lab, "again", "--idempotent")
+    assert done.code == 0, done.err
+    assert done.document["changed"] is False
+    assert done.document["bytes_sent"] == 0
     assert {host: picture(lab, host) for host in before} == before
 
 
@@ -404,8 +399,9 @@ def test_verify_existing_digests_instead_of_trusting(lab: Lab, row: Vm) -> None:
     done = clone(lab, "row", "--idempotent", "--verify-existing")
     assert (done.code, done.document["changed"], done.document["verified"]) == (0, False, True)
     _damaged(lab.outside("kc-b", disks_of(lab, "kc-b", "row")["vdb"][0]))
-    assert clone(lab, "row", "--idempotent").document["changed"] is False
     assert clone(lab, "row", "--idempotent", "--verify-existing").code == 7
+    assert clone(lab, "row", "--idempotent").document["changed"] is True, "its fingerprint is another"
+    assert_equal(lab, row)
 
 
 def _everything(lab: Lab) -> list[object]:
@@ -414,7 +410,8 @@ def _everything(lab: Lab) -> list[object]:
     for host in ("kc-a", "kc-b"):
         root = lab.outside(host, IMAGES)
         times = [(path.name, path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in sorted(root.iterdir())]
-        xml = lab.run(host, "sh", "-c", "cat /etc/libvirt/qemu/*.xml; ls -A /run/lock /tmp").stdout
+        script = "cat /etc/libvirt/qemu/*.xml; ls -A /run/lock /tmp; ls -A /run/kvm-clone 2>&1 || true"
+        xml = lab.run(host, "sh", "-c", script).stdout
         found += [picture(lab, host), times, root.stat().st_mtime_ns, xml]
     return found
 

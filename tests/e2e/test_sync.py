@@ -633,9 +633,6 @@ def test_an_interrupted_sync_goes_on(lab: Lab, source: Vm, kill: bool, flag: str
     old = picture(lab, "kc-b").domains
     interrupted(lab, kill=kill)
     refused(lab, 4, says="--resume")
-    virsh(lab, "kc-b", "start", NAME)
-    assert sync(lab, flag).code == 4
-    virsh(lab, "kc-b", "destroy", NAME)
     shown = sync(lab, flag, "--dry-run").document
     result = synced(lab, flag)
     assert sum(disk["to_send"] for disk in shown["disks"]) == result["bytes_sent"]
@@ -660,6 +657,9 @@ def test_a_source_that_changes_between_two_attempts(lab: Lab, source: Vm) -> Non
 def test_a_replica_that_was_used_after_an_interruption_is_not_mixed(lab: Lab, source: Vm) -> None:
     big_change(lab)
     interrupted(lab)
+    virsh(lab, "kc-b", "start", NAME)
+    refused(lab, 4, "--idempotent", says="shut it down")
+    virsh(lab, "kc-b", "destroy", NAME)
     qemu_io(image_of(lab, "kc-b", NAME, "vdb"), "write -P 0x66 2M 64k")
     for flag in ("--resume", "--idempotent"):
         refused(lab, 4, flag, says="--force")

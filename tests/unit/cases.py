@@ -96,7 +96,7 @@ class Case:
     existing: Existing | None = None
     staged: Staged | None = None
     staged_error: str = ""
-    paths_in_use: frozenset[str] = frozenset()
+    paths_in_use: Mapping[str, frozenset[str]] = field(default_factory=dict)
     here: Mapping[str, str] = field(default_factory=dict)
     there: Mapping[str, str] = field(default_factory=dict)
     resources: Resources = PLENTY

@@ -592,6 +592,7 @@ def finals(plan: Plan) -> list[str]:
     ("source", "case", "final"),
     [
         ("/data/web.qcow2", Case(directories=(*BOTH, *SAME)), "/data/web.qcow2"),
+        ("/data/sub/..//web.qcow2", Case(directories=(*BOTH, *SAME)), "/data/web.qcow2"),
         ("/data/web.qcow2", Case(directories=BOTH), f"{IMAGES}/web.qcow2"),
         (
             "/data/web.qcow2",

@@ -88,7 +88,9 @@ CASES: dict[str, Said] = {
         LOG, one("path-renamed", "VM other", "gets /log/web-2.log", severity=INFO),
         {"objects": Objects(used={"/log/web.log": frozenset({"other"})})}),
     "another VM's disk for a log": Said(
-        LOG, one("path-renamed", "/log/web-2.log", severity=INFO), {"paths_in_use": frozenset({"/log/web.log"})}),
+        LOG, one("path-renamed", "VM other", "/log/web-2.log", severity=INFO),
+        {"paths_in_use": {"/log/web.log": frozenset({"other", "web"})}}),
+    "its own log, as the uses have it": Said(LOG, NOTHING, {"paths_in_use": {"/log/web.log": frozenset({"web"})}}),
     "its own log": Said(LOG, NOTHING, {"objects": Objects(used={"/log/web.log": frozenset({"web"})})}),
     "another VM's socket in QEMU's arguments": Said(
         arguments("-monitor", "unix:/run/m.sock,server"),

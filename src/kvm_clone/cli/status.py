@@ -94,7 +94,7 @@ def cleanup_command(
     else:
         for listing in listings:
             for data in listing.staged:
-                done = "would be removed" if dry_run else listing.done.get(data.path, "left as it is")
+                done = _prospect(data) if dry_run else listing.done.get(data.path, "left as it is")
                 print(f"{data.host}: {data.name or data.path}, {format_bytes(data.size)}: {done}")
             for name in listing.jobs:
                 print(f"{listing.host}: the backup job of {name}: {'would be ended' if dry_run else 'ended'}")
@@ -210,9 +210,21 @@ def _staged_line(data: StagedData) -> str:
     if data.error:
         return f"{data.host}: {data.path}: {data.error}"
     state = "running" if data.active else "interrupted"
+    state += f" on {data.foreign}" if data.foreign else ""
     text = f"{data.host}: {data.name} from {data.source}, {state}, {format_duration(data.age)} old"
+    if data.foreign:
+        return f"{text}, in {data.directory}, which both hosts see; it is left to {data.foreign}"
     drop = "" if data.active else f"; go on with {data.kind} --resume, or drop it: kvm-clone cleanup {data.host}"
     return f"{text}, {format_bytes(data.size)} staged in {data.directory}{drop}"
+
+
+def _prospect(data: StagedData) -> str:
+    """What a cleanup would do, as far as it can be told without asking libvirt."""
+    if data.error:
+        return f"would be left as it is: {data.error}"
+    if data.foreign:
+        return f"would be left to {data.foreign}, whose operation it is"
+    return "would be removed"
 
 
 def _exit_with_errors(listings: list[StagedListing]) -> None:
