@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import errors, guard, server, stage
+from kvm_clone.agent import errors, guard, hold, server, stage
 from kvm_clone.agent.errors import AgentError
 from kvm_clone.agent.guard import Guard
 
@@ -204,9 +204,9 @@ def test_the_guest_is_thawed_whatever_becomes_of_what_is_staged(
         serving = server.Server(source, -1)
         serving._guard = watching()
         serving._guard.freezing(True)
-        serving._begin(stage.Hold, name="web", about={})
+        serving._begin(hold.Hold, name="web", about={})
         with monkeypatch.context() as patched:
-            patched.setattr(stage.Hold, "abandon", fail)
+            patched.setattr(hold.Hold, "abandon", fail)
             with pytest.raises(OSError, match="Too many open files"):
                 serving.serve()
         assert serving._hold is not None

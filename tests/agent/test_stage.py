@@ -16,6 +16,7 @@ import pytest
 
 from kvm_clone.agent import errors, filesystem, leftovers, names, qemu, records, stage
 from kvm_clone.agent.errors import AgentError
+from kvm_clone.agent.hold import Hold
 from kvm_clone.agent.lock import WriterLock
 from kvm_clone.agent.stage import Stage
 
@@ -836,7 +837,7 @@ def test_remove_files(pool: Path) -> None:
     (pool / "directory").mkdir()
     (pool / "link").symlink_to(pool / "other.qcow2")
     (pool / "old").write_bytes(b"x")
-    held = stage.Hold(NAME, {})
+    held = Hold(NAME, {})
     paths = [str(pool / name) for name in ("old", "missing", "directory", "link")]
     answers = held.remove([{"path": path, "identity": file_id(path)} for path in paths])
     assert [answer["path"] for answer in answers] == paths
