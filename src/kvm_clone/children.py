@@ -137,6 +137,8 @@ def _send(process: Process, number: signal.Signals) -> None:
 async def _forget_input(process: Process) -> None:
     """What an ended child has not read is no news: without this asyncio complains of it on stderr."""
     if process.stdin is not None:
+        if process.stdin.transport.get_write_buffer_size():  # one of the child's own may hold the other end for ever
+            process.stdin.transport.abort()
         process.stdin.close()
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(1.0):

@@ -358,24 +358,28 @@ async def _take_marker(out: int) -> None:
 
     Raises EOFError, ProtocolError.
     """
-    loop = asyncio.get_running_loop()
     marker = wire.MARKER + payload.identity().encode()
-    readable = asyncio.Event()
     skipped, rest = 0, b""
-    loop.add_reader(out, readable.set)
-    try:
-        while skipped <= wire.NOISE_LIMIT:
-            await readable.wait()
-            readable.clear()
-            part = os.read(out, 1 << 16)
-            if not part:
-                raise EOFError("the connection ended before the agent was ready")
-            skipped += len(part)
-            *lines, rest = (rest + part).split(b"\n")
-            if marker in lines:
-                if lines[-1] != marker or rest:
-                    raise wire.ProtocolError("something prints into the data stream, behind the agent's marker")
-                return
-    finally:
-        loop.remove_reader(out)
+    while skipped <= wire.NOISE_LIMIT:
+        await _readable(out)
+        part = os.read(out, 1 << 16)
+        if not part:
+            raise EOFError("the connection ended before the agent was ready")
+        skipped += len(part)
+        *lines, rest = (rest + part).split(b"\n")
+        if marker in lines:
+            if lines[-1] != marker or rest:
+                raise wire.ProtocolError("something prints into the data stream, behind the agent's marker")
+            return
     raise wire.ProtocolError("the login prints without end instead of running the agent")
+
+
+async def _readable(descriptor: int) -> None:
+    """Wait until a read would not wait, by a look that is newer than the last read."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(descriptor)

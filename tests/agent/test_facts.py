@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kvm_clone.agent import facts, image, journal, qemu
+from kvm_clone.agent.chain import Node
 
 from .images import encrypted, forged, make, put
 from .tools import KIB, MIB, make_overlay, make_qcow2, make_raw, noise
@@ -56,7 +57,7 @@ def test_data_in_an_image_that_rests_on_none(tmp_path: Path) -> None:
 
 
 SAID: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any]]] = {
-    "raw": (lambda at: make_raw(at / "disk", MIB + 1, [(0, b"x")]), "raw", {"virtual_size": MIB + 1, "data": 4096}),
+    "raw": (lambda at: make_raw(at / "disk", MIB + 1, [(0, b"x")]), "raw", {"virtual_size": MIB + 512, "data": 4096}),
     "raw, like a qcow2 image": (
         lambda at: make_raw(at / "disk", MIB, [(0, forged(b"/etc/passwd")["qcow2"])]),
         "raw",
@@ -193,7 +194,7 @@ def test_a_part_that_is_compressed(tmp_path: Path) -> None:
 def test_what_an_image_holds_while_it_is_written(tmp_path: Path, format_: str) -> None:
     make = make_raw if format_ == "raw" else make_qcow2
     path = make(tmp_path / "disk", SIZE, BASE)
-    writer = qemu.open_nbd(str(path), format_, writable=True)
+    writer = qemu.open_nbd([Node(str(path), format_)], writable=True)
     try:
         said = facts.disk(str(path), format_, live=True)
     finally:
@@ -222,7 +223,7 @@ def test_tables_that_cannot_be_read_while_they_are_written(tmp_path: Path) -> No
 def test_what_is_staged_holds_nothing_that_could_be_told_while_it_is_written(tmp_path: Path) -> None:
     path = make_qcow2(tmp_path / "disk", SIZE, BASE)
     assert facts.data_held(str(path), "qcow2") == 192 * KIB
-    writer = qemu.open_nbd(str(path), "qcow2", writable=True)
+    writer = qemu.open_nbd([Node(str(path), "qcow2")], writable=True)
     try:
         assert facts.data_held(str(path), "qcow2") == 0
     finally:

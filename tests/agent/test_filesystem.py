@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.agent import facts, filesystem
+from kvm_clone.agent import facts, filesystem, fingerprint
 
 from .tools import MIB, lacking, need
 
@@ -336,4 +336,4 @@ def test_an_inode_number_counts_where_it_lasts(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(filesystem, "_PASSING_INODES", ("fuse.plainfs",))
     assert filesystem.lasting_inode(directory.stat()) == 0
     (directory / "file").touch()
-    assert facts.fingerprint(str(directory / "file")).split(":")[1] == "0"
+    assert fingerprint.of(str(directory / "file")).split(":")[1] == "0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import errors, guard, stage
+from kvm_clone.agent import errors, guard, hold, server, stage
 from kvm_clone.agent.errors import AgentError
 from kvm_clone.agent.guard import Guard
 
-from .tools import need
+from .tools import arriving, need
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("locks")]
 
@@ -188,4 +189,28 @@ def test_a_virsh_that_hangs_is_given_up(virsh: Virsh, monkeypatch: pytest.Monkey
     started = time.monotonic()
     watcher.step_in()
     assert time.monotonic() - started < 20
+    assert not list(locks.iterdir())
+
+
+def test_the_guest_is_thawed_whatever_becomes_of_what_is_staged(
+    virsh: Virsh, locks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = virsh(backup=OURS)
+
+    def fail(_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with arriving(b"") as source:
+        serving = server.Server(source, -1)
+        serving._guard = watching()
+        serving._guard.freezing(True)
+        serving._begin(hold.Hold, name="web", about={})
+        with monkeypatch.context() as patched:
+            patched.setattr(hold.Hold, "abandon", fail)
+            with pytest.raises(OSError, match="Too many open files"):
+                serving.serve()
+        assert serving._hold is not None
+        serving._hold.release()
+    assert "domfsthaw" in called(log)
+    assert "domjobabort" in called(log)
     assert not list(locks.iterdir())

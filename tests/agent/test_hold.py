@@ -13,8 +13,9 @@ import pytest
 
 from kvm_clone.agent import errors, facts, journal, leftovers, names, records
 from kvm_clone.agent.errors import AgentError
+from kvm_clone.agent.hold import Hold
 from kvm_clone.agent.lock import OperationLock
-from kvm_clone.agent.stage import Hold, Stage
+from kvm_clone.agent.stage import Stage
 
 from .journals import NAME, OPERATION, here, journal_path, plant
 from .synced import Synced

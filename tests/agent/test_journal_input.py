@@ -371,7 +371,9 @@ def test_many_journals_are_bounded(pool: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(leftovers, "MOST_JOURNALS", 3)
     for number in range(5):
         plant(pool, [begin(name=str(number))], str(number))
-    assert len(leftovers.staged([str(pool)])) == 3
+    *found, last = leftovers.staged([str(pool)])
+    assert [one["operation"] for one in found] == [OPERATION] * 3
+    assert "more than 3 journals" in last["error"]
 
 
 VALUES = st.recursive(

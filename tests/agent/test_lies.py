@@ -20,7 +20,7 @@ import pytest
 
 from kvm_clone import outputs, payload
 from kvm_clone.agent import errors, server
-from kvm_clone.agent.wire import FRAME_LIMIT, pack_channel, pack_frame
+from kvm_clone.agent.wire import CHANNEL_BIT, CHUNK, FRAME_LIMIT, pack_channel, pack_frame
 from kvm_clone.errors import InterruptedTransferError, KvmCloneError, TransferError
 from kvm_clone.host import AgentCallError, Host
 from kvm_clone.ssh import SshOptions, parse_address
@@ -115,7 +115,7 @@ def test_an_error_without_end_arrives_cut(travelling: Any, tmp_path: Path) -> No
 LIAR = """
 
 def _lie(self):
-    number = read_frame(self._source)["id"]
+    number = read_any(self._source)["id"]
     write_all(self._out, {before!r})
     {then}
     while os.read(self._source, 65536):
@@ -137,7 +137,9 @@ LIES: dict[str, tuple[bytes, str]] = {
     "not JSON": (b"\0\0\0\4oops", ""),
     "not an object": (b"\0\0\0\2[]", ""),
     "NaN": (b"\0\0\0\x08{\"a\":NaN", ""),
-    "the bytes of a channel": (pack_channel(1, b"x"), ""),
+    "a channel without a number": (b"\x80\0\0\3abc", ""),
+    "too much of a channel": (struct.pack(">I", CHANNEL_BIT | (4 + CHUNK + 1)) + bytes(100), ""),
+    "a channel's bytes cut off": (pack_channel(1, b"xyz")[:-1], "os._exit(0)"),
     "no number": (pack_frame({"ok": 1}), ""),
     "a list for a number": (pack_frame({"id": [1], "ok": 1}), ""),
     "a flag for a number": (pack_frame({"id": True, "ok": 1}), ""),
@@ -168,6 +170,19 @@ def test_an_agent_that_lies_is_lost(name: str, travelling: Any, tmp_path: Path) 
     if then != "os._exit(0)":
         assert "does not keep to the protocol" in str(error)
     assert error.remedy
+
+
+def test_the_bytes_of_a_channel_that_is_not_open_are_nobodys(travelling: Any, tmp_path: Path) -> None:
+    """A daemon may be gone, and its end be told, before the controller knows the channel's number."""
+    told = "self._write(pack_frame({'id': number, 'ok': 5}))"
+    travelling("server", LIAR.format(before=pack_channel(1, b"x") + pack_channel(1, b""), then=told))
+
+    async def run() -> None:
+        async with connected(tmp_path) as host:
+            assert await asyncio.wait_for(host.call("host"), 20) == 5
+            assert not host.lost
+
+    asyncio.run(run())
 
 
 def test_an_error_of_a_kind_that_is_none(travelling: Any, tmp_path: Path) -> None:
@@ -231,12 +246,23 @@ def test_a_sender_whose_ssh_fails_leaves_it_the_last_word() -> None:
 MIDDLES = {"in a length": b"\0\0", "behind a length": b"\0\0\0\x20", "in a body": pack_frame({"id": 1})[:-1]}
 
 
-@pytest.mark.parametrize("name", MIDDLES)
+CHANNEL = pack_channel(1, b"xyz")
+CHANNEL_MIDDLES = {
+    "in a channel's length": CHANNEL[:1],
+    "behind a channel's length": CHANNEL[:4],
+    "in a channel's number": CHANNEL[:6],
+    "behind a channel's number": CHANNEL[:8],
+    "in a channel's bytes": CHANNEL[:-1],
+}
+BOTH_MIDDLES = {**MIDDLES, **CHANNEL_MIDDLES}
+
+
+@pytest.mark.parametrize("name", BOTH_MIDDLES)
 def test_an_agent_that_stops_in_the_middle_is_lost(
     name: str, travelling: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outputs, "_STEADY_SECONDS", 0.5)
-    travelling("server", LIAR.format(before=MIDDLES[name], then=""))
+    travelling("server", LIAR.format(before=BOTH_MIDDLES[name], then=""))
 
     async def run() -> None:
         async with connected(tmp_path) as host:
@@ -247,11 +273,11 @@ def test_an_agent_that_stops_in_the_middle_is_lost(
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("name", MIDDLES)
+@pytest.mark.parametrize("name", BOTH_MIDDLES)
 def test_a_controller_that_stops_in_the_middle_counts_as_gone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host without power closes no connection."""
     monkeypatch.setattr(server, "SILENCE_SECONDS", 0.3)
-    with arriving(pack_frame({"id": 0, "call": "ping"}) + MIDDLES[name], then_silence=True) as source:
+    with arriving(pack_frame({"id": 0, "call": "ping"}) + BOTH_MIDDLES[name], then_silence=True) as source:
         out = os.open(os.devnull, os.O_WRONLY)
         begun = time.monotonic()
         server.Server(source, out).serve()
@@ -273,11 +299,11 @@ def test_a_request_that_stops_in_the_middle(name: str) -> None:
 
 @pytest.mark.parametrize("cut", [0, 10, 72, 1000])
 def test_a_package_that_stops_in_the_middle(cut: int) -> None:
-    loader = payload._LOADER.replace("VERSION", "''").replace("alarm(300)", "alarm(1)")
+    loader = payload.loader().replace("alarm(300)", "alarm(1)")
     argv = [sys.executable, "-I", "-c", loader]
     with ending(subprocess.Popen(argv, stdin=subprocess.PIPE)) as loading:
         assert loading.stdin
-        loading.stdin.write(WHOLE[:cut])
+        loading.stdin.write(WHOLE[len(payload.loader()) :][:cut])
         loading.stdin.flush()
         assert loading.wait(20) == -signal.SIGALRM
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from kvm_clone import payload
+from kvm_clone.agent import __main__ as entry
 from kvm_clone.agent import errors, peer
 from kvm_clone.agent.wire import pack_frame
 
@@ -62,7 +65,7 @@ CALLS: list[tuple[str, Frame]] = [
     ("disk", {"path": "{}/disk", "image_format": "qcow2"}),
     ("directory", {"path": "{}"}),
     ("lock_image", {"path": "{}/disk"}),
-    ("stage", {"directory": "{}", "name": "{}", "operation": "0f", "about": {}}),
+    ("stage", {"directory": "{}", "name": "{}", "operation": "0f", "about": {}, "directories": []}),
     ("ranges_of", {"path": "{}/disk", "image_format": "qcow2", "data": True}),
     ("probe", {"ssh": ["ssh", "-F", "/dev/null", "-p", "1", "--", "127.0.0.1"], "known_hosts": "x"}),
     ("staged", {"directories": ["{}"]}),
@@ -88,7 +91,7 @@ def test_an_agent_answers_every_call(limits: str, tmp_path: Path) -> None:
             kind = answer.get("error", {}).get("kind", errors.LIMIT)
             assert kind in (errors.LIMIT, errors.IO), answer
         status, said = running.end()
-    assert status == 0
+    assert status == 0, said
     assert "Traceback" not in said
     assert {entry.name for entry in tmp_path.iterdir()} == {"disk"}
 
@@ -120,6 +123,26 @@ def test_a_receiver_under_limits_ends_with_one_error(limits: str, tmp_path: Path
     assert status == 3
     assert "Traceback" not in said
     assert answers.count(b'{"error":{"kind":"limit"') + said.count("the host's limits forbid it") == 1
+
+
+@pytest.mark.parametrize("looks", [["x", None, "x", ""], [None, None, "x", None, "y"]], ids=str)
+def test_a_receiver_that_cannot_look_at_its_operation_looks_again(
+    looks: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = list(looks)
+
+    def holder_of(_: str) -> str:
+        found = left.pop(0)
+        if found is None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return found
+
+    ends: list[int] = []
+    monkeypatch.setattr(entry, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(entry, "holder_of", holder_of)
+    monkeypatch.setattr(os, "_exit", ends.append)
+    entry._exit_with_operation("lock")
+    assert (left, ends) == ([], [entry.FAILED])
 
 
 def test_a_probe_that_cannot_start_ssh_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
@@ -16,7 +17,7 @@ from kvm_clone.agent import chain, errors, fingerprint, merge, qemu
 from kvm_clone.agent.errors import AgentError
 
 from .synced import SIZE, Synced
-from .tools import eventually, need, processes
+from .tools import MIB, eventually, need, processes
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("locks")]
 
@@ -111,7 +112,7 @@ def _in_pieces(path: Path, format_: str, options: dict[str, str]) -> None:
 
 
 def _write_pieces(path: Path, format_: str, byte: bytes, step: int) -> None:
-    disk = qemu.open_nbd(str(path), format_, writable=True)
+    disk = qemu.open_nbd(chain.linear(str(path), format_), writable=True)
     for at in range(0, SIZE, APART * step):
         disk.write(at, memoryview(byte * PIECE))
     disk.flush()
@@ -130,15 +131,15 @@ def test_holes_below_stay_whatever_the_overlays_clusters_are(
     base, path = tmp_path / "base", tmp_path / "over"
     _in_pieces(base, format_, below)
     before = _room(base)
-    qemu.create(str(path), "qcow2", SIZE, over, (str(base), format_))
+    qemu.create(str(path), "qcow2", SIZE, over, chain.Node(str(base), format_))
     _write_pieces(path, "qcow2", b"\2", 4)
-    for lock in merge.merge(merge.Overlay("vda", str(path), str(base), format_)):
+    for lock in merge.merge(merge.Overlay("vda", str(path), str(base), format_), threading.Event()):
         lock.release()
     assert _room(base) <= before + (64 << 10)
     expected = bytearray(SIZE)
     for at in range(0, SIZE, APART):
         expected[at : at + PIECE] = (b"\1" if at % (4 * APART) else b"\2") * PIECE
-    disk = qemu.open_nbd(str(base), format_, writable=False)
+    disk = qemu.open_nbd([chain.Node(str(base), format_)], writable=False)
     content = bytearray(SIZE)
     disk.readinto(0, memoryview(content))
     disk.close()
@@ -153,9 +154,9 @@ def test_a_compressed_overlay_is_left_as_it_is(tmp_path: Path) -> None:
     subprocess.run([*argv, str(other), str(path)], check=True)
     before = base.read_bytes()
     with pytest.raises(AgentError, match="compressed"):
-        merge.merge(merge.Overlay("vda", str(path), str(base), "raw"))
+        merge.merge(merge.Overlay("vda", str(path), str(base), "raw"), threading.Event())
     assert base.read_bytes() == before
-    qemu.open_nbd(str(path), "qcow2", writable=True).close()  # its lock is gone
+    qemu.open_nbd([chain.Node(str(path), "qcow2")], writable=True).close()  # its lock is gone
 
 
 def _snapshot(synced: Synced) -> None:
@@ -216,19 +217,27 @@ def test_a_disk_that_was_written_and_given_its_old_mtime(disk: str, synced: Sync
     assert synced.stage.seal() is None
 
 
+LONG = f"60.{os.getpid()}"
+"""Seconds, which nobody else sleeps for."""
+
+REAL = {"qemu-img": shutil.which("qemu-img"), "qemu-nbd": shutil.which("qemu-nbd")}
+
 SLOW = """#!/bin/sh
-case "$1" in commit) touch "$0.begun"; {how} ;; esac
+case "$1" in {word}) touch "$0.begun"; {how} ;; esac
 exec {real} "$@"
 """
 
 
-@pytest.mark.parametrize("how", ["exec sleep 60", "kill -STOP $$"])
-def test_a_merge_that_takes_long_is_let_go_of(how: str, synced: Synced, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "word"), [("qemu-img", "map"), ("qemu-nbd", "--discard=unmap")])
+@pytest.mark.parametrize("how", ["exec sleep {long}", "kill -STOP $$"])
+def test_a_merge_that_takes_long_is_let_go_of(
+    how: str, name: str, word: str, synced: Synced, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C does not wait for it, and the next run finishes it."""
     programs = synced.pool / "bin"
     programs.mkdir()
-    program = programs / "qemu-img"
-    program.write_text(SLOW.format(how=how, real=shutil.which("qemu-img")))
+    program = programs / name
+    program.write_text(SLOW.format(how=how.format(long=LONG), word=word, real=REAL[name]))
     program.chmod(0o755)
     said: list[AgentError] = []
 
@@ -242,13 +251,14 @@ def test_a_merge_that_takes_long_is_let_go_of(how: str, synced: Synced, monkeypa
         patched.setenv("PATH", f"{programs}:{os.environ['PATH']}")
         thread = threading.Thread(target=merging)
         thread.start()
-        assert eventually((programs / "qemu-img.begun").exists)
+        assert eventually((programs / f"{name}.begun").exists)
         started = time.monotonic()
         synced.stage.release()
         assert time.monotonic() - started < 5
         thread.join()
     assert [error.kind for error in said] == [errors.INTERRUPTED]
-    assert not processes(str(synced.overlay))
+    assert not processes(str(synced.pool))
+    assert not processes(f"sleep\x00{LONG}")
     assert synced.reads(synced.overlay, "qcow2", "read -P 2 0 64k")
     synced.crash()
     synced.stage.merge()
@@ -257,19 +267,50 @@ def test_a_merge_that_takes_long_is_let_go_of(how: str, synced: Synced, monkeypa
     assert synced.stage.seal() is not None
 
 
-def test_a_path_with_lock_in_it_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_a_merge_is_let_go_of_between_two_pieces(pieces: int, synced: Synced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written by then is in order below, and no program has to be killed."""
+    synced.crash()
+    for number in range(3):
+        synced.write(synced.overlay, f"write -P 7 {number + 1}M 64k")
+    copy, copied = merge._copy_down, 0
+
+    def counting(*what: Any) -> None:
+        nonlocal copied
+        copy(*what)
+        copied += 1
+        if copied == pieces:
+            threading.Thread(target=synced.stage.release).start()
+            assert synced.stage._ending.wait(10)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(merge, "_copy_down", counting)
+        with pytest.raises(AgentError, match="can be repeated") as caught:
+            synced.stage.merge()
+    assert (caught.value.kind, copied) == (errors.INTERRUPTED, pieces)
+    subprocess.run(["qemu-img", "info", "-f", synced.format, synced.base], check=True, capture_output=True)
+    if synced.format == "qcow2":
+        subprocess.run(["qemu-img", "check", "-f", "qcow2", synced.base], check=True, capture_output=True)
+    synced.crash()
+    synced.stage.merge()
+    for at, byte in ((0, 2), (MIB, 7), (2 * MIB, 7), (3 * MIB, 7)):
+        assert synced.reads(synced.base, synced.format, f"read -P {byte} {at} 64k")
+
+
+@pytest.mark.parametrize("step", ["map_extents", "open_nbd"])
+def test_a_path_with_lock_in_it_is_no_lock(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What fails otherwise is told at once, and not waited out."""
     pool = tmp_path / "blocks"
     pool.mkdir()
     synced = Synced(pool, "raw")
     tries = 0
 
-    def failing(overlay: str, *more: object) -> None:
+    def failing(chained: Sequence[chain.Node], *more: object, **how: object) -> NoReturn:
         nonlocal tries
         tries += 1
-        raise AgentError(errors.IO, f"qemu-img: Could not open '{overlay}': Input/output error")
+        raise AgentError(errors.IO, f"qemu-img: Could not open '{chained[0].path}': Input/output error")
 
-    monkeypatch.setattr(qemu, "merge", failing)
+    monkeypatch.setattr(qemu, step, failing)
     with pytest.raises(AgentError, match="Input/output error") as caught:
         synced.stage.merge()
     assert (caught.value.kind, tries) == (errors.IO, 1)

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from kvm_clone.agent import errors, guard, leftovers, names, scratch
 from kvm_clone.agent.errors import AgentError, from_exception
+from kvm_clone.agent.hold import Hold
 from kvm_clone.agent.lock import OperationLock, holder_of
-from kvm_clone.agent.stage import Hold, Stage
+from kvm_clone.agent.stage import Stage
 
 from .tools import as_nobody, lacking
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from kvm_clone.agent import errors, facts, image, nbd, nbd_session, qemu
+from kvm_clone.agent.chain import Node
 from kvm_clone.agent.disk import DATA
 from kvm_clone.agent.errors import AgentError, from_exception
 from kvm_clone.agent.nbd import NbdDisk
@@ -45,7 +46,7 @@ pytestmark = pytest.mark.timeout(30)
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[NbdDisk]:
-    opened = qemu.open_nbd(str(make_qcow2(tmp_path / "disk", 64 * MIB)), "qcow2", writable=True)
+    opened = qemu.open_nbd([Node(str(make_qcow2(tmp_path / "disk", 64 * MIB)), "qcow2")], writable=True)
     yield opened
     try:
         opened.close()
@@ -118,7 +119,7 @@ def test_a_server_that_is_killed_while_it_writes(disk: NbdDisk, tmp_path: Path) 
 def test_a_server_that_hangs(act: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nbd_session, "_TIMEOUT", 1.0)
     path = make_qcow2(tmp_path / "disk", 64 * MIB)
-    disk = qemu.open_nbd(str(path), "qcow2", writable=True)
+    disk = qemu.open_nbd([Node(str(path), "qcow2")], writable=True)
     (server,) = processes(str(path))
     os.kill(server, signal.SIGSTOP)
     begun = time.monotonic()
@@ -133,7 +134,7 @@ def test_a_server_that_hangs(act: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_writing_to_a_read_only_export(tmp_path: Path) -> None:
     path = make_qcow2(tmp_path / "disk", MIB, [(0, b"kept")])
-    with closing(qemu.open_nbd(str(path), "qcow2", writable=False)) as disk:
+    with closing(qemu.open_nbd([Node(str(path), "qcow2")], writable=False)) as disk:
         disk.write(0, memoryview(b"lost"))
         with pytest.raises(OSError, match="write at 0"):
             disk.flush()
@@ -270,7 +271,7 @@ def test_qemu_nbd_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     path = make_qcow2(tmp_path / "disk", MIB)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(AgentError, match="qemu-nbd is not installed") as caught:
-        qemu.open_nbd(str(path), "qcow2", writable=True)
+        qemu.open_nbd([Node(str(path), "qcow2")], writable=True)
     assert caught.value.kind == errors.MISSING
 
 
@@ -278,20 +279,20 @@ def test_qemu_nbd_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_an_image_of_another_format(writable: bool, tmp_path: Path) -> None:
     path = make_raw(tmp_path / "disk", MIB)
     with pytest.raises(AgentError, match="Image is not in qcow2 format"):
-        qemu.open_nbd(str(path), "qcow2", writable=writable)
-    with pytest.raises(AgentError, match="Image is not in qcow2 format"):
+        qemu.open_nbd([Node(str(path), "qcow2")], writable=writable)
+    with pytest.raises(AgentError, match="disk is no qcow2 image"):
         image.open_for_reading(str(path), "qcow2")
     assert not processes(str(path))
 
 
 def test_an_image_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(AgentError, match="No such file"):
-        qemu.open_nbd(str(tmp_path / "disk"), "qcow2", writable=True)
+        qemu.open_nbd([Node(str(tmp_path / "disk"), "qcow2")], writable=True)
 
 
 def test_an_image_that_another_process_writes(disk: NbdDisk, tmp_path: Path) -> None:
     with pytest.raises(AgentError, match="another process"):
-        qemu.open_nbd(str(tmp_path / "disk"), "qcow2", writable=True)
+        qemu.open_nbd([Node(str(tmp_path / "disk"), "qcow2")], writable=True)
 
 
 def test_descriptors_do_not_leak(tmp_path: Path) -> None:
@@ -301,7 +302,7 @@ def test_descriptors_do_not_leak(tmp_path: Path) -> None:
         with closing(image.StagedImage(path)) as staged:
             staged.compress(True)
         with pytest.raises(AgentError):
-            qemu.open_nbd(sys.executable, "qcow2", writable=False)
+            qemu.open_nbd([Node(sys.executable, "qcow2")], writable=False)
     assert len(os.listdir("/proc/self/fd")) == before
 
 

@@ -14,8 +14,9 @@ from kvm_clone import host as hosts
 from kvm_clone import payload
 from kvm_clone.agent import peer
 from kvm_clone.agent.wire import MARKER, NOISE_LIMIT
+from kvm_clone.children import end_process, kill_process
 from kvm_clone.errors import ConnectError, ExitCode, RefusedError
-from kvm_clone.host import Host, end_process, kill_process
+from kvm_clone.host import Host
 from kvm_clone.outputs import lines_of
 from kvm_clone.ssh import SshOptions, parse_address
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -62,6 +64,56 @@ def test_a_child_that_does_not_end(which: str) -> None:
     assert caught.value.kind == errors.IO
     assert took < 5
     assert left == (1 if "of its own" in which else 0)
+
+
+def ended_after(act: Callable[[], object], seconds: float) -> float:
+    """How long the act takes when its children's end is asked for after so long; seconds."""
+    ending = threading.Event()
+    timer = threading.Timer(seconds, ending.set)
+    started = time.monotonic()
+    timer.start()
+    try:
+        with process.killed_by(ending):
+            act()
+    finally:
+        timer.cancel()
+        timer.join()
+    return time.monotonic() - started
+
+
+def test_a_child_is_killed_when_its_end_is_asked_for() -> None:
+    mark = f"4711.{random.randrange(10**9)}"
+
+    def act() -> None:
+        for _ in range(2):  # one that is started after that is killed too
+            with pytest.raises(AgentError, match="sleep: ended with status -9"):
+                process.run(["sleep", mark])
+
+    assert ended_after(act, 0.1) < 10
+    assert not processes(mark)
+
+
+def test_a_child_that_ends_soon_is_not_killed() -> None:
+    ended_after(lambda: process.run(["sleep", "0.5"]), 0.0)
+
+
+def test_a_child_of_another_thread_or_time_is_not_killed() -> None:
+    earlier = process.start(["sleep", "60"])
+    others = []
+
+    def act() -> None:
+        thread = threading.Thread(target=lambda: others.append(process.run(["sleep", "2.5"])))
+        thread.start()
+        with pytest.raises(AgentError, match="-9"):
+            process.run(["sleep", "60"])
+        thread.join()
+
+    try:
+        ended_after(act, 0.0)
+        later = process.run(["sleep", "1.5"])
+        assert (earlier.poll(), others, later) == (None, [""], "")
+    finally:
+        process.end(earlier)
 
 
 def test_what_is_not_told_otherwise_has_a_limit() -> None:

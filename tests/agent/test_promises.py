@@ -391,7 +391,7 @@ class Replica:
         staged.finish()
         return "done"
 
-    def merging(self, overlay: merge.Overlay, size: int, _ending: threading.Event) -> None:
+    def merging(self, overlay: merge.Overlay, size: int, ending: threading.Event) -> None:
         """What a merge writes, or as much of it as comes before the power is cut."""
         if self.merged < CLUSTERS:
             with closing(image.open_for_reading(overlay.path, "qcow2")) as disk, self.base.open("r+b") as base:
@@ -399,7 +399,7 @@ class Replica:
                 base.write(read(disk)[: self.merged * CLUSTER])
             self.check()
             raise PowerCutError
-        WRITE_DOWN(overlay, size)
+        WRITE_DOWN(overlay, size, ending)
 
 
 WRITE_DOWN = merge.write_down

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.agent import chain, errors, facts, header, image, leftovers, process, qemu
+from kvm_clone.agent import chain, errors, facts, header, image, leftovers, merge, process, qemu
 from kvm_clone.agent.chain import Node
 from kvm_clone.agent.errors import AgentError
 
@@ -102,6 +103,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     return noted
 
 
+def merged(overlay: str, base: Node, ending: threading.Event | None = None) -> None:
+    """Merge the overlay into that base, and let both be used again."""
+    about = merge.Overlay("vda", overlay, base.path, base.format)
+    for lock in merge.merge(about, ending or threading.Event()):
+        lock.release()
+
+
 def exercise(at: Path) -> None:
     """Everything that the module does."""
     base, over, raw = (str(at / name) for name in ("base", "over", "raw"))
@@ -118,7 +126,7 @@ def exercise(at: Path) -> None:
         qemu.open_nbd(layers, **options).close()
     assert qemu.is_sound(over, "qcow2")
     qemu.repair(over, "qcow2")
-    qemu.merge(over, layers[1], threading.Event())
+    merged(over, layers[1])
 
 
 def test_every_layer_is_opened_with_its_format(calls: list[Sequence[str]], tmp_path: Path) -> None:
@@ -134,7 +142,7 @@ def test_every_layer_is_opened_with_its_format(calls: list[Sequence[str]], tmp_p
             assert argv[argv.index("-f") + 1] in ("raw", "qcow2")
             assert ("-b" in argv) == ("-F" in argv) == ("-u" in argv)
     done = {argv[1] if argv[0] == "qemu-img" else argv[0] for argv in calls}
-    assert done == {"--version", "create", "resize", "info", "map", "check", "commit", "qemu-nbd"}
+    assert done == {"--version", "create", "resize", "info", "map", "check", "qemu-nbd"}
     assert subcommands() == done - {"--version", "qemu-nbd"}, "what is not exercised here"
 
 
@@ -199,7 +207,7 @@ def test_a_base_that_is_no_local_file_is_never_connected_to(how: str, tmp_path: 
         assert sum(extent.length for extent in qemu.map_extents(alone, 0, SIZE)) == SIZE
         for writable in (False, True):
             qemu.open_nbd(alone, writable=writable).close()
-        qemu.merge(top, Node(str(make_raw(tmp_path / "base", SIZE)), "raw"), threading.Event())
+        merged(top, Node(str(make_raw(tmp_path / "base", SIZE)), "raw"))
         assert listener.connections == 0
         if how != "http":  # a module of its own, which need not be installed
             opens(Path(top), "-f", "qcow2")
@@ -236,8 +244,7 @@ def test_an_image_with_another_file_is_not_given_to_qemu(tmp_path: Path, calls: 
             lambda: qemu.resize(top, "qcow2", SIZE),
             lambda: list(qemu.map_extents([Node(top, "qcow2")], 0, SIZE)),
             lambda: qemu.open_nbd([Node(top, "qcow2")], writable=True),
-            lambda: qemu.merge(top, Node(top, "raw"), threading.Event()),
-            lambda: qemu.merge(str(make(tmp_path / "over")), Node(top, "qcow2"), threading.Event()),
+            lambda: merged(top, Node(top, "raw")),
         ]
         for act in acts:
             with pytest.raises(AgentError, match="top keeps its content in another file"):
@@ -245,7 +252,14 @@ def test_an_image_with_another_file_is_not_given_to_qemu(tmp_path: Path, calls: 
         assert not qemu.is_sound(top, "qcow2")
         qemu.repair(top, "qcow2")
         assert calls == []
+        with pytest.raises(AgentError, match="top keeps its content in another file"):
+            merged(str(make(tmp_path / "over")), Node(top, "qcow2"))
+        assert not [word for argv in calls for word in argv if top in word]
         assert listener.connections == 0
+
+
+LONG = f"60.{os.getpid()}"
+"""Seconds, which nobody else sleeps for."""
 
 
 @pytest.fixture
@@ -254,10 +268,11 @@ def stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = make(tmp_path / "disk")
     programs = tmp_path / "bin"
     programs.mkdir()
-    (programs / "qemu-img").write_text("#!/bin/sh\nexec sleep 60\n")
+    (programs / "qemu-img").write_text(f"#!/bin/sh\nexec sleep {LONG}\n")
     (programs / "qemu-img").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setattr(qemu, "SECONDS", 0.3)
+    monkeypatch.setattr(qemu, "run", functools.partial(process.run, seconds=0.3))
     monkeypatch.setattr(qemu, "_SLOWEST", 1 << 40)
     return path
 
@@ -265,29 +280,43 @@ def stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 STUCK: dict[str, Callable[[str], object]] = {
     "map": lambda path: list(qemu.map_extents([Node(path, "qcow2")], 0, SIZE)),
     "check": lambda path: qemu.is_sound(path, "qcow2"),
-    "commit": lambda path: qemu.merge(path, Node(path, "qcow2"), threading.Event()),
+    "merge": lambda path: merged(path, Node(path, "qcow2")),
 }
 
 
 @pytest.mark.parametrize("what", STUCK)
 def test_what_does_not_end_is_ended(what: str, stuck: Path) -> None:
     started = time.monotonic()
-    with pytest.raises(AgentError, match=r"did not end|does not end|printed nothing") as caught:
+    with pytest.raises(AgentError, match=r"did not end|printed nothing") as caught:
         STUCK[what](str(stuck))
     assert caught.value.kind == errors.IO
     assert time.monotonic() - started < 10
-    assert not processes("sleep\x0060")
+    assert not processes(f"sleep\x00{LONG}")
 
 
 def test_a_merge_that_is_let_go_of_ends_soon(stuck: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qemu, "SECONDS", 60.0)
+    monkeypatch.setattr(qemu, "run", process.run)
     ending = threading.Event()
     threading.Timer(0.3, ending.set).start()
     started = time.monotonic()
     with pytest.raises(AgentError, match="can be repeated") as caught:
-        qemu.merge(str(stuck), Node(str(stuck), "qcow2"), ending)
+        merged(str(stuck), Node(str(stuck), "qcow2"), ending)
     assert caught.value.kind == errors.INTERRUPTED
     assert time.monotonic() - started < 5
+
+
+def test_a_map_that_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has told whole counts until then; how it ended is the error."""
+    entry = '{"start": 0, "length": 4096, "depth": 0, "zero": true, "data": false}'
+    program = tmp_path / "qemu-img"
+    program.write_text(f"#!/bin/sh\nprintf '%s,\\n%s' '[{entry}' '{entry[:30]}'\nkill -9 $$\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    told = qemu.map_extents([Node(str(tmp_path / "disk"), "raw")], 0, SIZE)
+    assert next(told).length == 4096
+    with pytest.raises(AgentError, match="qemu-img: ended with status -9") as caught:
+        next(told)
+    assert caught.value.kind == errors.IO
 
 
 def test_the_time_that_is_given_grows_with_the_file(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from kvm_clone.agent import errors, names, relay
 from kvm_clone.agent.errors import AgentError
+from kvm_clone.agent.hold import Hold
 from kvm_clone.agent.lock import OperationLock
 from kvm_clone.agent.relay import Packets, Relay
-from kvm_clone.agent.stage import Hold
 
 from .tools import eventually
 

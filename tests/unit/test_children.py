@@ -186,6 +186,24 @@ def test_a_process_of_its_own_may_hold_its_pipes(how: str, run: Run) -> None:
     run(main)
 
 
+@pytest.mark.parametrize("how", ENDINGS)
+def test_a_process_of_its_own_may_hold_an_input_that_is_full(how: str, run: Run) -> None:
+    async def main() -> None:
+        process = await started("sh", "-c", "exec 3<&0; sleep 1000 & echo $!; exec sleep 1000")
+        assert process.stdout is not None
+        assert process.stdin is not None
+        grandchild = int(await process.stdout.readline())
+        process.stdin.write(bytes(1 << 20))
+        try:
+            await (end_process(process, 0.1) if how == "end" else ENDINGS[how](process))
+            await kill_process(process)
+            assert process.returncode in (-signal.SIGKILL, -signal.SIGTERM)
+        finally:
+            os.kill(grandchild, signal.SIGKILL)
+
+    run(main)
+
+
 def test_an_answer(run: Run) -> None:
     assert run(lambda: answer(["sh", "-c", "echo out; echo err >&2; exit 3"])) == (3, b"out\n", b"err\n")
 

@@ -115,11 +115,20 @@ def _exit_with_operation(lock: str) -> None:
 
     A source that has lost its power closes no connection: the next run would wait for one that waits for nobody.
     """
-    holder = holder_of(lock)
-    while holder and holder_of(lock) == holder:
+    while (holder := _holder(lock)) is None:
+        time.sleep(_LOOK_SECONDS)
+    while holder and _holder(lock) in (holder, None):
         time.sleep(_LOOK_SECONDS)
     if holder:
         os._exit(FAILED)
+
+
+def _holder(lock: str) -> Optional[str]:
+    """Who holds the lock, None when that cannot be told now: a limit may leave no descriptor to look with."""
+    try:
+        return holder_of(lock)
+    except OSError:
+        return None
 
 
 def _start_receiver(request: Dict[str, Any], out: int, payload: str) -> subprocess.Popen[bytes]:

@@ -284,8 +284,8 @@ class Journal:
     def remove(self) -> None:
         """Remove the file and close it: the operation is over."""
         os.unlink(self.path)
+        self.close()  # first: there may be no descriptor left to open the directory with
         make_durable(os.path.dirname(self.path))
-        self.close()
 
 
 def _made(path: str, flags: int) -> int:

@@ -7,11 +7,11 @@ known to be in the image below.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from array import array
-from threading import Event, Thread
+from contextlib import contextmanager
+from threading import Event
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, TypeVar
 
 from . import chain, fingerprint, header, image, qemu, records
@@ -19,6 +19,7 @@ from .disk import DATA, Disk, Extent, split, zero_data
 from .errors import IN_USE, INTERRUPTED, UNSUPPORTED, AgentError
 from .file import FileDisk
 from .lock import ImageLock
+from .process import killed_by
 from .wire import CHUNK
 
 _Result = TypeVar("_Result")
@@ -32,8 +33,6 @@ _ZERO = -1
 _PATIENCE_SECONDS, _LOOK_SECONDS = 10.0, 0.2
 """How long a merge waits for an image that is locked, and how often it tries: others look at it for a moment."""
 
-_GRACE_SECONDS = 5.0
-"""How long the server of the image below may take for its last answers once a merge is to end: it may hang."""
 
 _LOCKED = ('" lock', "Is another process using")
 """In the last line that qemu-img prints of an image that others have open."""
@@ -65,17 +64,29 @@ def merge(overlay: Overlay, ending: Event) -> List[ImageLock]:
         raise AgentError(IN_USE, f"{overlay.path} has internal snapshots, which would be lost with it")
     locks = [_patiently(overlay, ending, lambda: ImageLock(overlay.path))]
     try:
-        size = int(qemu.info(overlay.path, image.QCOW2)["virtual-size"])
-        below = _patiently(overlay, ending, lambda: qemu.info(overlay.base, overlay.base_format))
-        if int(below["virtual-size"]) < size:
-            qemu.resize(overlay.base, overlay.base_format, size)
-        write_down(overlay, size, ending)
+        with _until(ending, overlay):
+            size = int(qemu.info(overlay.path, image.QCOW2)["virtual-size"])
+            below = _patiently(overlay, ending, lambda: qemu.info(overlay.base, overlay.base_format))
+            if int(below["virtual-size"]) < size:
+                qemu.resize(overlay.base, overlay.base_format, size)
+            write_down(overlay, size, ending)
         image.settle(overlay.base)
         locks.append(ImageLock(overlay.base))
     except BaseException:
         locks[0].release()
         raise
     return locks
+
+
+@contextmanager
+def _until(ending: Event, overlay: Overlay) -> Iterator[None]:
+    """Once `ending` is set the block ends soon, with AgentError (interrupted), whatever QEMU's programs wait for."""
+    try:
+        with killed_by(ending):
+            yield
+    except (AgentError, OSError):
+        _check_time(overlay, ending)
+        raise
 
 
 def _patiently(overlay: Overlay, ending: Event, act: Callable[[], _Result]) -> _Result:
@@ -106,43 +117,24 @@ def write_down(overlay: Overlay, size: int, ending: Event) -> None:
     below = _patiently(overlay, ending, lambda: qemu.open_nbd(base, writable=True))
     above, buffer = FileDisk(overlay.path), memoryview(bytearray(CHUNK))
     try:
-        with _killed_late(below, ending):
-            for at in range(0, len(held), 3):
-                start, end, host = held[at : at + 3]
-                if host == _ZERO:
-                    _check_time(overlay, ending)
-                    zero_data(below, start, end)
-                    continue
-                for piece in split(Extent(start, end - start, DATA, host), CHUNK):
-                    _check_time(overlay, ending)
-                    _copy_down(above, piece, below, buffer)
-            below.flush()
+        for at in range(0, len(held), 3):
+            start, end, host = held[at : at + 3]
+            if host == _ZERO:
+                _check_time(overlay, ending)
+                zero_data(below, start, end)
+                continue
+            for piece in split(Extent(start, end - start, DATA, host), CHUNK):
+                _check_time(overlay, ending)
+                _copy_down(above, piece, below, buffer)
+        below.flush()
     finally:
         above.close()
         below.close()
 
 
-@contextlib.contextmanager
-def _killed_late(server: qemu.QemuNbdDisk, ending: Event) -> Iterator[None]:
-    """Kill the server when the block goes on for _GRACE_SECONDS after `ending` is set."""
-    over = Event()
-
-    def watch() -> None:
-        while not over.wait(_LOOK_SECONDS):
-            if ending.is_set() and not over.wait(_GRACE_SECONDS):
-                server.kill()
-                return
-
-    Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
-
-
 def _check_time(overlay: Overlay, ending: Event) -> None:
     if ending.is_set():
-        raise AgentError(INTERRUPTED, f"merging {overlay.path} was left to the next run")
+        raise AgentError(INTERRUPTED, f"merging {overlay.path} was left to the next run; it can be repeated")
 
 
 def _held(overlay: Overlay, size: int) -> "array[int]":

@@ -7,7 +7,9 @@ import errno
 import os
 import signal
 import subprocess
-from typing import Any, Callable, List, Sequence
+import threading
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, List, Sequence
 
 from .errors import IO, MISSING, NO_SPACE, AgentError
 
@@ -17,7 +19,11 @@ _PR_SET_PDEATHSIG = 1
 SECONDS = 60.0
 """How long a child may take that only reads metadata: a server that a path leads to may never answer."""
 
+_LOOK_SECONDS, _GRACE_SECONDS = 0.2, 1.0
+"""How often killed_by looks, and how long a child may take to end by itself: an image that is closed is in order."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
+_mine = threading.local()
 
 
 def die_with_parent() -> None:
@@ -30,9 +36,34 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a child that dies with us. Raises AgentError when the program is not there."""
     try:
-        return subprocess.Popen(argv, preexec_fn=before_exec, **how)
+        child = subprocess.Popen(argv, preexec_fn=before_exec, **how)
     except FileNotFoundError as error:
         raise AgentError(MISSING, f"the program {argv[0]} is not installed on this host") from error
+    getattr(_mine, "children", []).append(child)
+    return child
+
+
+@contextmanager
+def killed_by(ending: threading.Event) -> Iterator[None]:
+    """What this thread starts in the block is killed once `ending` is set, unless it ends soon by itself."""
+    children: List[subprocess.Popen[bytes]] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_LOOK_SECONDS):
+            if ending.is_set() and not over.wait(_GRACE_SECONDS):
+                for child in children:
+                    child.kill()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    _mine.children = children
+    try:
+        yield
+    finally:
+        del _mine.children
+        over.set()
+        watcher.join()
 
 
 def run(argv: Sequence[str], seconds: float = SECONDS) -> str:

@@ -32,8 +32,6 @@ _EXIT_SECONDS = 120.0
 _SLOWEST = 1 << 20
 """Bytes a second that qemu-img gets through at least, of what it has to read or write."""
 
-_LOOK_SECONDS = 0.2
-
 
 def _node(chained: Sequence[Node], **options: Any) -> Dict[str, Any]:
     """The top layer as QEMU opens it, with all that it rests on. `options` are the driver's."""
@@ -164,8 +162,7 @@ def _lines(child: subprocess.Popen[bytes]) -> Iterator[bytes]:
         if not part:
             break
         *lines, rest = (rest + part).split(b"\n")
-        yield from lines
-    yield rest
+        yield from lines  # a last one without its end is of a child that failed
 
 
 def _extent(entry: Dict[str, Any]) -> Extent:
@@ -180,7 +177,7 @@ def _extent(entry: Dict[str, Any]) -> Extent:
     return Extent(entry["start"], entry["length"], DATA, host, compressed=host is None, layer=layer)
 
 
-def open_nbd(chained: Sequence[Node], *, writable: bool, compress: bool = False) -> QemuNbdDisk:
+def open_nbd(chained: Sequence[Node], *, writable: bool, compress: bool = False) -> NbdDisk:
     """The top layer through a qemu-nbd of its own, which ends when the disk is closed.
 
     With `compress`, whole clusters that were never written before are stored compressed.
@@ -214,10 +211,6 @@ class QemuNbdDisk(NbdDisk):
             said = self._end()
             if self._child.returncode:
                 raise AgentError(IO, said)
-
-    def kill(self) -> None:
-        """End the server at once, as a crash of the host would; whoever waits for its answer gets an OSError."""
-        self._child.kill()
 
     def _end(self) -> str:
         """Wait until qemu-nbd has ended; its last words."""

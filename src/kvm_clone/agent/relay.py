@@ -16,7 +16,7 @@ import time
 from typing import Callable, Optional, Sequence
 
 from .errors import MISSING, AgentError
-from .stage import Hold
+from .hold import Hold
 
 _DRAIN_SECONDS = 60.0
 """How long a lock is kept for libvirt's answers to what was asked under it."""

@@ -14,7 +14,7 @@ import signal
 import threading
 from typing import Any, Callable, Dict, List, Optional
 
-from . import facts, fingerprint, guard, hashing, leftovers, peer, scratch, stage, things, uses
+from . import facts, fingerprint, guard, hashing, hold, leftovers, peer, scratch, stage, things, uses
 from .differ import Differ
 from .errors import INTERRUPTED, UNSUPPORTED, AgentError, from_exception
 from .lock import ImageLock
@@ -41,7 +41,7 @@ class Server:
         self._guard = guard.Guard()
         self._beginning = threading.Lock()
         self._over = False
-        self._hold: Optional[stage.Hold] = None
+        self._hold: Optional[hold.Hold] = None
         self._relays: Dict[int, Relay] = {}
         self._calls: Dict[str, Callable[..., Any]] = {
             "ping": lambda: None,
@@ -75,7 +75,7 @@ class Server:
             "sweep": leftovers.sweep,
             "recover": leftovers.recover,
             "remove_scratch": scratch.remove,
-            "hold": lambda **how: self._begin(stage.Hold, **how),
+            "hold": lambda **how: self._begin(hold.Hold, **how),
             "stage": lambda **how: self._begin(stage.Stage, **how),
             "remove": lambda **how: self._held().remove(**how),
             "release": lambda: self._held().release(),
@@ -106,9 +106,11 @@ class Server:
         finally:
             with self._beginning:
                 self._over = True
-            if self._hold is not None:
-                self._hold.abandon()
-            self._guard.step_in()
+            try:
+                if self._hold is not None:
+                    self._hold.abandon()
+            finally:
+                self._guard.step_in()
 
     def _wait(self) -> None:
         if not select.select([self._source], [], [], SILENCE_SECONDS)[0]:
@@ -157,9 +159,9 @@ class Server:
 
         `fenced`: only while this process holds the lock of an operation, which it lets go of after the last answer.
         """
-        hold = self._held() if fenced else None
+        held = self._held() if fenced else None
         channel = max(self._relays, default=0) + 1
-        relay = Relay(facts.LIBVIRT_SOCKETS, lambda data: self._write(pack_channel(channel, data)), hold)
+        relay = Relay(facts.LIBVIRT_SOCKETS, lambda data: self._write(pack_channel(channel, data)), held)
         self._relays[channel] = relay
         return channel
 
@@ -184,7 +186,7 @@ class Server:
         """See uses.uses. The images that this process itself keeps from being written do not count as used by it."""
         return uses.uses(**question, held=[lock.file_id for lock in list(self._locks.values())])
 
-    def _begin(self, kind: Callable[..., stage.Hold], **how: Any) -> None:
+    def _begin(self, kind: Callable[..., hold.Hold], **how: Any) -> None:
         with self._beginning:
             if self._over:
                 raise AgentError(INTERRUPTED, "the controller is gone")
@@ -192,7 +194,7 @@ class Server:
                 raise AgentError(UNSUPPORTED, "this agent has an operation already")
             self._hold = kind(**how)
 
-    def _held(self) -> stage.Hold:
+    def _held(self) -> hold.Hold:
         if self._hold is None:
             raise AgentError(UNSUPPORTED, "this agent has no operation")
         return self._hold

@@ -1,121 +1,25 @@
 """What an operation does to the destination's filesystem, and how it is undone.
 
-Everything that is made is journalled before it is made, so that undoing needs the journal and nothing else. Whatever
-changes the destination passes through the process that holds the operation's lock, and ends with it: files are removed
-by it, and libvirt is reached through it (relay.py).
+Everything that is made is journalled before it is made, so that undoing needs the journal and nothing else. It is done
+by the process that holds the operation's lock (hold.py), and ends with it.
 """
 
 from __future__ import annotations
 
-import functools
 import grp
 import os
 import pwd
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional, Protocol, TypeVar, cast
+from typing import Any, Dict, List, Optional
 
 from . import chain, filesystem, fingerprint, image, journal, leftovers, merge, names, qemu, records, reflink
 from .errors import EXISTS, IN_USE, IO, LOCKED, MISSING, UNSUPPORTED, AgentError, from_exception
-from .lock import ImageLock, OperationLock, is_written
-
-_Step = TypeVar("_Step", bound=Callable[..., Any])
+from .hold import Hold, one_at_a_time
+from .lock import ImageLock, is_written
 
 _LINGERING = 10.0
 """Seconds that a receiver may take to notice that its controller was killed."""
-
-
-class Fence(Protocol):
-    """Something that reaches beyond this process and may be used only while the lock is held."""
-
-    def close(self) -> None:
-        """Let nothing more through, and return when what is under way has ended."""
-
-
-def _one_at_a_time(step: _Step) -> _Step:
-    """Calls run side by side, and the end of the operation must not overtake a step that is under way."""
-
-    @functools.wraps(step)
-    def waiting(self: Hold, *arguments: Any, **options: Any) -> Any:
-        with self._turn:
-            return step(self, *arguments, **options)
-
-    return cast(_Step, waiting)
-
-
-class Hold:
-    """The lock on the operations on one VM, and what its holder alone may do."""
-
-    def __init__(self, name: str, about: Dict[str, Any]) -> None:
-        """Raises AgentError (locked) when another process holds it."""
-        self.name = name
-        self._lock = OperationLock(names.lock_path(name), {"pid": os.getpid(), **about})
-        self._fences: List[Fence] = []
-        self._turn = threading.RLock()
-        self._over = False
-
-    @property
-    def is_over(self) -> bool:
-        """Whether this process has nothing more to do with the operation."""
-        return self._over
-
-    @property
-    def is_held(self) -> bool:
-        """Whether the lock is still ours: its file may have been removed, and another one locked in its place."""
-        return not self._over and self._lock.is_held
-
-    def check(self) -> None:
-        """Raises AgentError (locked) when somebody else may be at work here."""
-        if not self.is_held:
-            raise AgentError(LOCKED, f"the lock on operations on {self.name} is not ours any more")
-
-    def add_fence(self, fence: Fence) -> None:
-        """Take care that it is closed before the lock is let go of."""
-        self.check()
-        self._fences.append(fence)
-
-    @_one_at_a_time
-    def remove(self, files: List[Dict[str, str]]) -> List[Dict[str, str]]:
-        """Remove files; for each its `path` and what came of it: `removed`, `missing`, or the `error`.
-
-        `files`: `path`, and as `identity` device and inode of the file that was looked at: another one stays.
-        """
-        self.check()
-        return [{"path": one["path"], **_removed(one["path"], one["identity"])} for one in files]
-
-    def renew(self) -> None:
-        """Say that this process lives, for those who do not see its lock."""
-
-    def abandon(self) -> None:
-        """The controller is gone."""
-        self.release()
-
-    def close_fences(self) -> None:
-        """Let nothing more through to libvirt, and wait until what is under way has ended."""
-        fences, self._fences = self._fences, []
-        for fence in fences:
-            fence.close()
-
-    @_one_at_a_time
-    def release(self) -> None:
-        """Let go."""
-        self.close_fences()
-        self._over = True
-        self._lock.release()
-
-
-def _removed(path: str, identity: str) -> Dict[str, str]:
-    try:
-        about = os.lstat(path)
-        if f"{about.st_dev}:{about.st_ino}" != identity:
-            return {"result": "error", "error": "it is another file by now"}
-        os.unlink(path)
-        journal.make_durable(os.path.dirname(path))
-    except FileNotFoundError:
-        return {"result": "missing"}
-    except OSError as error:
-        return {"result": "error", "error": str(error.strerror)}
-    return {"result": "removed"}
 
 
 class Stage(Hold):
@@ -256,13 +160,13 @@ class Stage(Hold):
         if self._journal is not None:
             self._journal.renew()
 
-    @_one_at_a_time
+    @one_at_a_time
     def unmark(self) -> None:
         """Remove the marks: whoever shares the directories has looked."""
         self.check()
         leftovers.remove_marks(self._records()[0])
 
-    @_one_at_a_time
+    @one_at_a_time
     def create(self, disk: str, final: str, spec: Dict[str, Any]) -> str:
         """Make the empty staged image; its path.
 
@@ -292,14 +196,14 @@ class Stage(Hold):
             raise from_exception(error, f"creating {part}") from error
         return part
 
-    @_one_at_a_time
+    @one_at_a_time
     def note(self, record: str, fields: Dict[str, Any]) -> None:
         """Journal that a step was taken (`copied`, `proven`) or is about to be (`define`), or is past (`committed`)."""
         if record == records.COMMITTED:
             leftovers.make_definitions_durable()
         self._append(record, **fields)
 
-    @_one_at_a_time
+    @one_at_a_time
     def publish(self, disk: str, final: str) -> None:
         """Give the staged file its final name, which nothing may have. Raises AgentError (exists)."""
         part = names.part_path(self.operation, disk, final)
@@ -320,12 +224,12 @@ class Stage(Hold):
         """See Hold."""
         return self._journal is None
 
-    @_one_at_a_time
+    @one_at_a_time
     def overlays(self) -> List[Dict[str, Any]]:
         """The overlays of the committed VM that are still there."""
         return [overlay._asdict() for overlay in merge.overlays(self._records())]
 
-    @_one_at_a_time
+    @one_at_a_time
     def merge(self) -> None:
         """Write every overlay into its base, and journal how those are then.
 
@@ -344,7 +248,7 @@ class Stage(Hold):
         images = {one.disk: [one.base, fingerprint.of(one.base)] for one in found}
         self._append(records.MERGED, untouched=untouched, images=images)
 
-    @_one_at_a_time
+    @one_at_a_time
     def merged(self) -> None:
         """Remove the merged overlays: libvirt's definition no longer names them."""
         self.check()
@@ -353,7 +257,7 @@ class Stage(Hold):
             leftovers.unlink_file(overlay.path)
         self._let_go()
 
-    @_one_at_a_time
+    @one_at_a_time
     def seal(self) -> Optional[Dict[str, str]]:
         """The fingerprint of each disk of the committed VM; None when somebody has written them since."""
         entries = self._records()
@@ -366,7 +270,7 @@ class Stage(Hold):
             lock.release()
         self._held = []
 
-    @_one_at_a_time
+    @one_at_a_time
     def undo(self, *, past_commit: bool = False) -> List[str]:
         """Undo everything, newest first, and end the operation. What could not be undone is returned, and kept.
 
@@ -387,7 +291,7 @@ class Stage(Hold):
         self.release()
         return left
 
-    @_one_at_a_time
+    @one_at_a_time
     def finish(self) -> None:
         """End the operation: its result stays, and staged files that were not part of it go."""
         if self._journal is not None:
