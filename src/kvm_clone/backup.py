@@ -15,15 +15,15 @@ from typing import Any
 
 import libvirt
 
-from kvm_clone import domains, live
+from kvm_clone import domain_facts, domains, live
 from kvm_clone.agent import errors as kinds
 from kvm_clone.agent import nbd
 from kvm_clone.comparison import aligned
 from kvm_clone.content import Origin
+from kvm_clone.domain_facts import BackupJob
 from kvm_clone.errors import InterruptedTransferError, KvmCloneError, RefusedError, TransferError
 from kvm_clone.facts import SourceFacts
 from kvm_clone.host import AgentCallError, Host, once_free
-from kvm_clone.live import BackupJob
 from kvm_clone.options import Quiesce
 from kvm_clone.progress import Note, OnEvent
 from kvm_clone.running import stale_files
@@ -204,7 +204,7 @@ class Backup:
         self._frozen = False
         await self._host.call("freezing", frozen=False)
 
-    async def _origin(self, disk: live.BackupDisk) -> Origin:
+    async def _origin(self, disk: domain_facts.BackupDisk) -> Origin:
         assert self._job is not None
         uri = nbd.uri(self._job.socket, disk.target)
         image = next(one for one in self._source.images if one.target == disk.target)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from kvm_clone import definition, domains
-from kvm_clone.cpu import cpu_findings
+from kvm_clone import definition, domain_facts
+from kvm_clone.cpu_checks import cpu_findings
 from kvm_clone.decide import Decision
 from kvm_clone.facts import DestinationFacts, Facts, ImageFacts, SourceFacts
 from kvm_clone.findings import Finding, Severity, block
@@ -32,7 +32,7 @@ _LONGEST_NAME = 255 - len(".xml.new")
 def source_findings(source: SourceFacts) -> Iterator[Finding]:
     """What the source says against the clone."""
     domain = source.domain
-    if domain.state not in (domains.SHUT_OFF, *domains.RUNNING):
+    if domain.state not in (domain_facts.SHUT_OFF, *domain_facts.RUNNING):
         yield block(
             "source-state",
             domain.name,
@@ -59,7 +59,7 @@ def source_findings(source: SourceFacts) -> Iterator[Finding]:
         yield block(reason.code, reason.subject, reason.text, "")
     for warning in definition.warnings(source.xml):
         yield Finding(warning.code, Severity.WARNING, warning.subject, warning.text)
-    if domain.state in (domains.SHUT_OFF, *domains.RUNNING):
+    if domain.state in (domain_facts.SHUT_OFF, *domain_facts.RUNNING):
         refused = {reason.subject for reason in definition.unsupported(source.xml)}
         for image in source.images:
             if image.target not in refused:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvm_clone.decide import Action
-from kvm_clone.domains import SHUT_OFF
+from kvm_clone.domain_facts import SHUT_OFF
 from kvm_clone.errors import DomainExistsError, KvmCloneError
 from kvm_clone.plan import Plan
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from kvm_clone.domains import SHUT_OFF
+from kvm_clone.domain_facts import SHUT_OFF
 from kvm_clone.facts import Existing, Facts, Staged
 from kvm_clone.findings import EXISTS, LOCKED, Finding, Severity
 from kvm_clone.options import Retry

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import libvirt
 
 from kvm_clone import definition, ownership
-from kvm_clone.cpu import CpuFacts, compare_cpu
+from kvm_clone.cpu import compare_cpu
+from kvm_clone.domain_facts import Abilities, CpuFacts, Domain, Pool
 from kvm_clone.errors import ConnectError, InterruptedTransferError, KvmCloneError, TransferError
 from kvm_clone.xmlspan import Document
 
@@ -23,30 +24,11 @@ STATES = {
     libvirt.VIR_DOMAIN_CRASHED: "crashed",
     libvirt.VIR_DOMAIN_PMSUSPENDED: "suspended",
 }
-SHUT_OFF = "shut off"
-RUNNING = ("running", "blocked", "paused")
-"""States in which a VM's disks can be read by a backup job."""
 
-FILE_POOLS = ("dir", "fs", "netfs")
-"""Kinds of storage pool whose volumes are files in a directory."""
 
 _GONE = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT, libvirt.VIR_ERR_NO_SUPPORT)
 
 libvirt.registerErrorHandler(lambda *_: None, None)  # errors are raised; libvirt would print them as well
-
-
-@dataclass(frozen=True)
-class Domain:
-    """A domain as libvirt knows it. `xml` is its persistent definition, secrets included."""
-
-    name: str
-    uuid: str
-    state: str
-    persistent: bool
-    xml: str
-    managed_save: bool = False
-    snapshots: tuple[str, ...] = ()
-    checkpoints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,33 +39,6 @@ class Fenced:
     """
 
     connection: libvirt.virConnect
-
-
-@dataclass(frozen=True)
-class Pool:
-    """A storage pool. `path` is empty for kinds that have no directory."""
-
-    name: str
-    type: str
-    path: str
-    active: bool
-
-
-@dataclass(frozen=True)
-class Abilities:
-    """What a host can give a VM: memory in bytes, CPUs, its CPU, networks (whether active).
-
-    `refusal`: why libvirt there cannot run the VM's emulator, machine type or architecture. `version`: libvirt's own,
-    as major * 1,000,000 + minor * 1,000 + release. `uuid`: the host's own.
-    """
-
-    memory: int = 0
-    cpus: int = 0
-    refusal: str = ""
-    cpu: CpuFacts = field(default_factory=CpuFacts)
-    networks: Mapping[str, bool] = field(default_factory=dict)
-    version: int = 0
-    uuid: str = ""
 
 
 @dataclass(frozen=True)

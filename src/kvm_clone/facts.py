@@ -10,9 +10,8 @@ from typing import Any
 
 from kvm_clone.agent import fingerprint
 from kvm_clone.definition import DomainXml
-from kvm_clone.domains import Abilities, Domain, Pool
+from kvm_clone.domain_facts import Abilities, Domain, Live, Pool
 from kvm_clone.identity import HostIdentity, same_host
-from kvm_clone.live import Live
 from kvm_clone.ownership import Pending, Provenance, Seal, definition_digest, read_pending
 from kvm_clone.references import Reference
 from kvm_clone.things import Things

@@ -12,7 +12,7 @@ from typing import Any
 
 import libvirt
 
-from kvm_clone import definition, domains, host_things, live, ssh, things, vms
+from kvm_clone import definition, domain_facts, domains, host_things, live, ssh, things, vms
 from kvm_clone.agent import errors as kinds
 from kvm_clone.agent import peer, uses
 from kvm_clone.agent.wire import ProtocolError
@@ -30,12 +30,11 @@ from kvm_clone.facts import (
     image_facts,
     staged_facts,
 )
+from kvm_clone.file_names import home_of, scratch_prefix, stems
 from kvm_clone.host import AgentCallError, Host
 from kvm_clone.options import Options, Route, SyncOptions
 from kvm_clone.outputs import read_past_noise
-from kvm_clone.placement import home_of, stems
 from kvm_clone.references import Role, references
-from kvm_clone.running import scratch_prefix
 from kvm_clone.tasks import together
 
 
@@ -80,7 +79,7 @@ async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> Source
             remedy=f"see what it has: kvm-clone list {host.name}",
         )
     xml = definition.read_domain(domain.xml)
-    running = domain.state in domains.RUNNING
+    running = domain.state in domain_facts.RUNNING
     kept = things.kept(references(domain.xml), xml)
     about, images, files, paths = await together(
         host.call("host"),
@@ -117,7 +116,7 @@ async def _running(host: Host, connection: libvirt.virConnect, facts: SourceFact
             asyncio.to_thread(domains.pools, connection),
         )
     paths = {posixpath.dirname(image.path) for image in images if image.path}
-    paths |= {pool.path for pool in pools if pool.active and pool.type in domains.FILE_POOLS}
+    paths |= {pool.path for pool in pools if pool.active and pool.type in domain_facts.FILE_POOLS}
     reader, *directories = await together(
         host.call("reader", domain=facts.domain.uuid),
         *(
@@ -137,8 +136,8 @@ async def _images(host: Host, xml: definition.DomainXml, state: str) -> tuple[Im
 async def _image(host: Host, disk: definition.DiskXml, state: str) -> ImageFacts:
     """A disk's image, locked if its VM is at rest. Nothing is asked of one that the plan refuses by its definition."""
     path, format_ = disk.path or "", disk.format
-    running = state in domains.RUNNING
-    if disk.type != "file" or format_ not in definition.FORMATS or not (running or state == domains.SHUT_OFF):
+    running = state in domain_facts.RUNNING
+    if disk.type != "file" or format_ not in definition.FORMATS or not (running or state == domain_facts.SHUT_OFF):
         return ImageFacts(disk.target, path, format_, error="not looked at")
     try:
         if not running:

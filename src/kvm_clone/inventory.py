@@ -13,7 +13,7 @@ import libvirt
 
 from kvm_clone.agent import uses
 from kvm_clone.claims import Claim, Owner, VolumeClaim, claims_of
-from kvm_clone.domains import FILE_POOLS
+from kvm_clone.domain_facts import FILE_POOLS
 from kvm_clone.errors import RefusedError
 from kvm_clone.xmlspan import Document
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import libvirt
 import libvirt_qemu
 
 from kvm_clone import definition
 from kvm_clone.agent.scratch import SOCKETS, is_ours
+from kvm_clone.domain_facts import OURS, BackupJob, Live
 from kvm_clone.xmlspan import Document, Node, escape
-
-OURS = "kvm-clone-"
-"""Begins the name of our sockets' files; a backup job with another one is another tool's."""
 
 _NO_JOB = (
     libvirt.VIR_ERR_NO_DOMAIN_BACKUP,
@@ -26,56 +24,12 @@ _NO_JOB = (
 )
 """What libvirt says of a domain without a backup job: none, a driver without any, gone, or shut off meanwhile."""
 
-CHECKPOINTS = "kvm-clone."
-"""Begins the names of our checkpoints."""
 
 _AGENT_SECONDS = 10
 """How long a guest agent may take for one answer; fsfreeze can block for much longer."""
 
 _END_SECONDS = 30.0
 _AGENT_CHANNEL = "org.qemu.guest_agent.0"
-
-
-@dataclass(frozen=True)
-class Live:
-    """What is known of a running domain beyond its definition.
-
-    `paths`: its own disks' files by target, as QEMU has them open. `jobs`: the block jobs under way, by target.
-    `backup`: the backup job's socket or server, empty without a job. `agent`: whether a guest agent is connected.
-    """
-
-    paths: Mapping[str, str] = field(default_factory=dict)
-    jobs: tuple[str, ...] = ()
-    backup: str = ""
-    agent: bool = False
-
-    @property
-    def backup_is_ours(self) -> bool:
-        """Whether the backup job was begun by this program."""
-        return self.backup.startswith(f"{SOCKETS}/{OURS}")
-
-
-@dataclass(frozen=True)
-class BackupDisk:
-    """One disk of a backup job: its file for scratch, and whether a checkpoint can be kept of it (qcow2 only)."""
-
-    target: str
-    scratch: str
-    trackable: bool
-
-
-@dataclass(frozen=True)
-class BackupJob:
-    """A backup job to begin.
-
-    `incremental`: the checkpoint from which on a dirty bitmap is wanted, `checkpoint`: the one to make; both may be
-    empty.
-    """
-
-    socket: str
-    disks: tuple[BackupDisk, ...]
-    incremental: str = ""
-    checkpoint: str = ""
 
 
 def look(connection: libvirt.virConnect, name: str) -> Live:

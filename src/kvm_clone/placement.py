@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import posixpath
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvm_clone import domains
+from kvm_clone import domain_facts
 from kvm_clone.agent.image import QCOW2
 from kvm_clone.agent.names import is_plain
 from kvm_clone.facts import DestinationFacts, Directory, Facts, ImageFacts, Staged, StagedDisk
+from kvm_clone.file_names import UNKEPT, file_name, home_of, stem_of
 from kvm_clone.findings import Finding, block
 from kvm_clone.options import Options
-
-_ASKED = 64
-"""Bytes of a name that its ending leaves of the stem, also where names end at 128 bytes: it has an extension, and
-perhaps a target's and an operation's name."""
-
-_UNPORTABLE = re.compile(r'[:*?"<>|\\\x00-\x1f]|[ .]$')
-"""What FAT and its kin take in no name, or drop from it."""
-
-
-_UNKEPT = re.compile(r"[\t\r\n]")
-"""What libvirt writes into an attribute so that it reads a space: the disk would be lost at its next start."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +90,6 @@ def place(
     return tuple(placed), tuple(findings)
 
 
-def home_of(path: str) -> str:
-    """The directory, without detours by `..`, in which the clone of the disk `path` lands if the destination has it."""
-    return posixpath.normpath(posixpath.dirname(path))
-
-
 def _is_same(kept: StagedDisk, image: ImageFacts) -> bool:
     """Whether a staged file can become this disk as it is now."""
     return not kept.backing and (kept.size, kept.format) == (image.virtual_size, image.format)
@@ -122,14 +105,14 @@ def _directory_for(
         directory = same
     else:
         pool = pools.get(pool_name or "default")
-        if pool is None or not pool.active or pool.type not in domains.FILE_POOLS:
+        if pool is None or not pool.active or pool.type not in domain_facts.FILE_POOLS:
             return None, _pool_finding(host, pool_name or "default", pool, sorted(pools))
         directory = destination.directories.get(pool.path) or Directory(pool.path, exists=False, writable=False, free=0)
     return _usable(host, directory)
 
 
 def _usable(host: str, directory: Directory) -> tuple[Directory | None, Finding | None]:
-    if _UNKEPT.search(directory.path) or not is_plain(directory.path):
+    if UNKEPT.search(directory.path) or not is_plain(directory.path):
         text = f"The path {directory.path!r} on {host} is none for a disk: it has line breaks, tabs, or '..' in it."
         return None, block("directory-name", directory.path, text, "name another pool with --pool")
     if not directory.exists:
@@ -142,7 +125,7 @@ def _usable(host: str, directory: Directory) -> tuple[Directory | None, Finding 
     return directory, None
 
 
-def _pool_finding(host: str, name: str, pool: domains.Pool | None, known: list[str]) -> Finding:
+def _pool_finding(host: str, name: str, pool: domain_facts.Pool | None, known: list[str]) -> Finding:
     if pool is None:
         remedy = f"name one of its pools with --pool: {', '.join(known) or 'it has none'}"
         return block("pool-missing", name, f"{host} has no storage pool named {name}.", remedy)
@@ -154,21 +137,7 @@ def _pool_finding(host: str, name: str, pool: domains.Pool | None, known: list[s
             f"virsh pool-start {name}",
         )
     text = f"The storage pool {name} on {host} is of type {pool.type}, whose volumes are not files."
-    return block("pool-type", name, text, f"name a pool of type {', '.join(domains.FILE_POOLS)} with --pool")
-
-
-def stems(paths: Iterable[str], old: str, new: str) -> tuple[str, ...]:
-    """How the names begin that disks of these paths may get, once the VM `old` is `new`."""
-    parts = [_stem(path, old, new) for path in paths]
-    found = {cut(stem, _ASKED - _bytes(extension)) for stem, extension in parts}
-    return tuple(sorted(found | {_UNPORTABLE.sub("_", one) for one in found}))
-
-
-def _stem(path: str, old: str, new: str) -> tuple[str, str]:
-    """The file's name, with the VM's new name for the old, and its extension."""
-    stem, extension = posixpath.splitext(posixpath.basename(path))
-    renamed = new + stem.removeprefix(old) if new != old and stem.startswith(old) else stem
-    return _UNKEPT.sub("_", renamed), extension
+    return block("pool-type", name, text, f"name a pool of type {', '.join(domain_facts.FILE_POOLS)} with --pool")
 
 
 def _free_path(directory: Directory, image: ImageFacts, names: Names, taken: set[str]) -> str:
@@ -176,33 +145,17 @@ def _free_path(directory: Directory, image: ImageFacts, names: Names, taken: set
 
     Where not every name that is there is known, one with the operation's, which nobody has.
     """
-    stem, extension = _stem(image.path, names.old, names.new)
+    stem, extension = stem_of(image.path, names.old, names.new)
     # Names end up in paths that people type: a VM's name may hold what they would have to quote.
     endings = ["", f"-{image.target}"]
     endings += [f"-{image.target}-{number}" for number in range(1, len(directory.names) + len(taken) + 2)]
     there = {directory.same(posixpath.join(directory.path, file)) for file in directory.names}
     there |= {directory.same(path) for path in taken}
     for ending in endings if not directory.more else [f"-{image.target}-{names.operation}"]:
-        path = posixpath.join(directory.path, _file_name(directory, stem, f"{ending}{extension}"))
+        path = posixpath.join(directory.path, file_name(directory, stem, f"{ending}{extension}"))
         if directory.same(path) not in there:
             return path
     raise AssertionError("more candidates than names")
-
-
-def _file_name(directory: Directory, stem: str, ending: str) -> str:
-    """Both together, the stem cut where a file's name could not hold it, with letters that the filesystem takes."""
-    name = cut(stem, directory.longest - _bytes(ending)) + ending
-    return name if directory.abilities.any_name else _UNPORTABLE.sub("_", name)
-
-
-def cut(text: str, room: int) -> str:
-    """As much of its beginning as `room` bytes hold."""
-    raw = text.encode(errors="surrogatepass")
-    return text if len(raw) <= room else raw[: max(room, 0)].decode(errors="ignore")
-
-
-def _bytes(text: str) -> int:
-    return len(text.encode(errors="surrogatepass"))
 
 
 def stage_directory(facts: Facts, options: Options, disks: tuple[PlannedDisk, ...], staged: Staged | None) -> str:

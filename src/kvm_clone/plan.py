@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from kvm_clone.checks import destination_findings, estimate, source_findings
 from kvm_clone.decide import Action, Decision, decide
+from kvm_clone.domain_facts import BackupJob
 from kvm_clone.errors import DomainExistsError, KvmCloneError, LockedError, RefusedError
 from kvm_clone.facts import Facts, ImageFacts, Staged
 from kvm_clone.findings import EXISTS_CODES, LOCKED, Finding, Severity, block
 from kvm_clone.host_paths import renames
 from kvm_clone.identity_checks import SAME_VM, duplicate_findings, identity_findings
-from kvm_clone.live import BackupJob
 from kvm_clone.options import CloneOptions, Options, Retry, Route, Verify
 from kvm_clone.placement import Names, PlannedDisk, place, stage_directory
 from kvm_clone.running import backup_job, live_findings, stale_checkpoints

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-from kvm_clone import domains, vms
+from kvm_clone import domain_facts, domains, vms
 from kvm_clone.definition import DiskXml, read_domain
-from kvm_clone.domains import Domain, Fenced
+from kvm_clone.domain_facts import Domain
+from kvm_clone.domains import Fenced
 from kvm_clone.errors import InterruptedTransferError, KvmCloneError
 from kvm_clone.host import Host
 from kvm_clone.rewrite import Base, merge_down
@@ -63,7 +64,7 @@ async def _at_rest(host: Host, fenced: Fenced, name: str) -> Domain:
         domain = await asyncio.to_thread(domains.find, fenced.connection, name)
     if domain is None:
         raise _kept(host, name, "it is gone")
-    if domain.state != domains.SHUT_OFF:
+    if domain.state != domain_facts.SHUT_OFF:
         raise _kept(host, name, f"it is {domain.state}")
     return domain
 

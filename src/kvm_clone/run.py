@@ -20,7 +20,7 @@ from typing import Any
 
 import libvirt
 
-from kvm_clone import connections, decide, domains, ownership, replica, steps, vms
+from kvm_clone import connections, decide, domain_facts, domains, ownership, replica, steps, vms
 from kvm_clone.agent import fingerprint, records
 from kvm_clone.backup import Backup, Guarding, Taken
 from kvm_clone.clone_xml import clone_xml, planned_mark
@@ -444,7 +444,7 @@ class Run:
         now = await self._on_libvirt(what, domains.find, connection, plan.name)
         if plan.decision.replace:
             planned = plan.facts.destination.existing
-            if planned is None or now is None or (now.xml, now.state) != (planned.domain.xml, domains.SHUT_OFF):
+            if planned is None or now is None or (now.xml, now.state) != (planned.domain.xml, domain_facts.SHUT_OFF):
                 raise InterruptedTransferError(
                     f"VM {plan.name} on {host} was started or changed since the plan was made",
                     subject=plan.name,

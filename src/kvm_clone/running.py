@@ -6,12 +6,12 @@ import hashlib
 import posixpath
 from collections.abc import Iterator
 
-from kvm_clone import live
-from kvm_clone.agent.names import PREFIX
+from kvm_clone import domain_facts
 from kvm_clone.agent.scratch import SOCKETS, SUFFIX
+from kvm_clone.domain_facts import BackupDisk, BackupJob
 from kvm_clone.facts import Directory, Facts, ImageFacts, SourceFacts
+from kvm_clone.file_names import scratch_prefix
 from kvm_clone.findings import LOCKED, Finding, Severity, block
-from kvm_clone.live import BackupDisk, BackupJob
 from kvm_clone.options import Options, Quiesce
 from kvm_clone.units import format_bytes
 
@@ -49,7 +49,7 @@ def live_findings(source: SourceFacts, options: Options, own_operation: str | No
             yield block("block-job", target, text, "wait until it has ended, or end it: virsh blockjob --abort")
     yield from _agent_findings(source, options.quiesce)
     yield from _changes(source)
-    foreign = [one for one in source.domain.checkpoints if not one.startswith(live.CHECKPOINTS)]
+    foreign = [one for one in source.domain.checkpoints if not one.startswith(domain_facts.CHECKPOINTS)]
     if options.track and foreign:
         text = f"VM {name} has checkpoints of another tool ({', '.join(foreign)}), whose chain stays its own."
         yield block("foreign-checkpoint", name, text, "leave out --track")
@@ -115,13 +115,8 @@ def _scratch(source: SourceFacts) -> tuple[dict[str, str], list[Finding]]:
     return placed, findings
 
 
-def scratch_prefix(uuid: str) -> str:
-    """How the names of a domain's scratch begin; it has one backup job at most, and needs no other name."""
-    return f"{PREFIX}{uuid}-"
-
-
 def _socket(source: SourceFacts) -> str:
-    return posixpath.join(SOCKETS, f"{live.OURS}{source.domain.uuid}.sock")
+    return posixpath.join(SOCKETS, f"{domain_facts.OURS}{source.domain.uuid}.sock")
 
 
 def stale_files(source: SourceFacts) -> list[str]:
@@ -154,7 +149,7 @@ def chain_by_uuid(facts: Facts, name: str) -> str:
 
 
 def _chain(host: str, name: str) -> str:
-    return f"{live.CHECKPOINTS}{hashlib.sha256(f'{host}/{name}'.encode()).hexdigest()[:12]}."
+    return f"{domain_facts.CHECKPOINTS}{hashlib.sha256(f'{host}/{name}'.encode()).hexdigest()[:12]}."
 
 
 def backup_job(facts: Facts, options: Options, name: str, operation: str, since: str) -> BackupJob | None:

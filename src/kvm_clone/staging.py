@@ -11,7 +11,7 @@ from typing import Any
 
 import libvirt
 
-from kvm_clone import connections, domains, live, ownership, replica, vms
+from kvm_clone import connections, domain_facts, domains, live, ownership, replica, vms
 from kvm_clone.agent import uses
 from kvm_clone.domains import Fenced
 from kvm_clone.errors import KvmCloneError, RefusedError, TransferError
@@ -64,7 +64,7 @@ async def _directories(host: Host, connection: libvirt.virConnect) -> list[str]:
     """The directories of the host's pools."""
     with domains.failing_as(f"asking libvirt on {host.name}", host.name):
         pools = await asyncio.to_thread(domains.pools, connection)
-    return [pool.path for pool in pools if pool.path and pool.type in domains.FILE_POOLS]
+    return [pool.path for pool in pools if pool.path and pool.type in domain_facts.FILE_POOLS]
 
 
 async def sweep(host: Host, connection: libvirt.virConnect) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvm_clone.live import BackupJob
+from kvm_clone.domain_facts import BackupJob
 from kvm_clone.options import Quiesce, Verify
 from kvm_clone.placement import PlannedDisk
 

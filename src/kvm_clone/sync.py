@@ -17,12 +17,13 @@ from kvm_clone.agent.image import QCOW2
 from kvm_clone.checks import has_subclusters, host_findings, source_findings
 from kvm_clone.decide import SYNC, Action, Decision, unfinished
 from kvm_clone.definition import FORMATS
-from kvm_clone.domains import SHUT_OFF
+from kvm_clone.domain_facts import SHUT_OFF
 from kvm_clone.facts import Existing, Facts, ImageFacts, Staged, files_in
+from kvm_clone.file_names import cut
 from kvm_clone.findings import EXISTS, Finding, block
 from kvm_clone.identity_checks import duplicate_findings, identity_findings, replica_findings
 from kvm_clone.options import Retry, SyncOptions, Verify
-from kvm_clone.placement import Names, PlannedDisk, cut, place, stage_directory
+from kvm_clone.placement import Names, PlannedDisk, place, stage_directory
 from kvm_clone.plan import (
     DONE_ALREADY,
     Identity,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import libvirt
 
-from kvm_clone import definition, domains, inventory, ownership
+from kvm_clone import definition, domain_facts, domains, inventory, ownership
 from kvm_clone.agent import fingerprint, uses
 from kvm_clone.claims import Claim
 from kvm_clone.domains import Fenced
@@ -65,7 +65,7 @@ async def users(host: Host, connection: libvirt.virConnect, elsewhere: Iterable[
         claims, pools = await together(
             asyncio.to_thread(inventory.claims, connection), asyncio.to_thread(domains.pools, connection)
         )
-    directories = (pool.path for pool in pools if pool.path and pool.type in domains.FILE_POOLS)  # active or not
+    directories = (pool.path for pool in pools if pool.path and pool.type in domain_facts.FILE_POOLS)  # active or not
     return Users(tuple(claims), tuple(directories), tuple(elsewhere))
 
 
@@ -173,7 +173,7 @@ async def cleanup(host: Host, fenced: Fenced, name: str, *, stop: bool, elsewher
         return Removal()
     removed = []
     with domains.failing_as(f"removing {name!r} from {host.name}", name):
-        if found.domain.state != domains.SHUT_OFF and not stop:
+        if found.domain.state != domain_facts.SHUT_OFF and not stop:
             raise RefusedError(
                 f"VM {name} on {host.name} is {found.domain.state}",
                 subject=name,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvm_clone.definition import DiskXml, read_domain
-from kvm_clone.domains import SHUT_OFF, Abilities, Domain, Pool
+from kvm_clone.domain_facts import SHUT_OFF, Abilities, Domain, Live, Pool
 from kvm_clone.facts import (
     DestinationFacts,
     Directory,
@@ -22,7 +22,6 @@ from kvm_clone.facts import (
     StagedDisk,
 )
 from kvm_clone.identity import HostIdentity
-from kvm_clone.live import Live
 from kvm_clone.options import CloneOptions, SyncOptions
 from kvm_clone.ownership import Pending, Provenance, Seal, definition_digest, pending_markup
 from kvm_clone.plan import Identity, Plan, make_plan

@@ -8,8 +8,9 @@ import libvirt
 import pytest
 from cases import Case, domain_xml
 
-from kvm_clone.cpu import CpuFacts, compare_cpu
+from kvm_clone.cpu import compare_cpu
 from kvm_clone.definition import CpuXml, read_domain
+from kvm_clone.domain_facts import CpuFacts
 from kvm_clone.findings import Severity
 
 CUSTOM = "<cpu mode='custom' %s><model %s>EPYC</model>%s</cpu>"

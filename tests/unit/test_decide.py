@@ -14,7 +14,8 @@ from cases import GIB, IDENTITY, OTHER_UUID, UUID, Case, existing, images, mark_
 from kvm_clone.api import Request
 from kvm_clone.cli import plans
 from kvm_clone.decide import SYNC, Action, Decision, decide
-from kvm_clone.domains import STATES, Pool
+from kvm_clone.domain_facts import Pool
+from kvm_clone.domains import STATES
 from kvm_clone.errors import DomainExistsError, ExitCode, LockedError, RefusedError, UsageError
 from kvm_clone.facts import Facts, RouteFacts
 from kvm_clone.options import CloneOptions, Options, Quiesce, Retry, Route, SyncOptions, Verify

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvm_clone.facts import FilesystemAbilities, ImageFacts
-from kvm_clone.placement import Names, place, stems
+from kvm_clone.file_names import stems
+from kvm_clone.placement import Names, place
 
 FAT = FilesystemAbilities(any_name=False, folds=True)
 

@@ -34,8 +34,8 @@ from hypothesis import strategies as st
 from kvm_clone import checks, decide, placement, steps, storage
 from kvm_clone import plan as planning
 from kvm_clone.cli import plans
-from kvm_clone.cpu import CpuFacts
-from kvm_clone.domains import RUNNING, STATES, Pool
+from kvm_clone.domain_facts import RUNNING, CpuFacts, Pool
+from kvm_clone.domains import STATES
 from kvm_clone.errors import DomainExistsError, ExitCode, RefusedError
 from kvm_clone.facts import Directory, FilesystemAbilities, RouteFacts
 from kvm_clone.findings import Finding, Severity

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from cases import GIB, IDENTITY, IMAGES, ONE_DISK, SOURCE_HOST, UUID, Case, disk_xml, running
 
-from kvm_clone import live
+from kvm_clone import domain_facts, live
 from kvm_clone import running as running_source
 from kvm_clone.agent.scratch import SOCKETS
+from kvm_clone.domain_facts import BackupDisk, BackupJob
 from kvm_clone.facts import Directory, Facts
 from kvm_clone.findings import LOCKED, Severity
-from kvm_clone.live import BackupDisk, BackupJob
 from kvm_clone.options import CloneOptions, Quiesce
 from kvm_clone.running import backup_job, chain_of, live_findings, stale_checkpoints
 from kvm_clone.xmlspan import Document, Node
@@ -44,7 +44,7 @@ def facts(
 
 Seen = tuple[str, str, Severity]
 B, W, I = Severity.BLOCKING, Severity.WARNING, Severity.INFO  # noqa: E741
-OURS = f"{SOCKETS}/{live.OURS}0f.sock"
+OURS = f"{SOCKETS}/{domain_facts.OURS}0f.sock"
 NONE, TRACK, REQUIRE, OFF = (
     CloneOptions(),
     CloneOptions(track=True),
@@ -74,7 +74,7 @@ FINDINGS: dict[str, tuple[Facts, CloneOptions, list[Seen]]] = {
     "another tool's backup": (facts(backup="/run/other.sock"), NONE, [("backup-job", "web", B)]),
     "another tool's backup over TCP": (facts(backup="localhost"), NONE, [("backup-job", "web", B)]),
     "one that begins like ours elsewhere": (
-        facts(backup=f"/tmp/{live.OURS}0f.sock"),
+        facts(backup=f"/tmp/{domain_facts.OURS}0f.sock"),
         NONE,
         [("backup-job", "web", B)],
     ),
@@ -212,7 +212,7 @@ def test_the_job() -> None:
     assert [(disk.target, disk.trackable) for disk in job.disks] == [("vda", True), ("vdb", False)]
     assert job.incremental == "kvm-clone.x.before"
     assert job.checkpoint == f"{chain_of(given, 'web')}{IDENTITY.operation}"
-    assert live.Live(backup=job.socket).backup_is_ours
+    assert domain_facts.Live(backup=job.socket).backup_is_ours
     assert job_of(given, NONE, "kvm-clone.x.gone").incremental == ""
     assert job_of(given, NONE).checkpoint == ""
 
@@ -226,7 +226,7 @@ def test_the_names_of_checkpoints() -> None:
     assert len(set(chains)) == 3
     assert chain_of(given, "web") == chain_of(facts(TWO), "web")
     for chain in chains:
-        assert chain.startswith(live.CHECKPOINTS)
+        assert chain.startswith(domain_facts.CHECKPOINTS)
         assert chain.endswith(".")
         assert set(chain) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-")
 

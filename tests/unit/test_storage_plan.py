@@ -22,7 +22,7 @@ from cases import (
 )
 
 from kvm_clone.decide import SYNC
-from kvm_clone.domains import Pool
+from kvm_clone.domain_facts import Pool
 from kvm_clone.facts import Directory, FilesystemAbilities, ImageFacts
 from kvm_clone.findings import Severity
 from kvm_clone.options import Retry
