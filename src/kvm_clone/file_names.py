@@ -52,6 +52,7 @@ def cut(text: str, room: int) -> str:
 
 
 def length_of(text: str) -> int:
+    """Bytes that the text takes in a file's name."""
     return len(text.encode(errors="surrogatepass"))
 
 
