@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 
-from kvm_clone import outputs, payload
 from kvm_clone.agent import errors, server
 from kvm_clone.agent.wire import CHANNEL_BIT, CHUNK, FRAME_LIMIT, pack_channel, pack_frame
 from kvm_clone.errors import InterruptedTransferError, KvmCloneError, TransferError
-from kvm_clone.host import AgentCallError, Host
-from kvm_clone.ssh import SshOptions, parse_address
+from kvm_clone.hosts import outputs, payload
+from kvm_clone.hosts.host import AgentCallError, Host
+from kvm_clone.hosts.ssh import SshOptions, parse_address
 
 from .test_loader import IMPATIENT, WHOLE, agent
 from .tools import arriving, ending, need, python

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone import payload
 from kvm_clone.agent import __main__ as entry
 from kvm_clone.agent import errors, peer
 from kvm_clone.agent.wire import pack_frame
+from kvm_clone.hosts import payload
 
 from .test_loader import WHOLE, Agent, Frame
 from .tools import ending, lacking, make_qcow2, make_raw, need

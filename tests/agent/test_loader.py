@@ -23,12 +23,12 @@ from typing import Any
 
 import pytest
 
-from kvm_clone import host, payload
 from kvm_clone.agent import digest, errors, names, qemu, server
 from kvm_clone.agent.chain import Node
 from kvm_clone.agent.transfer import Job, Sender
 from kvm_clone.agent.wire import MARKER, RECORD_HEADER, pack_frame, read_frame
-from kvm_clone.children import end_process
+from kvm_clone.hosts import host, payload
+from kvm_clone.hosts.children import end_process
 
 from .naive_hash import BY_SHA256, naive_hash
 from .tools import (

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from kvm_clone import host as hosts
-from kvm_clone import payload
 from kvm_clone.agent import peer
 from kvm_clone.agent.wire import MARKER, NOISE_LIMIT
-from kvm_clone.children import end_process, kill_process
 from kvm_clone.errors import ConnectError, ExitCode, RefusedError
-from kvm_clone.host import Host
-from kvm_clone.outputs import lines_of
-from kvm_clone.ssh import SshOptions, parse_address
+from kvm_clone.hosts import host as hosts
+from kvm_clone.hosts import payload
+from kvm_clone.hosts.children import end_process, kill_process
+from kvm_clone.hosts.host import Host
+from kvm_clone.hosts.outputs import lines_of
+from kvm_clone.hosts.ssh import SshOptions, parse_address
 
 from .tools import SshServer, eventually, processes
 

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone import payload, transport
 from kvm_clone.agent import errors
 from kvm_clone.agent.wire import NOISE_LIMIT, pack_channel
 from kvm_clone.errors import InterruptedTransferError, TransferError
-from kvm_clone.host import AgentCallError, Host
+from kvm_clone.hosts import payload
+from kvm_clone.hosts.host import AgentCallError, Host
+from kvm_clone.hosts.ssh import SshOptions, parse_address
 from kvm_clone.options import Route
-from kvm_clone.ssh import SshOptions, parse_address
-from kvm_clone.transport import End, Job, Orders, Stream
+from kvm_clone.transfer import transport
+from kvm_clone.transfer.transport import End, Job, Orders, Stream
 
 from .test_lies import altered
 from .tools import MIB, make_raw, noise, processes

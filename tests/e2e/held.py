@@ -14,9 +14,9 @@ import sys
 import zipfile
 from typing import Any
 
-from kvm_clone import payload
 from kvm_clone.cli import main
-from kvm_clone.host import Host
+from kvm_clone.hosts import payload
+from kvm_clone.hosts.host import Host
 
 WRITES = {"stage": "begin", "create": "create", "publish": "publish", "merge": "merged"}
 """The record that a call of the agent writes; `note` writes the one that it is given."""

@@ -18,9 +18,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kvm_clone import domains, live, sync
-from kvm_clone import plan as planning
 from kvm_clone.cli import main
+from kvm_clone.hosts import domains, live
+from kvm_clone.planning import plan as planning
+from kvm_clone.planning import sync
 
 AFTER_TERM_SECONDS = 0.5
 """Longer than the event loop needs to hear of the signal."""

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvm_clone.definition import DiskXml, read_domain
-from kvm_clone.domain_facts import SHUT_OFF, Abilities, Domain, Live, Pool
-from kvm_clone.facts import (
+from kvm_clone.definition.domain_xml import DiskXml, read_domain
+from kvm_clone.definition.marks import Pending, Provenance, Seal, definition_digest, pending_markup
+from kvm_clone.definition.references import references
+from kvm_clone.options import CloneOptions, SyncOptions
+from kvm_clone.planning.domain_facts import SHUT_OFF, Abilities, Domain, Live, Pool
+from kvm_clone.planning.facts import (
     DestinationFacts,
     Directory,
     Existing,
@@ -21,13 +24,10 @@ from kvm_clone.facts import (
     Staged,
     StagedDisk,
 )
-from kvm_clone.identity import HostIdentity
-from kvm_clone.options import CloneOptions, SyncOptions
-from kvm_clone.ownership import Pending, Provenance, Seal, definition_digest, pending_markup
-from kvm_clone.plan import Identity, Plan, make_plan
-from kvm_clone.references import references
-from kvm_clone.sync import make_sync_plan
-from kvm_clone.things import HugePages, Objects, Resources, Things, kept, paths_of
+from kvm_clone.planning.identity import HostIdentity
+from kvm_clone.planning.plan import Identity, Plan, make_plan
+from kvm_clone.planning.sync import make_sync_plan
+from kvm_clone.planning.things import HugePages, Objects, Resources, Things, kept, paths_of
 
 UUID = "6695eb01-f6a4-4304-b9aa-97f2502e193f"
 OTHER_UUID = "12345678-9abc-4def-8123-456789abcdef"

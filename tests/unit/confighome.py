@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone import config
+from kvm_clone.settings import config
 
 
 @pytest.fixture(name="home", autouse=True)

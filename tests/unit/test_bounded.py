@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone import bounded
+from kvm_clone.settings import bounded
 
 LIMIT = 100_000
 

@@ -15,13 +15,15 @@ from typing import Any
 
 import pytest
 
-from kvm_clone import Client, SshOptions, ssh, transport
-from kvm_clone.children import Process, answer, end_process, kill_process, spawn, spawn_options, stop_process
-from kvm_clone.content import Content, Prepared, Transfer
+from kvm_clone import Client, SshOptions
 from kvm_clone.errors import KvmCloneError
-from kvm_clone.host import Host
-from kvm_clone.inspect import find_route
+from kvm_clone.hosts import ssh
+from kvm_clone.hosts.children import Process, answer, end_process, kill_process, spawn, spawn_options, stop_process
+from kvm_clone.hosts.host import Host
+from kvm_clone.hosts.survey import find_route
 from kvm_clone.options import CloneOptions, Route
+from kvm_clone.transfer import transport
+from kvm_clone.transfer.content import Content, Prepared, Transfer
 
 SLEEP = ("sleep", "1000")
 

@@ -16,9 +16,9 @@ import typer
 from clihelp import Done, Run, in_this_process, own_home, port_that_refuses, there  # noqa: F401 - fixtures
 
 from kvm_clone import cli
-from kvm_clone.api import Request
 from kvm_clone.cli import listing, output, sync
 from kvm_clone.cli.sync import split_verify
+from kvm_clone.client import Request
 from kvm_clone.errors import DomainExistsError, ExitCode, KvmCloneError, RefusedError
 from kvm_clone.findings import Finding, Severity
 from kvm_clone.options import Quiesce, Retry, SyncOptions, Verify

@@ -15,8 +15,8 @@ import pytest
 from cases import Case
 from clihelp import Run, in_this_process, own_home, there  # noqa: F401 - fixtures
 
-from kvm_clone.api import Request
 from kvm_clone.cli import plans
+from kvm_clone.client import Request
 from kvm_clone.errors import ExitCode, UsageError
 from kvm_clone.options import CloneOptions, Route
 

@@ -18,7 +18,7 @@ import pytest
 from clihelp import MODULE, Run, in_this_process, own_home, port_that_refuses, there  # noqa: F401 - fixtures
 
 from kvm_clone.errors import ExitCode
-from kvm_clone.operations import KEPT, OperationLog
+from kvm_clone.upkeep.operation_log import KEPT, OperationLog
 
 
 def full(*descriptors: int) -> Callable[[], None]:

@@ -15,20 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from kvm_clone import config
 from kvm_clone.cli.config import config_app
-from kvm_clone.config import (
-    KEYS,
-    Layer,
-    Origin,
-    Output,
-    Settings,
-    get_value,
-    load_settings,
-)
-from kvm_clone.config_file import init_file, set_value, unset_value
 from kvm_clone.errors import UsageError
 from kvm_clone.options import Route
+from kvm_clone.settings import config
+from kvm_clone.settings.config import KEYS, Layer, Origin, Output, Settings, get_value, load_settings
+from kvm_clone.settings.config_file import init_file, set_value, unset_value
 
 
 def test_without_anything_there_are_the_defaults(home: Path) -> None:

@@ -9,17 +9,10 @@ from confighome import config_file, own_home, read, write  # noqa: F401 - the fi
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvm_clone import config
-from kvm_clone.config import (
-    KEYS,
-    Layer,
-    Settings,
-    format_value,
-    get_value,
-    load_settings,
-)
-from kvm_clone.config_file import Change, init_file, set_value, unset_value
 from kvm_clone.errors import UsageError
+from kvm_clone.settings import config
+from kvm_clone.settings.config import KEYS, Layer, Settings, format_value, get_value, load_settings
+from kvm_clone.settings.config_file import Change, init_file, set_value, unset_value
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import libvirt
 import pytest
 from cases import Case, domain_xml
 
-from kvm_clone.cpu import compare_cpu
-from kvm_clone.definition import CpuXml, read_domain
-from kvm_clone.domain_facts import CpuFacts
+from kvm_clone.definition.domain_xml import CpuXml, read_domain
 from kvm_clone.findings import Severity
+from kvm_clone.hosts.cpu import compare_cpu
+from kvm_clone.planning.domain_facts import CpuFacts
 
 CUSTOM = "<cpu mode='custom' %s><model %s>EPYC</model>%s</cpu>"
 PARTIAL = CUSTOM % ("check='partial'", "", "")

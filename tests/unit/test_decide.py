@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from cases import GIB, IDENTITY, OTHER_UUID, UUID, Case, existing, images, mark_of, options, staged, staged_disk
 
-from kvm_clone.api import Request
 from kvm_clone.cli import plans
-from kvm_clone.decide import SYNC, Action, Decision, decide
-from kvm_clone.domain_facts import Pool
-from kvm_clone.domains import STATES
+from kvm_clone.client import Request
 from kvm_clone.errors import DomainExistsError, ExitCode, LockedError, RefusedError, UsageError
-from kvm_clone.facts import Facts, RouteFacts
+from kvm_clone.hosts.domains import STATES
 from kvm_clone.options import CloneOptions, Options, Quiesce, Retry, Route, SyncOptions, Verify
-from kvm_clone.plan import Plan, make_plan
-from kvm_clone.sync import make_sync_plan
+from kvm_clone.planning.decide import SYNC, Action, Decision, decide
+from kvm_clone.planning.domain_facts import Pool
+from kvm_clone.planning.facts import Facts, RouteFacts
+from kvm_clone.planning.plan import Plan, make_plan
+from kvm_clone.planning.sync import make_sync_plan
 
 CURRENT = mark_of(Case().facts())
 STALE = replace(CURRENT, fingerprint="another")

@@ -23,8 +23,8 @@ CHANGING = (
 """How the names of libvirt's methods begin that change something."""
 
 ELSEWHERE = {
-    "kvm_clone/trial.py": {"defineXML", "undefine"},
-    "kvm_clone/live.py": {"abortJob", "backupBegin", "delete", "fsFreeze", "fsThaw", "qemuAgentCommand"},
+    "kvm_clone/execution/trial.py": {"defineXML", "undefine"},
+    "kvm_clone/hosts/live.py": {"abortJob", "backupBegin", "delete", "fsFreeze", "fsThaw", "qemuAgentCommand"},
 }
 """A definition that is only judged, under a name that no libvirt takes. And the backup job, the freeze and the
 checkpoints of a running source, which its agent guards by a lock of its own."""
@@ -89,9 +89,9 @@ def test_libvirt_is_changed_through_a_fenced_connection_alone() -> None:
 @pytest.mark.parametrize(
     ("call", "modules"),
     [
-        ("remove", {"kvm_clone/vms.py"}),
-        ("undo", {"kvm_clone/run.py"}),
-        ("remove_scratch", {"kvm_clone/backup.py", "kvm_clone/staging.py"}),
+        ("remove", {"kvm_clone/hosts/vms.py"}),
+        ("undo", {"kvm_clone/execution/run.py"}),
+        ("remove_scratch", {"kvm_clone/execution/backup.py", "kvm_clone/upkeep/leftovers.py"}),
     ],
 )
 def test_files_are_removed_by_few(call: str, modules: set[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from kvm_clone.agent import facts as agent
 from kvm_clone.agent import fingerprint, qemu
-from kvm_clone.facts import HostFacts, ImageFacts, host_facts, image_facts
+from kvm_clone.planning.facts import HostFacts, ImageFacts, host_facts, image_facts
 
 MIB = 1 << 20
 SIZE = 3 * MIB + 512

@@ -9,11 +9,11 @@ from cases import ONE_DISK, Case
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm_clone.clone_xml import clone_xml, planned_mark
-from kvm_clone.host_paths import renames
+from kvm_clone.definition.references import references
 from kvm_clone.options import CloneOptions
-from kvm_clone.references import references
-from kvm_clone.things import Objects, plain_path
+from kvm_clone.planning.clone_xml import clone_xml, planned_mark
+from kvm_clone.planning.host_paths import renames
+from kvm_clone.planning.things import Objects, plain_path
 
 
 def serial(path: str, kind: str = "type='file'", source: str = "") -> str:

@@ -8,9 +8,9 @@ from typing import Any
 import libvirt
 import pytest
 
-from kvm_clone import host_things
-from kvm_clone.references import Reference, Role
-from kvm_clone.things import Objects
+from kvm_clone.definition.references import Reference, Role
+from kvm_clone.hosts import host_things
+from kvm_clone.planning.things import Objects
 
 DOMAIN = """<domain type='test'><name>%s</name><memory>1024</memory><os><type>hvm</type></os><devices>
 <serial type='file'><source path='/log/%s.log'/></serial><vsock><cid auto='no' address='7'/></vsock>

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from cases import IMAGES, OTHER_HOST, REPLICA_IMAGE, SOURCE_HOST, Case, disk_xml, existing, options, replica, staged
 
-from kvm_clone.consent import consent_of
 from kvm_clone.errors import ExitCode
-from kvm_clone.facts import Facts
-from kvm_clone.identity import HostIdentity, same_file, same_host, shared
-from kvm_clone.identity_checks import SAME_VM
 from kvm_clone.options import Retry
+from kvm_clone.planning.consent import consent_of
+from kvm_clone.planning.facts import Facts
+from kvm_clone.planning.identity import HostIdentity, same_file, same_host, shared
+from kvm_clone.planning.identity_checks import SAME_VM
 
 HERE = HostIdentity("boot", "1:2:3", "machine", "uuid")
 

@@ -61,6 +61,92 @@ def test_nothing_imports_the_command_line() -> None:
     assert not [(name, target) for name, target in found if not within(name, "kvm_clone.cli")]
 
 
+BASE = frozenset({"errors", "findings", "options", "progress", "socket_directory", "tasks", "units", "version"})
+"""Single modules that every floor may import."""
+
+FLOORS: dict[str, frozenset[str]] = {
+    "agent": frozenset(),
+    "definition": BASE | {"agent"},
+    "planning": BASE | {"agent", "definition"},
+    "hosts": BASE | {"agent", "definition", "planning"},
+    "transfer": BASE | {"agent", "definition", "hosts", "planning"},
+    "execution": BASE | {"agent", "definition", "hosts", "planning", "transfer"},
+    "upkeep": BASE | {"agent", "definition", "execution", "hosts", "planning"},
+    "settings": BASE,
+    "client": BASE | {"agent", "definition", "execution", "hosts", "planning", "transfer", "upkeep"},
+}
+"""What each package may import, beside itself. Only kvm_clone.cli may import everything."""
+
+PLAIN_FACTS = ("facts", "domain_facts", "file_names", "identity", "things")
+"""What of planning a host's own package may know: the facts that it finds, and no plan."""
+
+
+def floor(name: str) -> str:
+    """The package, or the single module, of the project that the name lies in."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[0] == "kvm_clone" else ""
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_a_floor_imports_what_lies_below(package: str) -> None:
+    found = [(name, target) for name, target in imports_of() if floor(name) == package and floor(target)]
+    assert found or package in ("agent", "settings")
+    allowed = FLOORS[package] | {package}
+    assert [(name, target) for name, target in found if floor(target) not in allowed] == []
+
+
+def test_every_package_has_a_floor() -> None:
+    packages = {file.name for file in PACKAGE.iterdir() if file.is_dir() and file.name != "__pycache__"}
+    assert packages - {"cli"} == FLOORS.keys() - {"client"}
+
+
+def test_hosts_know_nothing_of_plans() -> None:
+    found = {
+        target.split(".")[2] for name, target in imports_of() if floor(name) == "hosts" and floor(target) == "planning"
+    }
+    assert found <= {*PLAIN_FACTS}
+
+
+@pytest.mark.parametrize(
+    ("package", "module"),
+    [
+        *(
+            (package, module)
+            for package in ("definition", "planning")
+            for module in ("libvirt", "asyncio", "subprocess", "socket")
+        ),
+        ("transfer", "libvirt"),
+        ("settings", "libvirt"),
+    ],
+)
+def test_a_floor_does_without(package: str, module: str) -> None:
+    assert [name for name, target in imports_of(PACKAGE / package) if within(target, module)] == []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    known = {name for name, _ in modules()}
+    graph: dict[str, set[str]] = {name: set() for name in known}
+    for name, target in imports_of():
+        graph[name] |= {one for one in (target, target.rpartition(".")[0]) if one in known and one != name}
+    packages = {name for name in known if (PACKAGE.parent / Path(*name.split("."))).is_dir()}
+    while free := {name for name, targets in graph.items() if not targets - packages}:
+        graph = {name: targets - free for name, targets in graph.items() if name not in free}
+    assert graph == {}
+
+
+def test_plans_are_made_where_libvirt_is_not_installed() -> None:
+    names = [name for name, _ in modules() if floor(name) in ("planning", "definition")]
+    assert "kvm_clone.planning.sync" in names
+    blocked = "import sys\nfor name in ('libvirt', 'libvirt_qemu', 'libvirtmod'):\n    sys.modules[name] = None\n"
+    stub = f"import types\npackage = types.ModuleType('kvm_clone')\npackage.__path__ = [{str(PACKAGE)!r}]\n"
+    made = f"sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport cases\nprint(len(cases.Case().plan().steps))\n"
+    imports = "".join(f"import {name}\n" for name in names)
+    script = f"{blocked}{stub}sys.modules['kvm_clone'] = package\n{imports}{made}"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout) > 1
+
+
 def prints_and_exits(tree: ast.AST) -> set[str]:
     """Which of print, exit, quit, sys.exit, SystemExit and the standard streams' write are used."""
     found = set()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import kvm_clone.agent
-from kvm_clone import payload
+from kvm_clone.hosts import payload
 from kvm_clone.version import __version__
 
 AGENT = Path(kvm_clone.agent.__file__).parent

@@ -11,9 +11,9 @@ from cases import IDENTITY, IMAGES, Case, disk_xml, images, options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.facts import FilesystemAbilities, ImageFacts
-from kvm_clone.file_names import stems
-from kvm_clone.placement import Names, place
+from kvm_clone.planning.facts import FilesystemAbilities, ImageFacts
+from kvm_clone.planning.file_names import stems
+from kvm_clone.planning.placement import Names, place
 
 FAT = FilesystemAbilities(any_name=False, folds=True)
 

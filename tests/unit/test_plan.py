@@ -31,19 +31,19 @@ from cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm_clone import checks, decide, placement, steps, storage
-from kvm_clone import plan as planning
 from kvm_clone.cli import plans
-from kvm_clone.domain_facts import RUNNING, CpuFacts, Pool
-from kvm_clone.domains import STATES
+from kvm_clone.definition.marks import Pending
 from kvm_clone.errors import DomainExistsError, ExitCode, RefusedError
-from kvm_clone.facts import Directory, FilesystemAbilities, RouteFacts
 from kvm_clone.findings import Finding, Severity
+from kvm_clone.hosts.domains import STATES
 from kvm_clone.options import Quiesce, Retry, Route, Verify
-from kvm_clone.ownership import Pending
-from kvm_clone.plan import Plan, make_plan
-from kvm_clone.running import chain_of
-from kvm_clone.steps import Step
+from kvm_clone.planning import checks, decide, placement, steps, storage
+from kvm_clone.planning import plan as planning
+from kvm_clone.planning.domain_facts import RUNNING, CpuFacts, Pool
+from kvm_clone.planning.facts import Directory, FilesystemAbilities, RouteFacts
+from kvm_clone.planning.live_checks import chain_of
+from kvm_clone.planning.plan import Plan, make_plan
+from kvm_clone.planning.steps import Step
 
 
 def with_device(xml: str) -> str:

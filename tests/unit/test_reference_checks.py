@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from cases import GIB, ONE_DISK, PLENTY, Case, existing, replica
 
-from kvm_clone import reference_checks
+from kvm_clone.definition.references.command_line import NAMESPACE
 from kvm_clone.findings import Finding, Severity
-from kvm_clone.references.command_line import NAMESPACE
-from kvm_clone.things import HugePages, Objects
+from kvm_clone.planning import reference_checks
+from kvm_clone.planning.things import HugePages, Objects
 
 BLOCKING, WARNING, INFO = Severity.BLOCKING, Severity.WARNING, Severity.INFO
 Expected = tuple[tuple[str, Severity, tuple[str, ...]], ...]

@@ -16,10 +16,10 @@ from cases import domain_xml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvm_clone.definition.references import Reference, Role, references
+from kvm_clone.definition.references.command_line import NAMESPACE
+from kvm_clone.definition.references.rules import _RULES
 from kvm_clone.errors import RefusedError
-from kvm_clone.references import Reference, Role, references
-from kvm_clone.references.command_line import NAMESPACE
-from kvm_clone.references.rules import _RULES
 
 DATA = Path(__file__).parent.parent / "data"
 CASES = sorted(path.name.removesuffix(".in.xml") for path in (DATA / "xml").glob("ref-*.in.xml"))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from cases import OTHER_UUID, UUID, domain_xml
 
-from kvm_clone.definition import read_domain, unsupported
+from kvm_clone.definition.domain_xml import read_domain, unsupported
+from kvm_clone.definition.marks import NAMESPACE, SEAL_NAMESPACE, Provenance, read_provenance, read_seal
+from kvm_clone.definition.rewrite import Base, Change, merge_down, rewrite
+from kvm_clone.definition.spans import Document, Node
 from kvm_clone.errors import RefusedError
-from kvm_clone.ownership import NAMESPACE, SEAL_NAMESPACE, Provenance, read_provenance, read_seal
-from kvm_clone.rewrite import Base, Change, merge_down, rewrite
-from kvm_clone.xmlspan import Document, Node
 
 MARK = Provenance("0f", OTHER_UUID, "kc-a", UUID, "web", "f", "1", "t", True)
 AWKWARD = '/pool\'s "own" & <other>/a b.qcow2'

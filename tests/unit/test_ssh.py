@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvm_clone.errors import AuthenticationError, ConnectError, ExitCode, HostKeyError, UsageError
-from kvm_clone.ssh import (
+from kvm_clone.hosts.ssh import (
     Address,
     Effective,
     SshOptions,

@@ -21,13 +21,13 @@ from cases import (
     staged_disk,
 )
 
-from kvm_clone.decide import SYNC
-from kvm_clone.domain_facts import Pool
-from kvm_clone.facts import Directory, FilesystemAbilities, ImageFacts
 from kvm_clone.findings import Severity
 from kvm_clone.options import Retry
-from kvm_clone.placement import PlannedDisk
-from kvm_clone.storage import storage_findings, to_write
+from kvm_clone.planning.decide import SYNC
+from kvm_clone.planning.domain_facts import Pool
+from kvm_clone.planning.facts import Directory, FilesystemAbilities, ImageFacts
+from kvm_clone.planning.placement import PlannedDisk
+from kvm_clone.planning.storage import storage_findings, to_write
 
 B, W = Severity.BLOCKING, Severity.WARNING
 

@@ -27,18 +27,18 @@ from cases import (
     staged_disk,
 )
 
-from kvm_clone import running as running_source
-from kvm_clone import steps, sync
-from kvm_clone.decide import SYNC, Action, Decision
-from kvm_clone.domains import STATES
 from kvm_clone.errors import DomainExistsError, ExitCode, LockedError, RefusedError
-from kvm_clone.facts import Directory, Existing, ImageFacts, RouteFacts, Staged, StagedDisk
 from kvm_clone.findings import EXISTS_CODES, Severity
+from kvm_clone.hosts.domains import STATES
 from kvm_clone.options import CloneOptions, Retry, Route, SyncOptions, Verify
-from kvm_clone.placement import PlannedDisk
-from kvm_clone.plan import Identity, Plan
-from kvm_clone.steps import Step
-from kvm_clone.sync import make_sync_plan
+from kvm_clone.planning import live_checks as running_source
+from kvm_clone.planning import steps, sync
+from kvm_clone.planning.decide import SYNC, Action, Decision
+from kvm_clone.planning.facts import Directory, Existing, ImageFacts, RouteFacts, Staged, StagedDisk
+from kvm_clone.planning.placement import PlannedDisk
+from kvm_clone.planning.plan import Identity, Plan
+from kvm_clone.planning.steps import Step
+from kvm_clone.planning.sync import make_sync_plan
 
 FACTS = Case().facts()
 FLAGS = (Retry.NONE, Retry.IDEMPOTENT, Retry.FORCE, Retry.RESUME)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kvm_clone.definition import read_domain
-from kvm_clone.references import Reference, Role, references
-from kvm_clone.things import (
+from kvm_clone.definition.domain_xml import read_domain
+from kvm_clone.definition.references import Reference, Role, references
+from kvm_clone.planning.things import (
     UNKNOWN,
     HugePages,
     Resources,

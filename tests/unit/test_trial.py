@@ -10,12 +10,12 @@ import libvirt
 import pytest
 from cases import ONE_DISK, Case, existing, images, options, replica
 
-from kvm_clone.decide import Action
 from kvm_clone.errors import ExitCode
+from kvm_clone.execution.trial import Verdict, judge, judged
 from kvm_clone.findings import Severity
 from kvm_clone.options import Retry
-from kvm_clone.plan import Plan
-from kvm_clone.trial import Verdict, judge, judged
+from kvm_clone.planning.decide import Action
+from kvm_clone.planning.plan import Plan
 
 XML = "<domain type='test'><name>a&#10;</name><memory>1024</memory><os><type>hvm</type></os>%s</domain>"
 
@@ -120,6 +120,6 @@ def test_the_name_is_the_only_thing_that_is_impossible(connection: Any) -> None:
 
 def test_a_daemon_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     connection = libvirt.open("test:///default")
-    monkeypatch.setattr("kvm_clone.domains.daemon_is_gone", lambda _: True)
+    monkeypatch.setattr("kvm_clone.hosts.domains.daemon_is_gone", lambda _: True)
     with pytest.raises(libvirt.libvirtError):
         judge(connection, XML % "")

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from kvm_clone.errors import KvmCloneError
+from kvm_clone.execution.watching import Watcher, WatcherError, watched
 from kvm_clone.progress import Event, Note
-from kvm_clone.watching import Watcher, WatcherError, watched
 
 
 def refuses(event: Event) -> None:

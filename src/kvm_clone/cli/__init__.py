@@ -17,8 +17,8 @@ from kvm_clone.cli.context import Context
 from kvm_clone.cli.listing import list_command
 from kvm_clone.cli.status import cleanup_command, status_command
 from kvm_clone.cli.sync import split_verify, sync_command
-from kvm_clone.config import Output
 from kvm_clone.errors import ExitCode, KvmCloneError
+from kvm_clone.settings.config import Output
 from kvm_clone.version import __version__
 
 

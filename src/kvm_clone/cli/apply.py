@@ -9,7 +9,7 @@ import typer
 
 from kvm_clone.cli import context, plans
 from kvm_clone.cli.clone import run_request
-from kvm_clone.config import Output
+from kvm_clone.settings.config import Output
 
 
 def apply_command(

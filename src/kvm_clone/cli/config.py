@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from kvm_clone.cli.output import print_json
-from kvm_clone.config import KEYS, Loaded, Output, config_file, format_value, get_value, load_settings
-from kvm_clone.config_file import Change, init_file, set_value, unset_value
 from kvm_clone.errors import UsageError
+from kvm_clone.settings.config import KEYS, Loaded, Output, config_file, format_value, get_value, load_settings
+from kvm_clone.settings.config_file import Change, init_file, set_value, unset_value
 
 config_app = typer.Typer(
     name="config",

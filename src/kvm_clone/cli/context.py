@@ -13,10 +13,10 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from kvm_clone import config
 from kvm_clone.cli import streams
 from kvm_clone.errors import ExitCode, KvmCloneError, TransferError
-from kvm_clone.ssh import SshOptions
+from kvm_clone.hosts.ssh import SshOptions
+from kvm_clone.settings import config
 
 Result = TypeVar("Result")
 

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvm_clone.api import Client, HostListing
 from kvm_clone.cli import context, output
 from kvm_clone.cli.options import HOST_HELP
 from kvm_clone.cli.words import naming
-from kvm_clone.config import Output, Settings
-from kvm_clone.domains import STATES, DiskUse, Listed
+from kvm_clone.client import Client, HostListing
 from kvm_clone.errors import ExitCode, UsageError
+from kvm_clone.hosts.domains import STATES, DiskUse, Listed
+from kvm_clone.settings.config import Output, Settings
 from kvm_clone.units import format_bytes
 
 _COLUMNS = ("host", "name", "state", "vCPUs", "memory", "disks (virtual, allocated)")

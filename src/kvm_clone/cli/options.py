@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from kvm_clone.cli.words import naming
-from kvm_clone.config import Output
 from kvm_clone.errors import UsageError
 from kvm_clone.options import Quiesce, Retry, Route
+from kvm_clone.settings.config import Output
 
 HOST_HELP = "An alias from ssh_config, user@host, ssh://user@host:port, or localhost."
 

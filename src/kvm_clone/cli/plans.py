@@ -15,16 +15,17 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from rich.text import Text
 
-from kvm_clone import bounded, steps
-from kvm_clone.api import Client, Request
 from kvm_clone.cli import context, output
-from kvm_clone.config import Output, Settings
+from kvm_clone.client import Client, Request
 from kvm_clone.errors import ExitCode, UsageError
 from kvm_clone.findings import Severity
 from kvm_clone.options import CloneOptions, Options, SyncOptions, Verify
-from kvm_clone.placement import PlannedDisk
-from kvm_clone.plan import Plan
-from kvm_clone.steps import Step
+from kvm_clone.planning import steps
+from kvm_clone.planning.placement import PlannedDisk
+from kvm_clone.planning.plan import Plan
+from kvm_clone.planning.steps import Step
+from kvm_clone.settings import bounded
+from kvm_clone.settings.config import Output, Settings
 from kvm_clone.units import format_bytes
 from kvm_clone.version import __version__
 

@@ -10,15 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from kvm_clone import operations
-from kvm_clone.api import Client, StagedListing
 from kvm_clone.cli import context, output, streams
 from kvm_clone.cli.words import naming
-from kvm_clone.config import Output, Settings
+from kvm_clone.client import Client, StagedListing
 from kvm_clone.errors import ExitCode, KvmCloneError, UsageError
-from kvm_clone.operations import Operation
-from kvm_clone.staging import StagedData
+from kvm_clone.settings.config import Output, Settings
 from kvm_clone.units import format_bytes, format_duration, parse_duration
+from kvm_clone.upkeep import operation_log
+from kvm_clone.upkeep.leftovers import StagedData
+from kvm_clone.upkeep.operation_log import Operation
 
 _FOLLOW_SECONDS = 0.5
 
@@ -49,7 +49,7 @@ def status_command(
         _show_one(settings, operation, follow=follow)
         return
     listings = context.run(_staged(settings, host or []))
-    found = operations.operations()
+    found = operation_log.operations()
     if settings.output is Output.JSON:
         output.print_json({"operations": [_document(one) for one in found], "hosts": [_host(one) for one in listings]})
     else:
@@ -85,7 +85,7 @@ def cleanup_command(
     flags = context.connection_flags(ssh_config, ssh_key, ssh_option, output_format, log_level)
     settings = context.load(ctx, config, flags)
     age = _age(older_than)
-    named = hosts or sorted({one.destination for one in operations.operations() if one.state == operations.KEPT})
+    named = hosts or sorted({one.destination for one in operation_log.operations() if one.state == operation_log.KEPT})
     listings = context.run(_clean(settings, named, age, dry_run=dry_run))
     if not dry_run:
         _note_ends(listings, everything=older_than is None)
@@ -108,7 +108,7 @@ def _note_ends(listings: list[StagedListing], *, everything: bool) -> None:
 
     `everything`: what is not staged on a host now is nowhere.
     """
-    kept = [one for one in operations.operations() if one.state == operations.KEPT]
+    kept = [one for one in operation_log.operations() if one.state == operation_log.KEPT]
     for listing in listings:
         done = {data.operation for data in listing.staged if data.path in listing.done}
         failed = {data.operation for data in listing.staged} - done
@@ -116,7 +116,7 @@ def _note_ends(listings: list[StagedListing], *, everything: bool) -> None:
             if one.destination != listing.host or one.operation in failed:
                 continue
             if one.operation in done or (everything and not listing.errors):
-                operations.end(one.operation, operations.FAILED, "cleaned up: nothing of it is staged any more")
+                operation_log.end(one.operation, operation_log.FAILED, "cleaned up: nothing of it is staged any more")
 
 
 def _age(text: str | None) -> float:
@@ -147,17 +147,17 @@ def _show_one(settings: Settings, name: str, *, follow: bool) -> None:
         for entry in one.entries[shown:]:
             print(_entry(entry), flush=True)
         shown = len(one.entries)
-        if not follow or one.state != operations.RUNNING or not streams.has_reader():
+        if not follow or one.state != operation_log.RUNNING or not streams.has_reader():
             return
         time.sleep(_FOLLOW_SECONDS)
         one = _known(name)
 
 
 def _known(name: str) -> Operation:
-    if not operations.is_name(name):
+    if not operation_log.is_name(name):
         text = f"{name!r} is no operation: the name of one is 12 hexadecimal digits, in lower case"
         raise UsageError(text, subject=name, remedy="see them all: kvm-clone status")
-    one = operations.read(name)
+    one = operation_log.read(name)
     if one is None:
         raise UsageError(f"this machine knows no operation {name}", remedy="see them all: kvm-clone status")
     return one
@@ -166,7 +166,7 @@ def _known(name: str) -> Operation:
 def _line(one: Operation) -> str:
     age = format_duration(max(0.0, time.time() - one.changed))
     text = f"{one.operation}  {one.state}, {age} ago: {one.vm} from {one.source} to {one.destination} as {one.name}"
-    if one.state == operations.KEPT:
+    if one.state == operation_log.KEPT:
         text += f"; go on: kvm-clone {one.command} {one.source} {one.destination} {one.vm}{_named(one)} --resume"
     return text
 

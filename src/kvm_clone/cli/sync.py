@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from kvm_clone.api import Client, Request
 from kvm_clone.cli import context, options, output, plans
 from kvm_clone.cli.clone import run_request
 from kvm_clone.cli.words import naming
-from kvm_clone.config import Output, Settings
+from kvm_clone.client import Client, Request
 from kvm_clone.errors import UsageError
 from kvm_clone.options import Quiesce, Retry, SyncOptions, Verify
+from kvm_clone.settings.config import Output, Settings
 
 
 def sync_command(

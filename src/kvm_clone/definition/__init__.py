@@ -1,0 +1,1 @@
+"""Domain XML: read, rewritten and marked. Pure: XML in, XML out."""

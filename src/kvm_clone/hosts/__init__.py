@@ -1,0 +1,1 @@
+"""One host: its connection, its agent, its libvirt, and what they say of it."""

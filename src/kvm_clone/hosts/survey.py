@@ -1,0 +1,293 @@
+"""Looking at both hosts, without changing anything on either."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import posixpath
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import libvirt
+
+from kvm_clone.agent import errors as kinds
+from kvm_clone.agent import peer, uses
+from kvm_clone.agent.wire import ProtocolError
+from kvm_clone.definition import domain_xml
+from kvm_clone.definition.references import Role, references
+from kvm_clone.errors import RefusedError
+from kvm_clone.hosts import domains, host_things, live, ssh, vms
+from kvm_clone.hosts.children import kill_process, spawn
+from kvm_clone.hosts.host import AgentCallError, Host
+from kvm_clone.hosts.outputs import read_past_noise
+from kvm_clone.options import Options, Route, SyncOptions
+from kvm_clone.planning import domain_facts, things
+from kvm_clone.planning.facts import (
+    DestinationFacts,
+    Existing,
+    Facts,
+    ImageFacts,
+    RouteFacts,
+    SourceFacts,
+    directory_facts,
+    host_facts,
+    image_facts,
+    staged_facts,
+)
+from kvm_clone.planning.file_names import home_of, scratch_prefix, stems
+from kvm_clone.tasks import together
+
+
+async def inspect(
+    source: Host,
+    source_libvirt: libvirt.virConnect,
+    destination: Host,
+    destination_libvirt: libvirt.virConnect,
+    vm: str,
+    options: Options,
+) -> Facts:
+    """Everything a plan needs. From here on the source agent keeps every QEMU from writing the disks of a VM at rest.
+
+    For a sync the destination's agent does the same for the replica's.
+
+    Raises RefusedError when the source has no such VM, ConnectError, TransferError.
+    """
+
+    async def both_hosts() -> tuple[SourceFacts, DestinationFacts]:
+        facts = await _source(source, source_libvirt, vm)
+        name = options.name_for(facts.domain.name)
+        replica = isinstance(options, SyncOptions)
+        return facts, await _destination(destination, destination_libvirt, facts, name, replica=replica)
+
+    (source_facts, destination_facts), reach = await together(
+        both_hosts(),
+        # How long a sync takes does not hang on the rate alone: it is not told, and not measured.
+        find_route(source, destination, options.route, measured=not isinstance(options, SyncOptions)),
+    )
+    return Facts(source_facts, destination_facts, reach)
+
+
+async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> SourceFacts:
+    with domains.failing_as(f"asking {host.name} for {vm!r}", vm):
+        domain, uuid = await together(
+            asyncio.to_thread(domains.find, connection, vm), asyncio.to_thread(domains.host_uuid, connection)
+        )
+    if domain is None:
+        raise RefusedError(
+            f"{host.name} has no VM named {vm!r}",
+            subject=vm,
+            remedy=f"see what it has: kvm-clone list {host.name}",
+        )
+    xml = domain_xml.read_domain(domain.xml)
+    running = domain.state in domain_facts.RUNNING
+    kept = things.kept(references(domain.xml), xml)
+    about, images, files, paths = await together(
+        host.call("host"),
+        _images(host, xml, domain.state),
+        fingerprints(host, xml),
+        host.call("look", paths=things.paths_of(kept)),
+    )
+    facts = SourceFacts(
+        host_facts(host.name, about, uuid),
+        domain,
+        xml,
+        images,
+        files=files,
+        references=kept,
+        things=things.Things(paths),
+    )
+    return await _running(host, connection, facts) if running else facts
+
+
+async def fingerprints(host: Host, xml: domain_xml.DomainXml) -> dict[str, str]:
+    """The fingerprints of all files and devices that a VM has as disks or media, of those that are there."""
+    paths = sorted({disk.path for disk in xml.disks if disk.path and disk.type in ("file", "block")})
+    answers = await host.call("fingerprints", paths=paths)
+    return {path: answer for path, answer in zip(paths, answers, strict=True) if answer}
+
+
+async def _running(host: Host, connection: libvirt.virConnect, facts: SourceFacts) -> SourceFacts:
+    """The facts with what is to be known of a running VM."""
+    vm, images = facts.domain.name, facts.images
+    with domains.failing_as(f"asking {host.name} for {vm!r}", vm):
+        now, version, pools = await together(
+            asyncio.to_thread(live.look, connection, vm),
+            asyncio.to_thread(connection.getLibVersion),
+            asyncio.to_thread(domains.pools, connection),
+        )
+    paths = {posixpath.dirname(image.path) for image in images if image.path}
+    paths |= {pool.path for pool in pools if pool.active and pool.type in domain_facts.FILE_POOLS}
+    reader, *directories = await together(
+        host.call("reader", domain=facts.domain.uuid),
+        *(
+            host.call("directory", path=path, stems=[scratch_prefix(facts.domain.uuid)], tried=False)
+            for path in sorted(paths)
+        ),
+    )
+    found = {answer["path"]: directory_facts(answer) for answer in directories}
+    return replace(facts, live=now, directories=found, reader=reader, libvirt=version)
+
+
+async def _images(host: Host, xml: domain_xml.DomainXml, state: str) -> tuple[ImageFacts, ...]:
+    """The VM's own disks' images."""
+    return tuple(await together(*(_image(host, disk, state) for disk in xml.own_disks)))
+
+
+async def _image(host: Host, disk: domain_xml.DiskXml, state: str) -> ImageFacts:
+    """A disk's image, locked if its VM is at rest. Nothing is asked of one that the plan refuses by its definition."""
+    path, format_ = disk.path or "", disk.format
+    running = state in domain_facts.RUNNING
+    if disk.type != "file" or format_ not in domain_xml.FORMATS or not (running or state == domain_facts.SHUT_OFF):
+        return ImageFacts(disk.target, path, format_, error="not looked at")
+    try:
+        if not running:
+            await host.call("lock_image", path=path)
+    except AgentCallError as error:
+        return image_facts(disk.target, path, format_, {"error": str(error), "in_use": error.kind == kinds.IN_USE})
+    answer = await host.call("disk", path=path, image_format=format_, live=running)
+    return image_facts(disk.target, path, format_, answer)
+
+
+async def _destination(
+    host: Host, connection: libvirt.virConnect, source: SourceFacts, name: str, *, replica: bool
+) -> DestinationFacts:
+    xml = source.xml
+    known = await vms.users(host, connection, source.files.values())
+    with domains.failing_as(f"asking libvirt on {host.name}", host.name):
+        names, pools, abilities, objects, existing = await together(
+            asyncio.to_thread(domains.names, connection),
+            asyncio.to_thread(domains.pools, connection),
+            asyncio.to_thread(domains.abilities, connection, xml),
+            asyncio.to_thread(host_things.objects, connection, source.references),
+            _existing(host, connection, name, known, replica=replica),
+        )
+    own = (*xml.own_disks, *(existing.xml.own_disks if existing is not None else ()))
+    wanted = {pool.path for pool in pools if pool.path}
+    files = [disk.path for disk in own if disk.path and disk.type == "file"]
+    wanted |= {posixpath.dirname(path) for path in files} | {home_of(path) for path in files}
+    referred = {*(file.path for file in xml.os_files), *things.paths_of(source.references)}
+    referred |= {disk.path for disk in (*xml.media, *xml.referenced_disks) if disk.path and disk.type == "file"}
+    addresses = {one.value for one in source.references if one.role is Role.ADDRESS}
+    paths = sorted(wanted)
+    files_like = list(stems((disk.path for disk in xml.own_disks if disk.path), xml.name, name))
+    about, staged, directories, found, resources = await together(
+        host.call("host"),
+        host.call("staged", directories=paths, name=name),
+        together(*(host.call("directory", path=path, stems=files_like) for path in paths)),
+        host.call("look", paths=sorted(referred)),
+        host.call("resources", addresses=sorted(addresses)),
+    )
+    attempt = next((staged_facts(answer) for answer in staged if "error" not in answer), None)
+    if attempt is not None:
+        used = await vms.judge(host, known, attempt.published)
+        attempt = replace(attempt, in_use=tuple(use.path for use in used if use.state == uses.USED))
+    return DestinationFacts(
+        host_facts(host.name, about, abilities.uuid),
+        names,
+        pools,
+        {path: directory_facts(answer) for path, answer in zip(paths, directories, strict=True)},
+        {path: kind != things.MISSING for path, kind in found.items()},
+        existing,
+        attempt,
+        "; ".join(_error(answer) for answer in staged if "error" in answer),
+        abilities,
+        _names_by_path(known),
+        things.Things(found, things.resources(resources), objects),
+    )
+
+
+def _names_by_path(known: vms.Users) -> dict[str, frozenset[str]]:
+    found: dict[str, set[str]] = {}
+    for claim in known.claims:
+        found.setdefault(claim.path, set()).add(claim.by.name)
+    return {path: frozenset(names) for path, names in found.items()}
+
+
+def _error(answer: Mapping[str, Any]) -> str:
+    """Why a journal does not count, with its path."""
+    path, error = answer["path"], answer["error"]
+    return str(error) if path in error else f"{path}: {error}"
+
+
+async def _existing(
+    host: Host, connection: libvirt.virConnect, name: str, known: vms.Users, *, replica: bool
+) -> Existing | None:
+    """The VM of that name; as a replica, with its images, which nobody can write from here on."""
+    found = await vms.existing(host, connection, name, known)
+    if found is None or not replica:
+        return found
+    return replace(found, images=await _images(host, found.xml, found.domain.state))
+
+
+async def find_route(source: Host, destination: Host, wanted: Route, *, measured: bool) -> RouteFacts:
+    """Whether the source can send to the destination itself, and how fast the route that is taken is, if measured."""
+
+    async def relay(reason: str) -> RouteFacts:
+        return RouteFacts(False, reason, await _measure_relay(source, destination) if measured else 0.0)
+
+    if wanted is Route.RELAY:
+        return await relay("asked for")
+    if source.address.local or destination.address.local:
+        return await relay("this machine is one of the two hosts")
+    argv, known_hosts = await direct_ssh(destination)
+    answer = await source.call("probe", ssh=argv, known_hosts=known_hosts, measured=measured)
+    if answer["error"]:
+        return await relay(f"{source.name} cannot connect to {destination.name}: {answer['error']}")
+    return RouteFacts(True, f"{source.name} can connect to {destination.name}", answer["rate"] if measured else 0.0)
+
+
+async def _measure_relay(source: Host, destination: Host) -> float:
+    """Bytes a second from one host through this machine to the other; 0 when it cannot be measured."""
+    out, into = os.pipe()
+    devnull = asyncio.subprocess.DEVNULL
+    children: list[asyncio.subprocess.Process] = []
+    try:
+        argv = destination.session_argv(peer.MEASURE)
+        reader = await spawn(*argv, stdin=out, stdout=asyncio.subprocess.PIPE, stderr=devnull)
+        children.append(reader)
+        assert reader.stdout is not None
+        await read_past_noise(reader.stdout, peer.READY, peer.PROBE_SECONDS)
+        began = time.monotonic()
+        argv = source.session_argv(f"timeout {peer.MEASURED_SECONDS} head -c {peer.MEASURED_BYTES} /dev/zero")
+        children.append(await spawn(*argv, stdin=devnull, stdout=into, stderr=devnull))
+        os.close(into)
+        into = -1
+        arrived = await read_past_noise(reader.stdout, b"", peer.PROBE_SECONDS)
+        return int(arrived) / max(time.monotonic() - began, 1e-6)
+    except (EOFError, OSError, ValueError, ProtocolError):  # a rate is a hint: what is wrong, others say
+        return 0.0
+    finally:
+        for descriptor in (out, into):
+            if descriptor >= 0:
+                os.close(descriptor)
+        await kill_process(*children)
+
+
+async def direct_ssh(destination: Host) -> tuple[list[str], str]:
+    """The ssh command by which another host reaches this one, and the keys it shall know it by.
+
+    The other host has a configuration of its own: it gets the plain address that ours comes to, and the host keys that
+    this machine knows, under a name that only they have.
+    """
+    known = destination.known
+    keys = await ssh.known_host_lines(known)
+    options = {
+        "BatchMode": "yes",
+        "ConnectTimeout": "10",
+        "LogLevel": "ERROR",
+        "ServerAliveInterval": "5",
+        "ServerAliveCountMax": "3",
+        "StrictHostKeyChecking": "yes",
+        "ControlPath": "none",
+    }
+    if keys:
+        options["HostKeyAlias"] = _ALIAS
+    argv = ["ssh", "-T", *(word for key, value in options.items() for word in ("-o", f"{key}={value}"))]
+    argv += ["-p", known.get("port") or "22", "-l", known.get("user"), "--", known.get("hostname")]
+    lines = [" ".join([*words[:-2], _ALIAS, *words[-2:]]) for words in (key.split() for key in keys)]
+    return argv, "".join(f"{line}\n" for line in lines)
+
+
+_ALIAS = "kvm-clone-destination"

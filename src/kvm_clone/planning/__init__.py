@@ -1,0 +1,1 @@
+"""From facts to findings and steps. Pure: nothing here asks a host, and libvirt need not be installed."""

@@ -1,0 +1,397 @@
+"""What a plan rests on: both hosts as they are before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvm_clone.agent import fingerprint
+from kvm_clone.definition.domain_xml import DomainXml
+from kvm_clone.definition.marks import Pending, Provenance, Seal, definition_digest, read_pending
+from kvm_clone.definition.references import Reference
+from kvm_clone.planning.domain_facts import Abilities, Domain, Live, Pool
+from kvm_clone.planning.identity import HostIdentity, same_host
+from kvm_clone.planning.things import Things
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """A host's tools; None for one that is missing. `clock`: its time less ours, in seconds.
+
+    `locks`: why operations cannot be locked there, nothing where they can.
+    """
+
+    name: str
+    hostname: str
+    python: str
+    qemu_img: str | None
+    qemu_nbd: str | None
+    clock: float = 0.0
+    identity: HostIdentity = field(default_factory=HostIdentity)
+    locks: str = ""
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """One disk's image file. Sizes in bytes; `data` is how much of it has to be sent, a guess while a VM writes it.
+
+    `stored`: what a fresh copy of it takes where that is less, since clusters that are compressed stay so; else 0.
+    `error` says why nothing is known; `in_use` that another process writes it.
+    """
+
+    target: str
+    path: str
+    format: str
+    error: str = ""
+    in_use: bool = False
+    regular: bool = True
+    virtual_size: int = 0
+    allocated: int = 0
+    data: int = 0
+    mode: int = 0o600
+    user: str = "root"
+    group: str = "root"
+    fingerprint: str = ""
+    backing: str = ""
+    data_file: str = ""
+    encrypted: bool = False
+    corrupt: bool = False
+    snapshots: tuple[str, ...] = ()
+    options: tuple[tuple[str, str], ...] = ()
+    stored: int = 0
+
+    @property
+    def fresh(self) -> int:
+        """Bytes that a fresh copy of it takes."""
+        return self.stored or self.data
+
+
+@dataclass(frozen=True)
+class FilesystemAbilities:
+    """What files in a directory can be, as it was tried there; see agent/filesystem.py.
+
+    `naming`: how a file gets its final name, nothing where it cannot without replacing what is there. `largest`: bytes
+    that a file can have. `direct`: whether files can be opened past the page cache. `any_name`: whether names may hold
+    anything; `folds`: whether names that differ in case alone are one. `trouble`: why no file can be made there.
+    """
+
+    naming: str = "link"
+    owners: bool = True
+    modes: bool = True
+    sparse: bool = True
+    largest: int = (1 << 63) - 1
+    direct: bool = True
+    any_name: bool = True
+    folds: bool = False
+    trouble: str = ""
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A directory where disks or scratch may land.
+
+    `names`: its entries that begin as was asked for, `more`: there are too many such to tell them all.
+    `free`: bytes, `inodes`: files that its filesystem has room for, `filesystem`: which one it is, `reflink`: whether
+    files there can share their blocks. `longest`: bytes of a name.
+    """
+
+    path: str
+    exists: bool
+    writable: bool
+    free: int
+    names: frozenset[str] = frozenset()
+    more: bool = False
+    inodes: int = 1 << 40
+    filesystem: int = 0
+    reflink: bool = False
+    longest: int = 255
+    abilities: FilesystemAbilities = field(default_factory=FilesystemAbilities)
+
+    def same(self, path: str) -> str:
+        """The same text for paths of one file here, whose names may differ in case."""
+        return path.casefold() if self.abilities.folds else path
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """The VM at the source.
+
+    `live`: what is known of it while it runs, None when it does not. `directories`: where a backup job's scratch may
+    lie. `reader`: who else copies it by a backup job. `libvirt`: its version there, see Abilities. `files`: the
+    fingerprints of all files that it uses as disks or media, by their paths. `references`: what the definition refers
+    to, its own disks left out; `things`: what of that the source has.
+    """
+
+    host: HostFacts
+    domain: Domain
+    xml: DomainXml
+    images: tuple[ImageFacts, ...]
+    live: Live | None = None
+    directories: Mapping[str, Directory] = field(default_factory=dict)
+    reader: str = ""
+    libvirt: int = 0
+    files: Mapping[str, str] = field(default_factory=dict)
+    references: tuple[Reference, ...] = ()
+    things: Things = field(default_factory=Things)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the definition or a disk may have changed; a hint, compared without reading any disk."""
+        xml = hashlib.sha256(self.domain.xml.encode()).hexdigest()[:16]
+        return ";".join([f"xml={xml}", *(f"{image.target}={image.fingerprint}" for image in self.images)])
+
+
+def files_in(fingerprint: str) -> dict[str, str]:
+    """The files' own fingerprints in a source's, by the disks' targets."""
+    return dict(part.split("=", 1) for part in fingerprint.split(";")[1:] if "=" in part)
+
+
+@dataclass(frozen=True)
+class Existing:
+    """The VM of the wanted name that the destination has.
+
+    `mark`: our mark, if it is this VM's own. `whole`: its disks are there. `removable`: the files that are known to be
+    its alone; `kept`: the others, each with the reason why it is not. `seal`: how it was when an operation of ours was
+    done with it. `images`: its disks' files, where a sync asks. `files`: the fingerprints of its own disks' files, by
+    their paths. `pending`: what an operation that has committed it left to be done.
+    """
+
+    domain: Domain
+    xml: DomainXml
+    mark: Provenance | None
+    whole: bool
+    removable: tuple[str, ...]
+    seal: Seal | None = None
+    images: tuple[ImageFacts, ...] = ()
+    kept: tuple[tuple[str, str], ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def pending(self) -> Pending | None:
+        """What the operation that committed it has left to be done."""
+        return read_pending(self.domain.xml)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The names of its snapshots and checkpoints."""
+        return (*self.domain.snapshots, *self.domain.checkpoints)
+
+    @property
+    def unused(self) -> bool:
+        """Whether nobody has used or changed it since an operation of ours was done with it, as far as can be told."""
+        if self.seal is None or self.domain.managed_save:
+            return False
+        return self.disks_untouched and definition_digest(self.domain.xml) == self.seal.definition
+
+    @property
+    def disks_untouched(self) -> bool:
+        """Whether nothing was done to its disks since an operation of ours was done with it, as far as can be told.
+
+        The ctime counts too: it changes when a file is written and its mtime is then set back, and when a VM is started
+        on it.
+        """
+        if self.seal is None or not self.whole:
+            return False
+        prints = {disk.target: self.files.get(disk.path or "", "") for disk in self.xml.own_disks}
+        prints.update({image.target: image.fingerprint for image in self.images})  # those that nobody can write now
+        now = {target: fingerprint.whole(text) for target, text in prints.items()}
+        return all(now.values()) and now == {
+            target: fingerprint.whole(text) for target, text in self.seal.images.items()
+        }
+
+
+@dataclass(frozen=True)
+class StagedDisk:
+    """One disk of an interrupted attempt; sizes in bytes, `durable` the byte before which all content is durable.
+
+    `data`: how much content the file has of its own.
+    """
+
+    part: str
+    final: str
+    format: str
+    size: int
+    durable: int
+    allocated: int
+    backing: str = ""
+    data: int = 0
+
+
+@dataclass(frozen=True)
+class Staged:
+    """An interrupted or running attempt to make the VM of the wanted name, from its journal.
+
+    `holder`: who is at it, nothing for an interrupted one.
+    `defining`: libvirt may have the definition. `remove`, `forget`: files and snapshots of the VM that it replaces.
+    `kind`: clone or sync. `published`: the files that have their final names already; `in_use`: those that something
+    uses. `foreign`: the other host that it belongs to, which sees the same directory.
+    """
+
+    directory: str
+    operation: str
+    source_uuid: str
+    source_name: str
+    defining: bool
+    committed: bool
+    remove: tuple[str, ...]
+    forget: tuple[str, ...]
+    disks: Mapping[str, StagedDisk]
+    holder: str = ""
+    kind: str = "clone"
+    published: tuple[str, ...] = ()
+    foreign: str = ""
+    in_use: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DestinationFacts:
+    """The destination.
+
+    `domains`: its VMs' UUIDs by name. `directories`: those that disks may land in, by path. `present`: whether each
+    path that the definition refers to is there. `paths_in_use`: what VMs there refer to, with their names.
+    `staged_error`: why the journal of an earlier attempt cannot be read. `things`: what it has of all that the
+    definition refers to.
+    """
+
+    host: HostFacts
+    domains: Mapping[str, str]
+    pools: tuple[Pool, ...]
+    directories: Mapping[str, Directory]
+    present: Mapping[str, bool]
+    existing: Existing | None = None
+    staged: Staged | None = None
+    staged_error: str = ""
+    abilities: Abilities = field(default_factory=Abilities)
+    paths_in_use: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    things: Things = field(default_factory=Things)
+
+
+@dataclass(frozen=True)
+class RouteFacts:
+    """Whether the source host can reach the destination itself, and if not, why.
+
+    `rate`: what was measured on the route that `auto` takes, bytes a second; 0 where nothing was.
+    """
+
+    direct: bool
+    reason: str
+    rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything a plan looks at."""
+
+    source: SourceFacts
+    destination: DestinationFacts
+    route: RouteFacts
+
+    @property
+    def one_host(self) -> bool:
+        """Whether source and destination are the same host, whatever they were called."""
+        return same_host(self.source.host.identity, self.destination.host.identity)
+
+    @property
+    def digest(self) -> str:
+        """Of what a plan rests on. Free space and the like may move without harm, so that they have no part in it."""
+        there = self.destination
+        parts = (
+            self.source.fingerprint,
+            self.source.domain.state,
+            there.existing and (there.existing.domain.xml, there.existing.domain.state, there.existing.removable),
+            there.staged and (there.staged.operation, there.staged.defining),
+            sorted(there.domains.items()),
+            there.pools,
+            self.route.direct,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+_QCOW2_OPTIONS = {
+    "compat": "compat",
+    "compression-type": "compression_type",
+    "extended-l2": "extended_l2",
+    "lazy-refcounts": "lazy_refcounts",
+    "refcount-bits": "refcount_bits",
+}
+"""What `qemu-img info` calls a qcow2 feature, and what `qemu-img create -o` calls it."""
+
+_DEFAULTS = {"compression_type": "zlib", "extended_l2": "off", "lazy_refcounts": "off"}
+"""Left out of `-o`: older images and tools do not know these options."""
+
+
+def host_facts(name: str, answer: Mapping[str, Any], uuid: str = "") -> HostFacts:
+    """From the agent's answer to `host`, and the host's UUID by its libvirt."""
+    clock = answer["time"] - time.time()
+    tools = (answer["hostname"], answer["python"], answer["qemu_img"], answer["qemu_nbd"])
+    return HostFacts(name, *tools, clock, HostIdentity(**answer["identity"], uuid=uuid), answer["locks"])
+
+
+def directory_facts(answer: Mapping[str, Any]) -> Directory:
+    """From the agent's answer to `directory`."""
+    abilities = FilesystemAbilities(**answer["abilities"])
+    return Directory(**{**answer, "names": frozenset(answer["names"]), "abilities": abilities})
+
+
+def image_facts(target: str, path: str, format_: str, answer: Mapping[str, Any]) -> ImageFacts:
+    """From the agent's answer to `disk`."""
+    if "error" in answer:
+        return ImageFacts(target, path, format_, error=answer["error"], in_use=answer.get("in_use", False))
+    image = answer.get("image", {})
+    specific = image.get("format-specific", {}).get("data", {})
+    return ImageFacts(
+        target,
+        path,
+        format_,
+        regular=answer["regular"],
+        virtual_size=answer["virtual_size"],
+        allocated=answer["allocated"],
+        data=answer["data"],
+        mode=answer["mode"],
+        user=answer["user"],
+        group=answer["group"],
+        fingerprint=answer["fingerprint"],
+        backing=answer.get("backing", ""),
+        data_file=answer.get("data_file", ""),
+        encrypted=answer.get("encrypted", False),
+        corrupt=bool(specific.get("corrupt", False)),
+        snapshots=tuple(snapshot["name"] for snapshot in image.get("snapshots", [])),
+        options=tuple(sorted(_options(image, specific).items())),
+        stored=answer["stored"],
+    )
+
+
+def _options(image: Mapping[str, Any], specific: Mapping[str, Any]) -> dict[str, str]:
+    if not specific:
+        return {}
+    options = {"cluster_size": str(image["cluster-size"])}
+    for theirs, ours in _QCOW2_OPTIONS.items():
+        if theirs in specific:
+            value = specific[theirs]
+            text = ("on" if value else "off") if isinstance(value, bool) else str(value)
+            if text != _DEFAULTS.get(ours):
+                options[ours] = text
+    return options
+
+
+def staged_facts(answer: Mapping[str, Any]) -> Staged:
+    """From one of the agent's answers to `staged`."""
+    source = answer.get("source", {})
+    return Staged(
+        answer["directory"],
+        answer["operation"],
+        source.get("uuid", ""),
+        source.get("name", ""),
+        answer["defining"],
+        answer["committed"],
+        tuple(answer["remove"]),
+        tuple(answer["forget"]),
+        {target: StagedDisk(**disk) for target, disk in answer["disks"].items()},
+        answer["holder"],
+        answer.get("kind", "clone"),
+        tuple(answer["published"]),
+        answer["foreign"],
+    )

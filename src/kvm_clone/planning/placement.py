@@ -1,0 +1,168 @@
+"""Where each disk of a clone goes. Pure."""
+
+from __future__ import annotations
+
+import posixpath
+from dataclasses import dataclass
+
+from kvm_clone.agent.image import QCOW2
+from kvm_clone.agent.names import is_plain
+from kvm_clone.findings import Finding, block
+from kvm_clone.options import Options
+from kvm_clone.planning import domain_facts
+from kvm_clone.planning.facts import DestinationFacts, Directory, Facts, ImageFacts, Staged, StagedDisk
+from kvm_clone.planning.file_names import UNKEPT, file_name, home_of, stem_of
+
+
+@dataclass(frozen=True)
+class PlannedDisk:
+    """One disk to copy and the file it becomes; `staged` is what an interrupted attempt has of it.
+
+    `base`: the replica's image that is brought up to date; the file is then an overlay on it, until it is merged, or
+    with `shares` a copy that shares its blocks and takes its place. `fine`: the overlay has subclusters of 2 KiB.
+    """
+
+    image: ImageFacts
+    final: str
+    staged: StagedDisk | None = None
+    base: ImageFacts | None = None
+    shares: bool = False
+    fine: bool = False
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What `qemu-img create -o` is told of the file: as at the source, of an overlay what fits it."""
+        if self.base is None:
+            return dict(self.image.options)
+        return {"extended_l2": "on"} if self.fine else {}
+
+    @property
+    def format(self) -> str:
+        """The file's own format."""
+        if self.base is None:
+            return self.image.format
+        return self.base.format if self.shares else QCOW2
+
+    @property
+    def below(self) -> ImageFacts | None:
+        """The image that the file is an overlay on."""
+        return None if self.shares else self.base
+
+    @property
+    def target(self) -> str:
+        """The guest's name for it, such as vda."""
+        return self.image.target
+
+
+@dataclass(frozen=True)
+class Names:
+    """What new names are made from: the VM's at the source and at the destination, and the operation's."""
+
+    old: str
+    new: str
+    operation: str
+
+
+def place(
+    facts: Facts, options: Options, names: Names, staged: Staged | None, images: tuple[ImageFacts, ...] | None = None
+) -> tuple[tuple[PlannedDisk, ...], tuple[Finding, ...]]:
+    """Where each disk goes: a directory, and in it a name that nothing has; or where an interrupted attempt put it.
+
+    `images`: those of the source that become files of their own, None for all.
+    """
+    placed: list[PlannedDisk] = []
+    findings: list[Finding] = []
+    taken: set[str] = set()
+    for image in facts.source.images if images is None else images:
+        kept = staged.disks.get(image.target) if staged is not None else None
+        # Nothing durable: nothing to reuse, and the file may be missing or half made.
+        if kept is not None and kept.durable and _is_same(kept, image):
+            placed.append(PlannedDisk(image, kept.final, kept))
+            continue
+        directory, finding = _directory_for(facts.destination, home_of(image.path), options.pool)
+        if finding is not None and finding not in findings:
+            findings.append(finding)
+        if directory is not None:
+            others = taken | facts.destination.paths_in_use.keys()
+            path = kept.final if kept else _free_path(directory, image, names, others)
+            taken.add(path)
+            placed.append(PlannedDisk(image, path))
+    return tuple(placed), tuple(findings)
+
+
+def _is_same(kept: StagedDisk, image: ImageFacts) -> bool:
+    """Whether a staged file can become this disk as it is now."""
+    return not kept.backing and (kept.size, kept.format) == (image.virtual_size, image.format)
+
+
+def _directory_for(
+    destination: DestinationFacts, source_directory: str, pool_name: str | None
+) -> tuple[Directory | None, Finding | None]:
+    host = destination.host.name
+    pools = {pool.name: pool for pool in destination.pools}
+    same = destination.directories.get(source_directory)
+    if pool_name is None and same is not None and same.exists:
+        directory = same
+    else:
+        pool = pools.get(pool_name or "default")
+        if pool is None or not pool.active or pool.type not in domain_facts.FILE_POOLS:
+            return None, _pool_finding(host, pool_name or "default", pool, sorted(pools))
+        directory = destination.directories.get(pool.path) or Directory(pool.path, exists=False, writable=False, free=0)
+    return _usable(host, directory)
+
+
+def _usable(host: str, directory: Directory) -> tuple[Directory | None, Finding | None]:
+    if UNKEPT.search(directory.path) or not is_plain(directory.path):
+        text = f"The path {directory.path!r} on {host} is none for a disk: it has line breaks, tabs, or '..' in it."
+        return None, block("directory-name", directory.path, text, "name another pool with --pool")
+    if not directory.exists:
+        text = f"{host} has no directory {directory.path}, although it has a storage pool there."
+        return None, block("directory-missing", directory.path, text, "make it, or name another pool with --pool")
+    if not directory.writable:
+        text = f"This user cannot write in {directory.path} on {host}."
+        remedy = "connect as another user, or name another pool with --pool"
+        return None, block("not-writable", directory.path, text, remedy)
+    return directory, None
+
+
+def _pool_finding(host: str, name: str, pool: domain_facts.Pool | None, known: list[str]) -> Finding:
+    if pool is None:
+        remedy = f"name one of its pools with --pool: {', '.join(known) or 'it has none'}"
+        return block("pool-missing", name, f"{host} has no storage pool named {name}.", remedy)
+    if not pool.active:
+        return block(
+            "pool-inactive",
+            name,
+            f"The storage pool {name} on {host} is not active.",
+            f"virsh pool-start {name}",
+        )
+    text = f"The storage pool {name} on {host} is of type {pool.type}, whose volumes are not files."
+    return block("pool-type", name, text, f"name a pool of type {', '.join(domain_facts.FILE_POOLS)} with --pool")
+
+
+def _free_path(directory: Directory, image: ImageFacts, names: Names, taken: set[str]) -> str:
+    """The source's file name where it is free, with the VM's new name for the old; else one with the disk's target.
+
+    Where not every name that is there is known, one with the operation's, which nobody has.
+    """
+    stem, extension = stem_of(image.path, names.old, names.new)
+    # Names end up in paths that people type: a VM's name may hold what they would have to quote.
+    endings = ["", f"-{image.target}"]
+    endings += [f"-{image.target}-{number}" for number in range(1, len(directory.names) + len(taken) + 2)]
+    there = {directory.same(posixpath.join(directory.path, file)) for file in directory.names}
+    there |= {directory.same(path) for path in taken}
+    for ending in endings if not directory.more else [f"-{image.target}-{names.operation}"]:
+        path = posixpath.join(directory.path, file_name(directory, stem, f"{ending}{extension}"))
+        if directory.same(path) not in there:
+            return path
+    raise AssertionError("more candidates than names")
+
+
+def stage_directory(facts: Facts, options: Options, disks: tuple[PlannedDisk, ...], staged: Staged | None) -> str:
+    """Where the journal lies: beside the first disk; for a VM without disks, where its disks would be."""
+    if staged is not None:
+        return staged.directory
+    if disks:
+        return posixpath.dirname(disks[0].final)
+    directory, _ = _directory_for(facts.destination, "", options.pool)
+    return directory.path if directory else "/var/tmp"  # noqa: S108

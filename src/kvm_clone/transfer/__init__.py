@@ -1,0 +1,1 @@
+"""Content between two hosts: streams, digests, and the copy of each disk."""

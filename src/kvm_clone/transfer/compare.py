@@ -1,0 +1,181 @@
+"""Where the contents of two disks on two hosts differ: segments first, then the blocks of those that do.
+
+The disks are compared a window at a time, so that memory and traffic stay flat for disks of any size, and so that the
+agents still remember the blocks of a window when they are asked for: everything is read once.
+"""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvm_clone.agent.digest import BLOCK, SEGMENT
+from kvm_clone.agent.disk import joined, thinned
+from kvm_clone.agent.hashing import KEY_BYTES, SHA256, SIZE
+from kvm_clone.hosts.host import Host
+from kvm_clone.tasks import together
+
+Ranges = tuple[tuple[int, int], ...]
+"""[start, end) pairs in bytes, in order and apart."""
+
+_WINDOW = 256 * SEGMENT
+"""Bytes compared at a time: 16 GiB, whose blocks' digests take 4 MiB at each end."""
+
+_ASKED = 64
+"""Segments whose blocks are asked for in one call: an answer of less than 2 MiB."""
+
+OnDone = Callable[[int], None]
+"""Hears how many bytes have been compared at both ends."""
+
+
+_How = tuple[str, str]
+"""The function that both ends digest by, and a key for it in hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A disk's content at one end: a path, or an NBD URI, and its format there."""
+
+    host: Host
+    path: str
+    format: str
+
+    async def ask(
+        self, call: str, progress: Callable[[dict[str, Any]], None] | None, how: _How, ranges: Ranges
+    ) -> dict[int, str]:
+        """The agent's answer, by segment."""
+        pairs = [list(pair) for pair in ranges]
+        answer = await self.host.call(
+            call, progress, path=self.path, image_format=self.format, how=list(how), ranges=pairs
+        )
+        return dict(map(tuple, answer))
+
+
+async def differing(one: Side, other: Side, ranges: Ranges, on_done: OnDone) -> Ranges:
+    """The parts of the ranges whose content differs, by whole blocks. Raises TransferError and its kinds."""
+    found: list[tuple[int, int]] = []
+    done = 0
+    how = await _agreed(one, other) if ranges else ("", "")
+    for window in windows(ranges):
+        more = await _in_window(one, other, how, window, lambda count, before=done: on_done(before + count))  # type: ignore[misc]
+        for start, end in more:
+            add(found, start, end)
+        done += total(window)
+        on_done(done)
+        found = thinned(found, BLOCK)
+    return tuple(found)
+
+
+async def _agreed(one: Side, other: Side) -> _How:
+    """The fastest function that both ends have, and a new key: what they hold was written before it."""
+    ours, theirs = await together(one.host.call("digests"), other.host.call("digests"))
+    return next((method for method in ours if method in theirs), SHA256), secrets.token_hex(KEY_BYTES)
+
+
+async def _in_window(one: Side, other: Side, how: _How, window: Ranges, on_done: OnDone) -> list[tuple[int, int]]:
+    state = [0, 0]
+
+    def progress_of(end: int) -> Callable[[dict[str, Any]], None]:
+        def progress(answer: dict[str, Any]) -> None:
+            state[end] = answer["done"]
+            on_done(min(state))
+
+        return progress
+
+    ours, theirs = await together(
+        one.ask("digest", progress_of(0), how, window), other.ask("digest", progress_of(1), how, window)
+    )
+    segments = sorted(at for at in ours.keys() | theirs.keys() if ours.get(at) != theirs.get(at))
+    found: list[tuple[int, int]] = []
+    for first in range(0, len(segments), _ASKED):
+        wanted = within_segments(window, set(segments[first : first + _ASKED]))
+        ours, theirs = await together(one.ask("blocks", None, how, wanted), other.ask("blocks", None, how, wanted))
+        for start, end in differing_blocks(wanted, ours, theirs):
+            add(found, start, end)
+    return found
+
+
+def differing_blocks(ranges: Ranges, ours: dict[int, str], theirs: dict[int, str]) -> Iterator[tuple[int, int]]:
+    """The blocks of the ranges, none of which crosses segments, whose digests differ.
+
+    `ours`, `theirs`: by segment, the digests of the blocks that the ranges have in it, joined, in base64.
+    """
+    used: dict[int, int] = {}
+    mine = {at: base64.b64decode(text) for at, text in ours.items()}
+    other = {at: base64.b64decode(text) for at, text in theirs.items()}
+    for start, end in ranges:
+        segment = start - start % SEGMENT
+        for block in range(start, end, BLOCK):
+            at = used.get(segment, 0)
+            used[segment] = at + SIZE
+            if mine[segment][at : at + SIZE] != other[segment][at : at + SIZE]:
+                yield block, min(block + BLOCK, end)
+
+
+def windows(ranges: Ranges) -> Iterator[Ranges]:
+    """The ranges cut at segments' borders into lists that each span at most a window."""
+    window: list[tuple[int, int]] = []
+    for start, end in ranges:
+        while start < end:
+            if window and start >= window[0][0] - window[0][0] % SEGMENT + _WINDOW:
+                yield tuple(window)
+                window = []
+            first = window[0][0] if window else start
+            stop = min(end, first - first % SEGMENT + _WINDOW)
+            window.append((start, stop))
+            start = stop
+    if window:
+        yield tuple(window)
+
+
+def within_segments(ranges: Ranges, segments: set[int]) -> Ranges:
+    """The parts of the ranges that lie in these segments, cut at the segments' borders."""
+    return tuple(
+        (max(at, start), min(at + SEGMENT, end))
+        for start, end in ranges
+        for at in range(start - start % SEGMENT, end, SEGMENT)
+        if at in segments
+    )
+
+
+def add(found: list[tuple[int, int]], start: int, end: int) -> None:
+    """Append a range that comes after all others, joined to the last one if they touch."""
+    if found and found[-1][1] == start:
+        found[-1] = (found[-1][0], end)
+    else:
+        found.append((start, end))
+
+
+def aligned(ranges: Sequence[Sequence[int]], size: int) -> Ranges:
+    """The ranges widened to whole blocks of a disk of `size` bytes, and joined where they then touch."""
+    widened = ((start - start % BLOCK, min(size, -(-end // BLOCK) * BLOCK)) for start, end in ranges)
+    return tuple(thinned(joined((low, high) for low, high in widened if low < high), BLOCK))
+
+
+def total(ranges: Sequence[Sequence[int]]) -> int:
+    """Bytes in the ranges."""
+    return sum(end - start for start, end in ranges)
+
+
+def union(one: Ranges, other: Ranges) -> Ranges:
+    """Both, which are cut at blocks, joined where they touch."""
+    return tuple(joined(sorted((*one, *other))))
+
+
+def common(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> Ranges:
+    """The parts that both have; each is in order and apart."""
+    found: list[tuple[int, int]] = []
+    ours, theirs = iter(one), iter(other)
+    a, b = next(ours, None), next(theirs, None)
+    while a is not None and b is not None:
+        start, end = max(a[0], b[0]), min(a[1], b[1])
+        if start < end:
+            found.append((start, end))
+        if a[1] <= b[1]:
+            a = next(ours, None)
+        else:
+            b = next(theirs, None)
+    return tuple(found)

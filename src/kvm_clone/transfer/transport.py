@@ -1,0 +1,385 @@
+"""The data path: a sender on the source, a receiver on the destination, and one pipe between them.
+
+Direct: the source's agent runs ssh to the destination, whose answers come back through the source's output.
+Relay: both agents are reached from here, and the kernel's pipe joins the one's output to the other's input.
+In both the controller hears the receiver's frames, and tells both what to do once they are ready: they can be set up
+while it is still being found out what there is to send.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvm_clone.agent import errors as kinds
+from kvm_clone.agent import wire
+from kvm_clone.agent.stream import enlarge_pipe
+from kvm_clone.errors import InterruptedTransferError, TransferError
+from kvm_clone.hosts import payload
+from kvm_clone.hosts.children import end_process, kill_process, spawn, spawn_options
+from kvm_clone.hosts.host import Host, call_error, read_frame, read_marker
+from kvm_clone.hosts.survey import direct_ssh
+from kvm_clone.options import Route
+from kvm_clone.tasks import undisturbed
+
+READY_SECONDS = 45.0
+"""How long a stream may be kept ready before it is used: less than its agents' patience, agent.__main__."""
+
+_READY_SECONDS = 60.0
+_END_SECONDS = 20.0
+_STDERR_LIMIT = 64 * 1024
+
+
+@dataclass(frozen=True)
+class End:
+    """A disk at one end: its path, or an NBD URI, and its format there."""
+
+    path: str
+    format: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One disk's way: see agent.transfer.Job. `fresh`: the other end is known to read as zeros."""
+
+    source: End
+    staged: End
+    fresh: bool = True
+    ranges: tuple[tuple[int, int], ...] | None = None
+    durable: int = 0
+
+    def sending(self) -> dict[str, Any]:
+        """As the sender takes it."""
+        ranges = None if self.ranges is None else [list(pair) for pair in self.ranges]
+        return {"path": self.source.path, "format": self.source.format, "fresh": self.fresh, "ranges": ranges}
+
+    def receiving(self) -> dict[str, Any]:
+        """As the receiver takes it. `durable`: the byte before which everything was durable already."""
+        return {"path": self.staged.path, "format": self.staged.format, "durable": self.durable}
+
+
+OnBytes = Callable[[list[int]], None]
+"""Hears a number of bytes for each job, in their order."""
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a stream is to move: `parallel` disks at once, `rate` bytes a second over all of them, 0 for no limit.
+
+    `vm`: the destination VM, whose operation's agent the receiver shall not outlive.
+    """
+
+    vm: str
+    jobs: Sequence[Job]
+    parallel: int
+    rate: int
+
+
+class Stream:
+    """A sender and a receiver that are ready, and the pipe between them. It serves one order."""
+
+    def __init__(
+        self, sender: _Child, receiver: _Child | None, answers: asyncio.StreamReader, into: int | None = None
+    ) -> None:
+        """`into`: the end of the pipe to the receiver that we hold, for its request; None where the sender tells it."""
+        self._sender = sender
+        self._receiver = receiver
+        self._answers = answers
+        self._into = into
+        self._since = time.monotonic()
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the agents still wait to be told what to do."""
+        return time.monotonic() - self._since < READY_SECONDS and self._sender.process.returncode is None
+
+    async def run(self, orders: Orders, on_written: OnBytes, on_durable: OnBytes) -> None:
+        """Copy every disk; returns when all content is durable at the destination.
+
+        `on_written` hears how much each disk got, `on_durable` the byte before which each is durable. Raises
+        TransferError and its kinds, naming the end that failed.
+        """
+        receive = {"mode": "receive", "vm": orders.vm, "jobs": [job.receiving() for job in orders.jobs]}
+        send = {"jobs": [job.sending() for job in orders.jobs], "parallel": orders.parallel, "rate": orders.rate}
+        done, error = False, None
+        try:
+            order = wire.pack_frame({"go": True, "receive": receive, **send})
+            if await self._tell_receiver(wire.pack_frame(receive)):
+                self._sender.write(order)
+                done, error = await self._hear(len(orders.jobs), on_written, on_durable)
+        except wire.ProtocolError as broken:
+            error = {"kind": kinds.PROTOCOL, "message": f"the data stream: {broken}"}
+        await self._settle(done, error)
+
+    async def _tell_receiver(self, request: bytes) -> bool:
+        """Whether the receiver has its request, or gets it from the sender; False when it is gone."""
+        try:
+            if self._into is not None:
+                await asyncio.to_thread(wire.write_all, self._into, request)
+        except BrokenPipeError:
+            return False
+        self.let_go()
+        return True
+
+    async def _hear(self, count: int, on_written: OnBytes, on_durable: OnBytes) -> tuple[bool, dict[str, Any] | None]:
+        """Whether the receiver is done, and what it said went wrong. Raises ProtocolError."""
+        while (frame := await self._answer()) is not None:
+            if "written" in frame:
+                on_written(_amounts(frame["written"], count))
+            if "durable" in frame:
+                on_durable(_amounts(frame["durable"], count))
+            if "error" in frame:
+                return False, _error(frame["error"])
+            if frame.get("done") is True:
+                return True, None
+        return False, None
+
+    async def _answer(self) -> dict[str, Any] | None:
+        """The receiver's next frame, None when the stream of them has broken off: the children's last words say why."""
+        try:
+            return await read_frame(self._answers)
+        except (EOFError, OSError):
+            return None
+
+    def let_go(self) -> None:
+        """Close our end of the pipe to the receiver: its end is the sender's alone to tell."""
+        if self._into is not None:
+            os.close(self._into)
+            self._into = None
+
+    async def _settle(self, done: bool, error: dict[str, Any] | None) -> None:
+        """Raise for whatever failed first. An end that only lost the other one is not the cause."""
+        if error is not None and error.get("kind") != kinds.INTERRUPTED:
+            raise call_error(error, (self._receiver or self._sender).destination)
+        children = [child for child in (self._sender, self._receiver) if child is not None]
+        statuses = [await child.end(willing=done) for child in children]
+        if done and not any(statuses):
+            return
+        said = self._sender.said or (self._receiver.said if self._receiver else "")
+        said = said or (error or {}).get("message", "") or "the stream broke off"
+        raise InterruptedTransferError(
+            f"the copy was interrupted: {said}", subject=self._sender.host, remedy="run the command again"
+        )
+
+
+def _amounts(said: Any, count: int) -> list[int]:
+    """Bytes for each job. Raises ProtocolError when it is anything else."""
+    if not isinstance(said, list) or len(said) != count or not all(type(one) is int and one >= 0 for one in said):
+        raise wire.ProtocolError(f"no amounts for {count} disks: {str(said)[:200]}")
+    return said
+
+
+def _error(said: Any) -> dict[str, Any]:
+    if not isinstance(said, dict):
+        raise wire.ProtocolError(f"an error that is none: {str(said)[:200]}")
+    return said
+
+
+class _Child:
+    """A child process whose last words are kept."""
+
+    def __init__(self, process: asyncio.subprocess.Process, host: str, destination: str) -> None:
+        self.process = process
+        self.host = host
+        self.destination = destination
+        self._stderr = b""
+        self.reader = asyncio.create_task(self._read_stderr())
+
+    async def _read_stderr(self) -> None:
+        assert self.process.stderr is not None
+        while part := await self.process.stderr.read(4096):
+            self._stderr = (self._stderr + part)[-_STDERR_LIMIT:]
+
+    @property
+    def said(self) -> str:
+        """What the agent said that failed, else the last line of ssh."""
+        lines = [line.strip() for line in self._stderr.decode(errors="replace").splitlines() if line.strip()]
+        ours = [line.removeprefix("kvm-clone: ") for line in lines if line.startswith("kvm-clone: ")]
+        # The first of ours is the cause: what comes later only lost its peer.
+        if ours:
+            return f"{self.host}: {ours[0]}"
+        return f"{self.host}: {lines[-1]}" if lines else ""
+
+    def write(self, data: bytes) -> None:
+        """Give the child input."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(data)
+
+    async def end(self, *, willing: bool) -> int:
+        """Wait for the child's end; its exit status. One that is not done by itself is told to end."""
+        if willing:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_END_SECONDS):
+                    await self.process.wait()
+        await end_process(self.process, patience=_END_SECONDS)
+        await self.reader
+        return self.process.returncode or 0
+
+    async def kill(self) -> None:
+        """Make it end now."""
+        await undisturbed(_killed([self]))
+
+
+async def _killed(children: Sequence[_Child]) -> None:
+    await kill_process(*(child.process for child in children))
+    await asyncio.gather(*(child.reader for child in children))
+
+
+async def _spawn(argv: list[str], host: str, destination: str, stdin: int, stdout: int) -> _Child:
+    process = await spawn(*argv, stdin=stdin, stdout=stdout, stderr=asyncio.subprocess.PIPE, **spawn_options())
+    return _Child(process, host, destination)
+
+
+def _start(request: dict[str, Any]) -> bytes:
+    """What an agent reads first: itself, and what it is to do."""
+    return payload.preamble().encode() + payload.package() + wire.pack_frame(request)
+
+
+def opened(source: Host, destination: Host, route: Route) -> contextlib.AbstractAsyncContextManager[Stream]:
+    """A stream from one host to the other, ready. Raises TransferError and its kinds."""
+    return _direct(source, destination) if route is Route.DIRECT else _relay(source, destination)
+
+
+@contextlib.asynccontextmanager
+async def _direct(source: Host, destination: Host) -> AsyncIterator[Stream]:
+    argv, known_hosts = await direct_ssh(destination)
+    send = {
+        "mode": "send",
+        "ssh": argv,
+        "known_hosts": known_hosts,
+        "command": payload.remote_command(),
+        "preamble": payload.preamble(),
+    }
+    sender = await _spawn(
+        source.session_argv(source.agent_command()), source.name, destination.name, asyncio.subprocess.PIPE,
+        asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        sender.write(_start(send))
+        assert sender.process.stdout is not None
+        for _ in ("the sender", "the receiver behind it"):
+            await _ready(sender, sender.process.stdout)
+        yield Stream(sender, None, sender.process.stdout)
+    finally:
+        await sender.kill()
+
+
+async def _ready(child: _Child, stream: asyncio.StreamReader) -> None:
+    try:
+        await read_marker(stream, _READY_SECONDS)
+    except (EOFError, OSError, TimeoutError, wire.ProtocolError) as error:
+        raise await _given_up(child, error) from error
+
+
+async def _give_itself(receiver: _Child, into: int) -> None:
+    """Write the receiver's own code into its pipe, which takes all of it at once only where pipes can be enlarged."""
+    package = payload.preamble().encode() + payload.package()
+    writing = asyncio.create_task(asyncio.to_thread(wire.write_all, into, package))
+    try:
+        async with asyncio.timeout(_READY_SECONDS):
+            await asyncio.shield(writing)
+    except (OSError, TimeoutError, asyncio.CancelledError) as error:
+        await receiver.kill()  # the writing ends with it: there is no other reader
+        await asyncio.gather(writing, return_exceptions=True)
+        if isinstance(error, asyncio.CancelledError):
+            raise
+        raise await _given_up(receiver, error) from error
+
+
+async def _given_up(child: _Child, error: Exception) -> TransferError:
+    """End the child; why it did not get ready. One that is not at its end already would not come to it by itself."""
+    await (child.end(willing=False) if isinstance(error, EOFError) else child.kill())
+    reason = str(error) if isinstance(error, wire.ProtocolError) else child.said or error or type(error).__name__
+    text = f"the data stream could not be set up: {reason}"
+    return InterruptedTransferError(text, subject=child.host, remedy="run the command again")
+
+
+@contextlib.asynccontextmanager
+async def _relay(source: Host, destination: Host) -> AsyncIterator[Stream]:
+    children: list[_Child] = []
+    stream: Stream | None = None
+    out, into = os.pipe()
+    try:
+        enlarge_pipe(into)
+        sender = await _spawn(
+            source.session_argv(source.agent_command()),
+            source.name,
+            destination.name,
+            asyncio.subprocess.PIPE,
+            into,
+        )
+        children.append(sender)
+        os.close(into)
+        into = -1
+        sender.write(_start({"mode": "send"}))
+        await _pipe_ready(sender, out)
+        # The receiver reads itself and its request out of the same pipe, ahead of the sender's records.
+        into = os.open(f"/proc/self/fd/{out}", os.O_WRONLY | os.O_CLOEXEC)
+        receiver = await _spawn(
+            destination.session_argv(destination.agent_command()), destination.name, destination.name, out,
+            asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        children.append(receiver)
+        os.close(out)
+        out = -1
+        await _give_itself(receiver, into)
+        assert receiver.process.stdout is not None
+        await _ready(receiver, receiver.process.stdout)
+        stream = Stream(sender, receiver, receiver.process.stdout, into)
+        into = -1
+        yield stream
+    finally:
+        try:
+            await undisturbed(_killed(children))  # first: a thread may be in the midst of using the pipe
+        finally:
+            for descriptor in (out, into):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            if stream is not None:
+                stream.let_go()
+
+
+async def _pipe_ready(sender: _Child, out: int) -> None:
+    """Wait for the marker in a pipe that another process will read from."""
+    try:
+        async with asyncio.timeout(_READY_SECONDS):
+            await _take_marker(out)
+    except (EOFError, OSError, TimeoutError, wire.ProtocolError) as error:
+        raise await _given_up(sender, error) from error
+
+
+async def _take_marker(out: int) -> None:
+    """Skip noise up to the marker, behind which a sender says nothing until it is told to go.
+
+    Raises EOFError, ProtocolError.
+    """
+    marker = wire.MARKER + payload.identity().encode()
+    skipped, rest = 0, b""
+    while skipped <= wire.NOISE_LIMIT:
+        await _readable(out)
+        part = os.read(out, 1 << 16)
+        if not part:
+            raise EOFError("the connection ended before the agent was ready")
+        skipped += len(part)
+        *lines, rest = (rest + part).split(b"\n")
+        if marker in lines:
+            if lines[-1] != marker or rest:
+                raise wire.ProtocolError("something prints into the data stream, behind the agent's marker")
+            return
+    raise wire.ProtocolError("the login prints without end instead of running the agent")
+
+
+async def _readable(descriptor: int) -> None:
+    """Wait until a read would not wait, by a look that is newer than the last read."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(descriptor)
