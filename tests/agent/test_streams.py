@@ -22,7 +22,7 @@ from kvm_clone.transfer import transport
 from kvm_clone.transfer.transport import End, Job, Orders, Stream
 
 from .test_lies import altered
-from .tools import MIB, make_raw, noise, processes
+from .tools import MIB, eventually, make_raw, noise, processes
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -131,11 +131,13 @@ def test_a_pipe_that_takes_little(login: Login, tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_prints_behind_the_marker_is_noticed(login: Login, tmp_path: Path) -> None:
-    login("(sleep 2; echo late) &", 0)
+    ready, said = tmp_path / "ready", tmp_path / "said"
+    login(f"(until [ -e {ready} ]; do sleep 0.05; done; echo late; : > {said}) &", 0)
 
     async def run() -> None:
         async with stream(tmp_path) as (opened, orders):
-            await asyncio.sleep(3)
+            ready.touch()
+            assert await asyncio.to_thread(eventually, said.exists)
             await opened.run(orders, lambda _: None, lambda _: None)
 
     with pytest.raises(TransferError):
