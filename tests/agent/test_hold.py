@@ -361,6 +361,16 @@ def test_marks_are_made_anew_when_an_attempt_is_resumed(pool: Path, marked: list
     assert marks(marked) == [None, None]
 
 
+@pytest.mark.parametrize("how", ["unmark", "undo", "finish", "abandon", "release"])
+def test_marks_that_the_first_run_did_not_make_are_removed_too(how: str, pool: Path, marked: list[Path]) -> None:
+    begin(pool, marks=[str(pool)]).release()
+    again = begin(pool, resume=True, marks=list(map(str, marked)))
+    assert marks(marked) == list(map(str, marked))
+    getattr(again, how)()
+    assert not list(marked[1].iterdir())
+    again.release()
+
+
 def test_a_directory_that_cannot_be_marked(pool: Path, marked: list[Path], locks: Path) -> None:
     with pytest.raises(AgentError, match="marking /nowhere") as caught:
         begin(pool, marks=[*map(str, marked), "/nowhere"])

@@ -6,6 +6,7 @@ by the process that holds the operation's lock (hold.py), and ends with it.
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import pwd
@@ -57,6 +58,7 @@ class Stage(Hold):
         self._journal: Optional[journal.Journal] = None
         self._ending = threading.Event()
         self._held: List[ImageLock] = []
+        self._marked: List[str] = []
         try:
             path = names.journal_path(directory, name)
             if finishing:
@@ -129,6 +131,8 @@ class Stage(Hold):
         """Make a file in each directory, with its path, by which a host that sees the same directory knows it."""
         for directory in directories:
             path = names.mark_path(self.operation, directory)
+            if directory not in self._records()[0].get("marks", []):
+                self._marked.append(directory)
             try:
                 leftovers.unlink_file(path)
                 fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -165,6 +169,12 @@ class Stage(Hold):
         """Remove the marks: whoever shares the directories has looked."""
         self.check()
         leftovers.remove_marks(self._records()[0])
+        self._remove_own_marks()
+
+    def _remove_own_marks(self) -> None:
+        """Remove the marks in directories that the journal does not name: those of a run that continues another."""
+        while self._marked:
+            leftovers.unlink_file(names.mark_path(self.operation, self._marked.pop()))
 
     @one_at_a_time
     def create(self, disk: str, final: str, spec: Dict[str, Any]) -> str:
@@ -324,6 +334,9 @@ class Stage(Hold):
         with self._turn:
             self.close_fences()
             self._let_go()
+            if self.is_held:
+                with contextlib.suppress(OSError, AgentError):  # what it is, the next run that marks there says
+                    self._remove_own_marks()
             if self._journal is not None:
                 self._journal.close()
                 self._journal = None
