@@ -33,10 +33,10 @@ PROGRAMS = re.compile(r"qemu-(img|nbd|io|storage-daemon)|guestfish|virt-(inspect
 TEXTS = {
     ("agent/facts.py", "qemu-img"),  # which version there is
     ("agent/facts.py", "qemu-nbd"),
-    ("checks.py", "qemu-img"),  # for people
-    ("checks.py", "qemu-nbd"),
-    ("checks.py", "install qemu-utils (or qemu-img) on "),
-    ("checks.py", "repair it: qemu-img check -r all"),
+    ("planning/checks.py", "qemu-img"),  # for people
+    ("planning/checks.py", "qemu-nbd"),
+    ("planning/checks.py", "install qemu-utils (or qemu-img) on "),
+    ("planning/checks.py", "repair it: qemu-img check -r all"),
 }
 """Where else the programs are named, and how."""
 

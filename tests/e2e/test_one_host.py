@@ -198,10 +198,9 @@ def test_an_interrupted_operation_of_another_host_is_left_to_it(lab: Lab, pools:
     assert before
     told = kvm_clone(lab, "status", "--host", "kc-a").out
     assert "which both hosts see; it is left to kc-b" in told
-    for flags, words in ((("--dry-run",), "would be left to kc-b"), ((), "left to kc-b")):
-        done = kvm_clone(lab, "cleanup", "kc-a", *flags)
-        assert done.code == 0, done.err
-        assert words in done.out
+    assert "would be left to kc-b" in kvm_clone(lab, "cleanup", "kc-a", "--dry-run").out
+    done = kvm_clone(lab, "cleanup", "kc-a")
+    assert done.code == 0, done.err
     for flags in ((), ("--force",), ("--resume",), ("--idempotent",)):
         second = kvm_clone(lab, "clone", "kc-b", "kc-a", "other", "--new-name", "twin", "--pool", "shared", *flags)
         assert second.code in (3, 8), second.err
