@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from hypothesis import settings
 
 settings.register_profile("any-speed", deadline=None)
 settings.load_profile("any-speed")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup, or in a shell's background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the programs that tests interrupt inherit
 
 Children = dict[tuple[int, str], str]
 """Processes by pid and start, which together name one; how each looks."""

@@ -8,7 +8,7 @@ import random
 import shutil
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,7 @@ from kvm_clone.errors import (
 from kvm_clone.execution import measure, trial
 from kvm_clone.execution.run import Outcome, Run
 from kvm_clone.execution.watching import watched
-from kvm_clone.findings import Finding, Severity
+from kvm_clone.findings import Severity
 from kvm_clone.hosts import connections, domains, live, ssh, vms
 from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.survey import inspect
@@ -42,9 +42,9 @@ from kvm_clone.planning.placement import PlannedDisk
 from kvm_clone.planning.plan import Identity, Plan, make_plan
 from kvm_clone.planning.sync import make_sync_plan
 from kvm_clone.progress import Event, Note, OnEvent, Phase, PhaseStarted
+from kvm_clone.results import DiskResult, HostListing, Result, StagedListing
 from kvm_clone.tasks import together, undisturbed
 from kvm_clone.upkeep import leftovers, operation_log
-from kvm_clone.upkeep.leftovers import StagedData
 
 
 @dataclass(frozen=True)
@@ -55,86 +55,6 @@ class Request:
     destination: str
     vm: str
     options: Options = field(default_factory=CloneOptions)
-
-
-@dataclass(frozen=True)
-class DiskResult:
-    """One disk of the result; sizes in bytes. `data`: what the source's image holds, `sent`: what was sent of it.
-
-    `method`: whether it was copied whole, or what differs was found by digests or by a dirty bitmap.
-    """
-
-    target: str
-    source: str
-    destination: str
-    format: str
-    virtual_size: int
-    data: int
-    sent: int
-    method: str
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished clone or sync. `changed` tells it from one that was there already; times in seconds, sizes in bytes.
-
-    `proof`: how much was proven equal. `bytes_reused`: content that an interrupted attempt had brought.
-    `bytes_compared`: what both hosts digested to find what differs. `consistency`: of the source's point in time:
-    offline, filesystem or crash; `frozen_seconds`: for how long the guest's filesystems were frozen for it;
-    `scratch_bytes`: what its backup job took. `checkpoint`: what was left on the source for the next sync. `hint`: why
-    no dirty bitmap was used. `removed`: what went with a replaced VM.
-    """
-
-    operation: str
-    source: str
-    destination: str
-    vm: str
-    name: str
-    uuid: str
-    changed: bool
-    verified: bool
-    proof: str
-    route: str
-    route_reason: str
-    disks: tuple[DiskResult, ...]
-    bytes_sent: int
-    bytes_resent: int
-    bytes_reused: int
-    bytes_compared: int
-    consistency: str
-    frozen_seconds: float
-    scratch_bytes: int
-    checkpoint: str
-    hint: str
-    seconds: float
-    copy_seconds: float
-    prove_seconds: float
-    findings: tuple[Finding, ...]
-    warnings: tuple[str, ...]
-    removed: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class StagedListing:
-    """What one host has staged; `done` says by a journal's path what `cleanup` did with it.
-
-    `jobs`: the VMs there whose backup job of ours nobody reads any more.
-    """
-
-    host: str
-    staged: tuple[StagedData, ...] = field(default_factory=tuple)
-    done: Mapping[str, str] = field(default_factory=dict)
-    errors: tuple[KvmCloneError, ...] = field(default_factory=tuple)
-    jobs: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class HostListing:
-    """What one host answered to `list_vms`: its VMs, or the error that kept it from answering."""
-
-    host: str
-    vms: tuple[domains.Listed, ...] = field(default_factory=tuple)
-    error: KvmCloneError | None = None
 
 
 _FIRST_DELAY_SECONDS = 1.0

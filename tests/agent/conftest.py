@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import names, stream
+from kvm_clone.agent import names
 from kvm_clone.agent.process import start
+from kvm_clone.agent.protocol import stream
 
 from .tools import MIB, SshServer, ending, eventually, lacking, need
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kvm_clone.agent import journal, names
+from kvm_clone.agent import names
+from kvm_clone.agent.host.this_host import this_host
 
 Record = dict[str, Any]
 
@@ -49,7 +50,7 @@ def elsewhere(**more: Any) -> Record:
 
 
 def here(**more: Any) -> Record:
-    return begin(host=journal.this_host()._asdict(), **more)
+    return begin(host=this_host()._asdict(), **more)
 
 
 def create(pool: Path, disk: str = "vda", **more: Any) -> Record:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from kvm_clone.agent.hashing import POLY1305, SHA256, How
+from kvm_clone.agent.digests.hashing import POLY1305, SHA256, How
 
 KEY = bytes(range(100, 132))
 

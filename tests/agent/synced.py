@@ -8,7 +8,8 @@ import pwd
 import subprocess
 from pathlib import Path
 
-from kvm_clone.agent import fingerprint, records, stage
+from kvm_clone.agent.disks import fingerprint
+from kvm_clone.agent.staging import records, stage
 
 NAME = "web"
 SIZE = 4 << 20

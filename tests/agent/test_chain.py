@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent import chain, errors, image
-from kvm_clone.agent.chain import Node, UnknownError
-from kvm_clone.agent.errors import AgentError
+from kvm_clone.agent.disks import chain, image
+from kvm_clone.agent.disks.chain import Node, UnknownError
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError
 
 from .images import SIZE, encrypted, forged, listening, make, put, qcow2_header, without_base_format
 from .tools import MIB, as_nobody, make_raw, noise, read

@@ -13,11 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent import differ, digest, errors, image
-from kvm_clone.agent.differ import Differ
-from kvm_clone.agent.disk import MemoryDisk
-from kvm_clone.agent.errors import AgentError
-from kvm_clone.agent.hashing import SHA256, How
+from kvm_clone.agent.digests import differ, digest
+from kvm_clone.agent.digests.differ import Differ
+from kvm_clone.agent.digests.hashing import SHA256, How
+from kvm_clone.agent.disks import image
+from kvm_clone.agent.disks.disk import MemoryDisk
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError
 
 from .naive_hash import BY_SHA256, naive_hash
 from .tools import KIB, MIB, make_overlay, make_qcow2, make_raw, noise

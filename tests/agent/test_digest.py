@@ -12,11 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent import digest, hashing, image
-from kvm_clone.agent.disk import DATA, Disk, MemoryDisk
-from kvm_clone.agent.file import FileDisk
-from kvm_clone.agent.hashing import How
-from kvm_clone.agent.wire import CHUNK
+from kvm_clone.agent.digests import digest, hashing
+from kvm_clone.agent.digests.hashing import How
+from kvm_clone.agent.disks import image
+from kvm_clone.agent.disks.disk import DATA, Disk, MemoryDisk
+from kvm_clone.agent.disks.file import FileDisk
+from kvm_clone.agent.protocol.wire import CHUNK
 
 from .naive_hash import BY_POLY1305, BY_SHA256, naive_hash
 from .tools import KIB, MIB, Write, filled, make_qcow2, make_raw, noise

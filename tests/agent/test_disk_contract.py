@@ -15,13 +15,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent import image, nbd, qemu
-from kvm_clone.agent.chain import Node
-from kvm_clone.agent.disk import DATA, HOLE, ZERO, Disk, Extent, MemoryDisk, intersect
-from kvm_clone.agent.errors import AgentError
-from kvm_clone.agent.file import SECTOR, FileDisk
-from kvm_clone.agent.stream import Incoming
-from kvm_clone.agent.wire import CHUNK
+from kvm_clone.agent.disks import image, nbd, qemu
+from kvm_clone.agent.disks.chain import Node
+from kvm_clone.agent.disks.disk import DATA, HOLE, ZERO, Disk, Extent, MemoryDisk, intersect
+from kvm_clone.agent.disks.file import SECTOR, FileDisk
+from kvm_clone.agent.protocol.errors import AgentError
+from kvm_clone.agent.protocol.stream import Incoming
+from kvm_clone.agent.protocol.wire import CHUNK
 
 from .tools import (
     KIB,

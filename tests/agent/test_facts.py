@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.agent import facts, image, journal, qemu
-from kvm_clone.agent.chain import Node
+from kvm_clone.agent.disks import image, qemu
+from kvm_clone.agent.disks.chain import Node
+from kvm_clone.agent.host import host_info
+from kvm_clone.agent.host.this_host import this_host
 
 from .images import encrypted, forged, make, put
 from .tools import KIB, MIB, make_overlay, make_qcow2, make_raw, noise
@@ -44,7 +46,7 @@ def test_data_in_an_overlay(tmp_path: Path, base_format: str, what: str) -> None
         make_qcow2(base, SIZE, BASE)
     over = make_overlay(tmp_path / "over", base, base_format, SIZE, OWN)
     asked = None if ranges is None else [list(pair) for pair in ranges]
-    assert facts.data_in(str(over), "qcow2", asked, own) == kib * KIB
+    assert host_info.data_in(str(over), "qcow2", asked, own) == kib * KIB
 
 
 def test_data_in_an_image_that_rests_on_none(tmp_path: Path) -> None:
@@ -53,7 +55,7 @@ def test_data_in_an_image_that_rests_on_none(tmp_path: Path) -> None:
         (make_qcow2(tmp_path / "b", SIZE, BASE), "qcow2"),
     ):
         for own in (False, True):
-            assert facts.data_in(str(path), format_, None, own) == 192 * KIB
+            assert host_info.data_in(str(path), format_, None, own) == 192 * KIB
 
 
 SAID: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any]]] = {
@@ -120,7 +122,7 @@ def made_fifo(path: Path) -> Path:
 def test_what_is_said_of_a_disk(what: str, tmp_path: Path) -> None:
     make_it, format_, expected = SAID[what]
     path = make_it(tmp_path)
-    said = facts.disk(str(path), format_)
+    said = host_info.disk(str(path), format_)
     wanted = {key: value.format(at=tmp_path) if isinstance(value, str) else value for key, value in expected.items()}
     assert {key: said.get(key) for key in wanted} == wanted
     for key in {"backing", "data_file", "encrypted", "error"} - wanted.keys():
@@ -133,26 +135,26 @@ def test_fingerprints_of_what_is_there(tmp_path: Path) -> None:
     path = make_raw(tmp_path / "disk", 5)
     about = path.stat()
     said = f"{about.st_dev}:{about.st_ino}:5:{about.st_mtime_ns}:{about.st_ctime_ns}"
-    assert facts.fingerprints([str(path), str(tmp_path / "none"), str(path / "below")]) == [said, None, None]
+    assert host_info.fingerprints([str(path), str(tmp_path / "none"), str(path / "below")]) == [said, None, None]
 
 
 def test_by_what_a_host_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    monkeypatch.setattr(facts, "LIBVIRT_SOCKETS", (str(tmp_path / "none"), str(make_raw(tmp_path / "socket", 0))))
+    monkeypatch.setattr(host_info, "LIBVIRT_SOCKETS", (str(tmp_path / "none"), str(make_raw(tmp_path / "socket", 0))))
     about = (tmp_path / "socket").stat()
-    said = facts.identity()
+    said = host_info.identity()
     assert said["boot"] == boot
     assert said["libvirt"] == f"{about.st_dev}:{about.st_ino}:{about.st_ctime_ns}"
-    assert said["machine"] == journal.this_host().machine
-    monkeypatch.setattr(facts, "LIBVIRT_SOCKETS", ())
-    assert facts.identity()["libvirt"] == ""
-    assert facts._line(str(tmp_path / "none")) == ""
+    assert said["machine"] == this_host().machine
+    monkeypatch.setattr(host_info, "LIBVIRT_SOCKETS", ())
+    assert host_info.identity()["libvirt"] == ""
+    assert host_info._line(str(tmp_path / "none")) == ""
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 511, 512, 513, 1_000_001, MIB])
 def test_a_raw_disks_size_is_what_qemu_says(tmp_path: Path, size: int) -> None:
     path = make_raw(tmp_path / "disk", size, [(0, noise(size))])
-    said = facts.disk(str(path), "raw")
+    said = host_info.disk(str(path), "raw")
     assert said["virtual_size"] == qemu.info(str(path), "raw")["virtual-size"]
     assert said["data"] == pytest.approx(size, abs=511)
 
@@ -166,16 +168,16 @@ def compressed(path: Path, cluster: str = "65536") -> Path:
 
 
 def test_what_stays_compressed_takes_less_than_its_content(tmp_path: Path) -> None:
-    said = facts.disk(str(compressed(tmp_path / "a")), "qcow2")
+    said = host_info.disk(str(compressed(tmp_path / "a")), "qcow2")
     assert said["data"] == MIB
     assert 0 < said["stored"] <= 512 * KIB
-    said = facts.disk(str(compressed(tmp_path / "b", "2097152")), "qcow2")
+    said = host_info.disk(str(compressed(tmp_path / "b", "2097152")), "qcow2")
     assert (said["data"], said["stored"]) == (2 * MIB, 0), "clusters of this size are stored uncompressed"
     for path, format_ in (
         (make_raw(tmp_path / "c", SIZE, BASE), "raw"),
         (make_qcow2(tmp_path / "d", SIZE, BASE), "qcow2"),
     ):
-        said = facts.disk(str(path), format_)
+        said = host_info.disk(str(path), format_)
         assert (said["data"], said["stored"]) == (192 * KIB, 0)
 
 
@@ -185,7 +187,7 @@ def test_a_part_that_is_compressed(tmp_path: Path) -> None:
     disk.write(2 * MIB, memoryview(noise(MIB)))
     disk.flush()
     disk.close()
-    said = facts.disk(str(path), "qcow2")
+    said = host_info.disk(str(path), "qcow2")
     assert said["data"] == 2 * MIB
     assert MIB < said["stored"] < 2 * MIB - 256 * KIB
 
@@ -196,7 +198,7 @@ def test_what_an_image_holds_while_it_is_written(tmp_path: Path, format_: str) -
     path = make(tmp_path / "disk", SIZE, BASE)
     writer = qemu.open_nbd([Node(str(path), format_)], writable=True)
     try:
-        said = facts.disk(str(path), format_, live=True)
+        said = host_info.disk(str(path), format_, live=True)
     finally:
         writer.close()
     assert (said["data"], said["stored"]) == (192 * KIB, 0)
@@ -204,7 +206,7 @@ def test_what_an_image_holds_while_it_is_written(tmp_path: Path, format_: str) -
 
 def test_what_is_compressed_is_counted_whole_while_it_is_written(tmp_path: Path) -> None:
     """A backup job offers it uncompressed."""
-    said = facts.disk(str(compressed(tmp_path / "a")), "qcow2", live=True)
+    said = host_info.disk(str(compressed(tmp_path / "a")), "qcow2", live=True)
     assert (said["data"], said["stored"]) == (MIB, 0)
 
 
@@ -215,17 +217,17 @@ def test_tables_that_cannot_be_read_while_they_are_written(tmp_path: Path) -> No
         table = int.from_bytes(file.read(8), "big")
         file.seek(table)
         file.write((1 << 63 | 0x12345).to_bytes(8, "big"))
-    said = facts.disk(str(path), "qcow2", live=True)
+    said = host_info.disk(str(path), "qcow2", live=True)
     assert said["data"] >= 192 * KIB, "what the file holds"
-    assert "error" in facts.disk(str(path), "qcow2")
+    assert "error" in host_info.disk(str(path), "qcow2")
 
 
 def test_what_is_staged_holds_nothing_that_could_be_told_while_it_is_written(tmp_path: Path) -> None:
     path = make_qcow2(tmp_path / "disk", SIZE, BASE)
-    assert facts.data_held(str(path), "qcow2") == 192 * KIB
+    assert host_info.data_held(str(path), "qcow2") == 192 * KIB
     writer = qemu.open_nbd([Node(str(path), "qcow2")], writable=True)
     try:
-        assert facts.data_held(str(path), "qcow2") == 0
+        assert host_info.data_held(str(path), "qcow2") == 0
     finally:
         writer.close()
-    assert facts.data_held(str(tmp_path / "missing"), "raw") == 0
+    assert host_info.data_held(str(tmp_path / "missing"), "raw") == 0

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.agent import facts, filesystem, fingerprint
+from kvm_clone.agent.disks import filesystem, fingerprint
+from kvm_clone.agent.host import host_info
 
 from .tools import MIB, lacking, need
 
@@ -247,16 +248,16 @@ def test_names_that_begin_as_wanted_and_not_too_many(tmp_path: Path) -> None:
 
 
 def test_a_directory_tells_only_the_names_that_were_asked_for(tmp_path: Path) -> None:
-    for number in range(facts.MOST_NAMES + 10):
+    for number in range(host_info.MOST_NAMES + 10):
         (tmp_path / f"many-{number}").touch()
     (tmp_path / "web.qcow2").touch()
-    told = facts.directory(str(tmp_path))
+    told = host_info.directory(str(tmp_path))
     assert (told["names"], told["more"]) == ([], False)
-    told = facts.directory(str(tmp_path), ["web", "copy"])
+    told = host_info.directory(str(tmp_path), ["web", "copy"])
     assert (told["names"], told["more"]) == (["web.qcow2"], False)
-    told = facts.directory(str(tmp_path), ["many"])
-    assert (len(told["names"]), told["more"]) == (facts.MOST_NAMES, True)
-    missing = facts.directory(str(tmp_path / "missing"), ["web"])
+    told = host_info.directory(str(tmp_path), ["many"])
+    assert (len(told["names"]), told["more"]) == (host_info.MOST_NAMES, True)
+    missing = host_info.directory(str(tmp_path / "missing"), ["web"])
     assert {**told, **missing}.keys() == told.keys() == missing.keys()
     assert missing["exists"] is False
 
@@ -264,9 +265,9 @@ def test_a_directory_tells_only_the_names_that_were_asked_for(tmp_path: Path) ->
 def test_nothing_is_tried_where_this_user_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []
     monkeypatch.setattr(filesystem, "abilities", tried.append)
-    assert facts.directory(str(tmp_path), tried=False)["abilities"] == {}
+    assert host_info.directory(str(tmp_path), tried=False)["abilities"] == {}
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert facts.directory(str(tmp_path))["abilities"] == {}
+    assert host_info.directory(str(tmp_path))["abilities"] == {}
     assert tried == []
 
 
@@ -280,7 +281,7 @@ def test_any_name_may_be_in_a_directory_that_cannot_be_read(tmp_path: Path) -> N
         one.chmod(one.stat().st_mode | 0o011)
     os.seteuid(65534)
     try:
-        told = facts.directory(str(directory), ["web"])
+        told = host_info.directory(str(directory), ["web"])
     finally:
         os.seteuid(0)
     assert (told["names"], told["more"]) == ([], True)

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import errors, guard, hold, server, stage
-from kvm_clone.agent.errors import AgentError
+from kvm_clone.agent import guard, server
 from kvm_clone.agent.guard import Guard
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError
+from kvm_clone.agent.staging import hold, stage
 
 from .tools import arriving, need
 

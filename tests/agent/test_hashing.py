@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent import errors, hashing
-from kvm_clone.agent.errors import AgentError
-from kvm_clone.agent.hashing import How
+from kvm_clone.agent.digests import hashing
+from kvm_clone.agent.digests.hashing import How
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError
 
 from .naive_hash import BY_POLY1305, BY_SHA256, KEY, naive_hash
 from .tools import noise

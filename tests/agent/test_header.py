@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent import chain, errors, header
-from kvm_clone.agent.chain import Node, UnknownError
-from kvm_clone.agent.errors import AgentError
-from kvm_clone.agent.header import Header
+from kvm_clone.agent.disks import chain, header
+from kvm_clone.agent.disks.chain import Node, UnknownError
+from kvm_clone.agent.disks.header import Header
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError
 
 from .images import encrypted, make, put, qcow2_header, qemu_img, without_base_format
 

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.agent import errors, facts, journal, leftovers, names, records
-from kvm_clone.agent.errors import AgentError
-from kvm_clone.agent.hold import Hold
-from kvm_clone.agent.lock import OperationLock
-from kvm_clone.agent.stage import Stage
+from kvm_clone.agent import names
+from kvm_clone.agent.host import host_info
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError
+from kvm_clone.agent.staging import journal, leftovers, records
+from kvm_clone.agent.staging.hold import Hold
+from kvm_clone.agent.staging.lock import OperationLock
+from kvm_clone.agent.staging.stage import Stage
 
 from .journals import NAME, OPERATION, here, journal_path, plant
 from .synced import Synced
@@ -323,7 +326,7 @@ def marked(pool: Path, tmp_path: Path) -> Iterator[list[Path]]:
 
 
 def marks(directories: list[Path], operation: str = OPERATION) -> list[str | None]:
-    return facts.marks(operation, list(map(str, directories)))
+    return host_info.marks(operation, list(map(str, directories)))
 
 
 UNMARKS: dict[str, Callable[[Stage, Path], object]] = {

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent import errors, records
-from kvm_clone.agent.errors import AgentError
-from kvm_clone.agent.journal import Journal, encode, replay
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError
+from kvm_clone.agent.staging import records
+from kvm_clone.agent.staging.journal import Journal, encode, replay
 
 from .tools import ending, lacking, python
 
@@ -155,7 +156,7 @@ def test_what_cannot_be_gone_on_with(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
-from kvm_clone.agent.journal import Journal
+from kvm_clone.agent.staging.journal import Journal
 journal = Journal(sys.argv[1])
 journal.append("begin", operation="0f", name="a name")
 journal.append("define", number=1)

@@ -17,10 +17,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent import errors, leftovers, names
-from kvm_clone.agent.errors import AgentError
-from kvm_clone.agent.journal import LARGEST, Journal
-from kvm_clone.agent.stage import Stage
+from kvm_clone.agent import names
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError
+from kvm_clone.agent.staging import leftovers
+from kvm_clone.agent.staging.journal import LARGEST, Journal
+from kvm_clone.agent.staging.stage import Stage
 
 from .journals import NAME, OPERATION, Record, begin, create, identity_of, journal_path, line, overlay, plant, publish
 from .tools import as_nobody, lacking, make_raw

@@ -14,10 +14,15 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.agent import errors, journal, leftovers, names, qemu
-from kvm_clone.agent.errors import AgentError
-from kvm_clone.agent.journal import LEASE_SECONDS, RENEWAL_SECONDS, Host, Journal, look
-from kvm_clone.agent.stage import Stage
+from kvm_clone.agent import names
+from kvm_clone.agent.disks import qemu
+from kvm_clone.agent.host import this_host as this_host_module
+from kvm_clone.agent.host.this_host import Host, this_host
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError
+from kvm_clone.agent.staging import journal, leftovers
+from kvm_clone.agent.staging.journal import LEASE_SECONDS, RENEWAL_SECONDS, Journal, look
+from kvm_clone.agent.staging.stage import Stage
 
 from .journals import (
     NAME,
@@ -49,7 +54,7 @@ def pool(tmp_path: Path) -> Path:
 
 HOLDER = """
 import sys
-from kvm_clone.agent.journal import Journal
+from kvm_clone.agent.staging.journal import Journal
 path, resume = sys.argv[1:]
 held = Journal(path, resume=resume == "resume")
 print("ready", flush=True)
@@ -182,18 +187,18 @@ def test_whose_a_journal_is(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert journal.this_host().name == os.uname().nodename
+    assert this_host().name == os.uname().nodename
 
     def failing(path: str, **how: Any) -> Any:
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr(journal, "open", failing, raising=False)
-    assert journal.this_host() == Host("", os.uname().nodename)
+    monkeypatch.setattr(this_host_module, "open", failing, raising=False)
+    assert this_host() == Host("", os.uname().nodename)
 
 
 def test_a_journal_names_its_host(pool: Path) -> None:
     staged = Stage(str(pool), NAME, "0f", {}, directories=[str(pool)])
-    assert look(names.journal_path(str(pool), NAME)).records[0]["host"] == journal.this_host()._asdict()
+    assert look(names.journal_path(str(pool), NAME)).records[0]["host"] == this_host()._asdict()
     staged.undo()
 
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.agent import errors, server
-from kvm_clone.agent.wire import CHANNEL_BIT, CHUNK, FRAME_LIMIT, pack_channel, pack_frame
+from kvm_clone.agent import server
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.wire import CHANNEL_BIT, CHUNK, FRAME_LIMIT, pack_channel, pack_frame
 from kvm_clone.errors import InterruptedTransferError, KvmCloneError, TransferError
 from kvm_clone.hosts import outputs, payload
 from kvm_clone.hosts.host import AgentCallError, Host
@@ -36,7 +37,7 @@ def altered(module: str, text: str) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(payload.package())) as package, zipfile.ZipFile(buffer, "w") as archive:
         for name in package.namelist():
-            added = text.encode() if name == f"kvm_clone/agent/{module}.py" else b""
+            added = text.encode() if name.endswith(f"/{module}.py") else b""
             archive.writestr(name, package.read(name) + added)
     return buffer.getvalue()
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from kvm_clone.agent import __main__ as entry
-from kvm_clone.agent import errors, peer
-from kvm_clone.agent.wire import pack_frame
+from kvm_clone.agent.host import peer
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.wire import pack_frame
 from kvm_clone.hosts import payload
 
 from .test_loader import WHOLE, Agent, Frame

@@ -23,10 +23,13 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.agent import digest, errors, names, qemu, server
-from kvm_clone.agent.chain import Node
+from kvm_clone.agent import names, server
+from kvm_clone.agent.digests import digest
+from kvm_clone.agent.disks import qemu
+from kvm_clone.agent.disks.chain import Node
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.wire import MARKER, RECORD_HEADER, pack_frame, read_frame
 from kvm_clone.agent.transfer import Job, Sender
-from kvm_clone.agent.wire import MARKER, RECORD_HEADER, pack_frame, read_frame
 from kvm_clone.hosts import host, payload
 from kvm_clone.hosts.children import end_process
 
@@ -205,14 +208,14 @@ def altered(module: str, text: str) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(payload.package())) as package, zipfile.ZipFile(buffer, "w") as archive:
         for name in package.namelist():
-            added = text.encode() if name == f"kvm_clone/agent/{module}.py" else b""
+            added = text.encode() if name.endswith(f"/{module}.py") else b""
             archive.writestr(name, package.read(name) + added)
     content = buffer.getvalue()
     return LOADER + f"{len(content):08x}{hashlib.sha256(content).hexdigest()}".encode() + content
 
 
 def test_what_libraries_print_does_not_reach_the_protocol() -> None:
-    chatty = altered("facts", "\n\ndef host():\n    print('chatter', flush=True)\n    os.system('echo more')\n")
+    chatty = altered("host_info", "\n\ndef host():\n    print('chatter', flush=True)\n    os.system('echo more')\n")
     with agent("argv", chatty, {"mode": "control"}) as running:
         running.ready()
         assert running.call("host") == {"id": 1, "ok": None}

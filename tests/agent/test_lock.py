@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import errors, fingerprint, image, qemu
-from kvm_clone.agent.chain import Node
-from kvm_clone.agent.errors import AgentError
-from kvm_clone.agent.lock import ImageLock, OperationLock
+from kvm_clone.agent.disks import fingerprint, image, qemu
+from kvm_clone.agent.disks.chain import Node
+from kvm_clone.agent.disks.image_lock import ImageLock
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError
+from kvm_clone.agent.staging.lock import OperationLock
 
 from .tools import MIB, ending, make_qcow2, make_raw, need, processes, python
 
@@ -104,7 +106,8 @@ def test_a_released_lock_lets_writers_in(path: Path, format_: str, lock: ImageLo
 
 HOLDER = """
 import sys
-from kvm_clone.agent.lock import ImageLock, OperationLock
+from kvm_clone.agent.disks.image_lock import ImageLock
+from kvm_clone.agent.staging.lock import OperationLock
 kind, path = sys.argv[1:]
 held = ImageLock(path) if kind == "ImageLock" else OperationLock(path, {"operation": "0f", "pid": "me"})
 print("ready", flush=True)
@@ -164,8 +167,8 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
 
 RACER = """
 import os, sys, time
-from kvm_clone.agent.errors import AgentError
-from kvm_clone.agent.lock import OperationLock
+from kvm_clone.agent.protocol.errors import AgentError
+from kvm_clone.agent.staging.lock import OperationLock
 path, witness, turns = sys.argv[1], sys.argv[2], int(sys.argv[3])
 done = 0
 while done < turns:

@@ -13,8 +13,10 @@ from typing import Any, NoReturn
 
 import pytest
 
-from kvm_clone.agent import chain, errors, fingerprint, merge, qemu
-from kvm_clone.agent.errors import AgentError
+from kvm_clone.agent.disks import chain, fingerprint, qemu
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError
+from kvm_clone.agent.staging import merge
 
 from .synced import SIZE, Synced
 from .tools import MIB, eventually, need, processes

@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm_clone.agent import errors, guard, leftovers, names, scratch
-from kvm_clone.agent.errors import AgentError, from_exception
-from kvm_clone.agent.hold import Hold
-from kvm_clone.agent.lock import OperationLock, holder_of
-from kvm_clone.agent.stage import Stage
+from kvm_clone.agent import guard, names
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError, from_exception
+from kvm_clone.agent.staging import leftovers, scratch
+from kvm_clone.agent.staging.hold import Hold
+from kvm_clone.agent.staging.lock import OperationLock, holder_of
+from kvm_clone.agent.staging.stage import Stage
 
 from .tools import as_nobody, lacking
 

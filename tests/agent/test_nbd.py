@@ -16,14 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import errors, facts, image, nbd, nbd_session, qemu
-from kvm_clone.agent.chain import Node
-from kvm_clone.agent.disk import DATA
-from kvm_clone.agent.errors import AgentError, from_exception
-from kvm_clone.agent.nbd import NbdDisk
+from kvm_clone.agent.disks import image, nbd, nbd_session, qemu
+from kvm_clone.agent.disks.chain import Node
+from kvm_clone.agent.disks.disk import DATA
+from kvm_clone.agent.disks.nbd import NbdDisk
+from kvm_clone.agent.host import host_info
 from kvm_clone.agent.process import run
-from kvm_clone.agent.stream import Incoming
-from kvm_clone.agent.wire import CHUNK, ProtocolError
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError, from_exception
+from kvm_clone.agent.protocol.stream import Incoming
+from kvm_clone.agent.protocol.wire import CHUNK, ProtocolError
 
 from .tools import (
     KIB,
@@ -323,7 +325,7 @@ def test_what_a_dirty_bitmap_names(tmp_path: Path) -> None:
     expected = [[64 * KIB, 128 * KIB], [MIB, MIB + 64 * KIB], [2 * MIB, 2 * MIB + 128 * KIB],
                 [4 * MIB, 4 * MIB + 64 * KIB], [8 * MIB - 64 * KIB, 8 * MIB]]  # fmt: skip
     with exported(path, "qcow2", "vda", "--read-only", "-B", "backup-vda") as listening:
-        found = facts.dirty(nbd.uri(listening, "vda"), "backup-vda")
+        found = host_info.dirty(nbd.uri(listening, "vda"), "backup-vda")
         assert found == expected
         with closing(nbd.connect(nbd.uri(listening, "vda"))) as disk:
             assert disk.size == 8 * MIB
@@ -333,7 +335,7 @@ def test_what_a_dirty_bitmap_names(tmp_path: Path) -> None:
 def test_a_dirty_bitmap_that_names_nothing(tmp_path: Path) -> None:
     path = tracked(tmp_path, "backup-vda")
     with exported(path, "qcow2", "vda", "--read-only", "-B", "backup-vda") as listening:
-        assert facts.dirty(nbd.uri(listening, "vda"), "backup-vda") == []
+        assert host_info.dirty(nbd.uri(listening, "vda"), "backup-vda") == []
 
 
 @pytest.mark.parametrize("bitmap", ["other", "backup", "backup-vda2", ""])
@@ -342,7 +344,7 @@ def test_a_dirty_bitmap_that_is_not_there(bitmap: str, tmp_path: Path) -> None:
     with exported(path, "qcow2", "vda", "--read-only", "-B", "backup-vda") as listening:
         for asked in (bitmap, "not-exported"):
             with pytest.raises(AgentError, match="bitmap") as caught:
-                facts.dirty(nbd.uri(listening, "vda"), asked)
+                host_info.dirty(nbd.uri(listening, "vda"), asked)
             assert caught.value.kind == errors.MISSING
 
 
@@ -352,7 +354,7 @@ def test_a_disk_that_is_all_dirty_in_parts(tmp_path: Path, monkeypatch: pytest.M
     path = tracked(tmp_path, "b")
     run(["qemu-io", "-f", "qcow2", "-c", "write 0 8M", str(path)])
     with exported(path, "qcow2", "vda", "--read-only", "-B", "b") as listening:
-        found = facts.dirty(nbd.uri(listening, "vda"), "b")
+        found = host_info.dirty(nbd.uri(listening, "vda"), "b")
     assert [pair[0] for pair in found] == [0, *(pair[1] for pair in found[:-1])]
     assert found[-1][1] == 8 * MIB
 

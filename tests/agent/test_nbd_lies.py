@@ -18,12 +18,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent import disk as disks
-from kvm_clone.agent import errors, facts, nbd, nbd_session
-from kvm_clone.agent.disk import DATA, HOLE, Disk
-from kvm_clone.agent.errors import AgentError, from_exception
-from kvm_clone.agent.nbd import ALLOCATION, NbdDisk
-from kvm_clone.agent.wire import CHUNK, ProtocolError
+from kvm_clone.agent.disks import disk as disks
+from kvm_clone.agent.disks import nbd, nbd_session
+from kvm_clone.agent.disks.disk import DATA, HOLE, Disk
+from kvm_clone.agent.disks.nbd import ALLOCATION, NbdDisk
+from kvm_clone.agent.host import host_info
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError, from_exception
+from kvm_clone.agent.protocol.wire import CHUNK, ProtocolError
 
 from .tools import KIB, MIB
 
@@ -441,19 +443,19 @@ BITMAP = AGREED.replace(METADATA, option_reply(SET_META, META, struct.pack(">I",
 def test_a_bitmap_that_lies_is_an_error_of_the_call(tmp_path: Path) -> None:
     with listening(tmp_path, BITMAP + chunk(STATUS_CHUNK, status((0, 1)))) as path:
         with pytest.raises(ProtocolError) as caught:
-            facts.dirty(nbd.uri(path, "vda"), "b")
+            host_info.dirty(nbd.uri(path, "vda"), "b")
         assert from_exception(caught.value).kind == errors.PROTOCOL
 
 
 def test_a_bitmap_in_very_small_pieces_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disks, "MOST_RANGES", 1000)
-    monkeypatch.setattr(facts, "BLOCK", 16)
+    monkeypatch.setattr(host_info, "BLOCK", 16)
     pieces = status(*((1, number % 2) for number in range(1 << 17)))
     rest = chunk(STATUS_CHUNK, status((SIZE, 0)), cookie=2)
     with listening(tmp_path, BITMAP + chunk(STATUS_CHUNK, pieces) + rest) as path:
         tracemalloc.start()
         try:
-            found = facts.dirty(nbd.uri(path, "vda"), "b")
+            found = host_info.dirty(nbd.uri(path, "vda"), "b")
             assert tracemalloc.get_traced_memory()[1] < 4 * MIB
         finally:
             tracemalloc.stop()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.agent import peer
-from kvm_clone.agent.wire import MARKER, NOISE_LIMIT
+from kvm_clone.agent.host import peer
+from kvm_clone.agent.protocol.wire import MARKER, NOISE_LIMIT
 from kvm_clone.errors import ConnectError, ExitCode, RefusedError
 from kvm_clone.hosts import host as hosts
 from kvm_clone.hosts import payload

@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import pytest
 
-from kvm_clone.agent import errors, process
-from kvm_clone.agent.errors import AgentError
+from kvm_clone.agent import process
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError
 
 from .tools import processes
 

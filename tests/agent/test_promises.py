@@ -15,10 +15,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent import chain, fingerprint, image, leftovers, merge, names, qemu, records, transfer
-from kvm_clone.agent.differ import Differ
-from kvm_clone.agent.errors import AgentError
-from kvm_clone.agent.stage import Stage
+from kvm_clone.agent import names, transfer
+from kvm_clone.agent.digests.differ import Differ
+from kvm_clone.agent.disks import chain, fingerprint, image, qemu
+from kvm_clone.agent.protocol.errors import AgentError
+from kvm_clone.agent.staging import leftovers, merge, records
+from kvm_clone.agent.staging.stage import Stage
 from kvm_clone.agent.transfer import Job, Receiver, Sender
 
 from .naive_hash import BY_SHA256

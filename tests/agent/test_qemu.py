@@ -18,9 +18,13 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.agent import chain, errors, facts, header, image, leftovers, merge, process, qemu
-from kvm_clone.agent.chain import Node
-from kvm_clone.agent.errors import AgentError
+from kvm_clone.agent import process
+from kvm_clone.agent.disks import chain, header, image, qemu
+from kvm_clone.agent.disks.chain import Node
+from kvm_clone.agent.host import host_info
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError
+from kvm_clone.agent.staging import leftovers, merge
 
 from .images import SIZE, forged, listening, make, put
 from .tools import MIB, SOURCES, eventually, make_raw, need, processes
@@ -31,8 +35,8 @@ PACKAGE = SOURCES / "kvm_clone"
 PROGRAMS = re.compile(r"qemu-(img|nbd|io|storage-daemon)|guestfish|virt-(inspector|filesystems|cat)|\bblkid\b")
 
 TEXTS = {
-    ("agent/facts.py", "qemu-img"),  # which version there is
-    ("agent/facts.py", "qemu-nbd"),
+    ("agent/host/host_info.py", "qemu-img"),  # which version there is
+    ("agent/host/host_info.py", "qemu-nbd"),
     ("planning/checks.py", "qemu-img"),  # for people
     ("planning/checks.py", "qemu-nbd"),
     ("planning/checks.py", "install qemu-utils (or qemu-img) on "),
@@ -43,9 +47,9 @@ TEXTS = {
 STARTERS = {
     "agent/__main__.py",  # ssh to the receiver
     "agent/guard.py",  # virsh
-    "agent/peer.py",  # ssh
+    "agent/host/peer.py",  # ssh
     "agent/process.py",
-    "agent/qemu.py",
+    "agent/disks/qemu.py",
 }
 """Modules of the agent that start other programs."""
 
@@ -67,7 +71,7 @@ def test_no_other_place_names_a_program_that_opens_images() -> None:
         (name, text)
         for name, tree in modules().items()
         for text in texts(tree)
-        if PROGRAMS.search(text) and name != "agent/qemu.py"
+        if PROGRAMS.search(text) and name != "agent/disks/qemu.py"
     }
     assert found == TEXTS
 
@@ -78,7 +82,9 @@ def starts(tree: ast.Module) -> bool:
     named = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     named |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
-    ours = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "process"]
+    ours = [
+        node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "kvm_clone.agent.process"
+    ]
     of_process = {"run", "start"} & {alias.name for node in ours for alias in node.names}
     replaces = any(name.startswith(("exec", "spawn")) for name in named)
     return replaces or bool(words & (named | imported) or of_process or "process" in imported)
@@ -160,7 +166,7 @@ def check_node(node: dict[str, Any]) -> None:
 
 def subcommands() -> set[str]:
     """What qemu-img is asked to do by the module."""
-    lists = [node.elts for node in ast.walk(modules()["agent/qemu.py"]) if isinstance(node, ast.List)]
+    lists = [node.elts for node in ast.walk(modules()["agent/disks/qemu.py"]) if isinstance(node, ast.List)]
     values = [[one.value for one in elements if isinstance(one, ast.Constant)] for elements in lists]
     return {str(one[1]) for one in values if len(one) > 1 and one[0] == "qemu-img"}
 
@@ -199,7 +205,7 @@ def test_a_base_that_is_no_local_file_is_never_connected_to(how: str, tmp_path: 
         assert qemu.info(top, "qcow2", live=True)["virtual-size"] == SIZE
         assert qemu.is_sound(top, "qcow2")
         qemu.repair(top, "qcow2")
-        assert facts.disk(top, "qcow2")["backing"] == base
+        assert host_info.disk(top, "qcow2")["backing"] == base
         for open_ in (image.open_for_reading, image.open_for_filling):
             with pytest.raises(AgentError, match="rests on what is no file"):
                 open_(top, "qcow2")
@@ -228,7 +234,7 @@ def test_a_raw_disk_with_a_header_is_raw_for_qemu(format_: str, tmp_path: Path) 
         disk = qemu.open_nbd([Node(path, "raw")], writable=False)
         assert disk.size == MIB
         disk.close()
-        assert facts.disk(path, "raw")["virtual_size"] == MIB
+        assert host_info.disk(path, "raw")["virtual_size"] == MIB
     assert listener.connections == 0
 
 

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent import differ, errors, image
-from kvm_clone.agent.disk import Extent, MemoryDisk, Ranges
-from kvm_clone.agent.errors import AgentError
-from kvm_clone.agent.transfer import Job, Receiver, Sender
-from kvm_clone.agent.wire import (
+from kvm_clone.agent.digests import differ
+from kvm_clone.agent.disks import image
+from kvm_clone.agent.disks.disk import Extent, MemoryDisk, Ranges
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError
+from kvm_clone.agent.protocol.wire import (
     CHUNK,
     COMPRESSED,
     DATA,
@@ -29,6 +30,7 @@ from kvm_clone.agent.wire import (
     Record,
     unpack_record,
 )
+from kvm_clone.agent.transfer import Job, Receiver, Sender
 
 from .naive_hash import BY_SHA256
 from .tools import MIB, arriving, make_qcow2, make_raw, noise, processes, through_pipe

@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm_clone.agent import errors, names, relay
-from kvm_clone.agent.errors import AgentError
-from kvm_clone.agent.hold import Hold
-from kvm_clone.agent.lock import OperationLock
+from kvm_clone.agent import names, relay
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError
 from kvm_clone.agent.relay import Packets, Relay
+from kvm_clone.agent.staging.hold import Hold
+from kvm_clone.agent.staging.lock import OperationLock
 
 from .tools import eventually
 

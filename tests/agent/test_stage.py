@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.agent import errors, filesystem, leftovers, names, qemu, records, stage
-from kvm_clone.agent.errors import AgentError
-from kvm_clone.agent.hold import Hold
-from kvm_clone.agent.lock import WriterLock
-from kvm_clone.agent.stage import Stage
+from kvm_clone.agent import names
+from kvm_clone.agent.disks import filesystem, qemu
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError
+from kvm_clone.agent.staging import leftovers, records, stage
+from kvm_clone.agent.staging.hold import Hold
+from kvm_clone.agent.staging.lock import WriterLock
+from kvm_clone.agent.staging.stage import Stage
 
 from .tools import KIB, MIB, ending, eventually, lacking, need, processes, python
 

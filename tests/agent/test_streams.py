@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import errors
-from kvm_clone.agent.wire import NOISE_LIMIT, pack_channel
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.wire import NOISE_LIMIT, pack_channel
 from kvm_clone.errors import InterruptedTransferError, TransferError
 from kvm_clone.hosts import payload
 from kvm_clone.hosts.host import AgentCallError, Host

@@ -1,4 +1,4 @@
-"""agent/things.py: what paths are, on real files and devices, and what a host says of itself."""
+"""agent/host/things.py: what paths are, on real files and devices, and what a host says of itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import things
+from kvm_clone.agent.host import things
 
 
 def test_every_kind_of_thing(tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import digest, errors, image, transfer
-from kvm_clone.agent.errors import AgentError
-from kvm_clone.agent.file import FileDisk
-from kvm_clone.agent.transfer import Job, Receiver, Sender
-from kvm_clone.agent.wire import (
+from kvm_clone.agent import transfer
+from kvm_clone.agent.digests import digest
+from kvm_clone.agent.disks import image
+from kvm_clone.agent.disks.file import FileDisk
+from kvm_clone.agent.protocol import errors
+from kvm_clone.agent.protocol.errors import AgentError
+from kvm_clone.agent.protocol.wire import (
     CHUNK,
     COMPRESSED,
     DATA,
@@ -30,6 +32,7 @@ from kvm_clone.agent.wire import (
     Record,
     unpack_record,
 )
+from kvm_clone.agent.transfer import Job, Receiver, Sender
 
 from .naive_hash import BY_SHA256
 from .tools import (

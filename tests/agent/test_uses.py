@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.agent import fingerprint, uses
-from kvm_clone.agent.uses import ABSENT, DOUBT, FILE, FREE, IMAGE, ODD, TREE, UNKNOWN, USED
+from kvm_clone.agent.disks import fingerprint
+from kvm_clone.agent.host import uses
+from kvm_clone.agent.host.uses import ABSENT, DOUBT, FILE, FREE, IMAGE, ODD, TREE, UNKNOWN, USED
 
 from .images import SIZE, encrypted, forged, make, put, qcow2_header, without_base_format
 from .tools import as_nobody, make_raw

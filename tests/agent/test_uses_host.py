@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.agent import qemu, server, uses
-from kvm_clone.agent.chain import Node
-from kvm_clone.agent.lock import ImageLock
-from kvm_clone.agent.uses import FILE, FREE, TREE, UNKNOWN, USED
+from kvm_clone.agent import server
+from kvm_clone.agent.disks import qemu
+from kvm_clone.agent.disks.chain import Node
+from kvm_clone.agent.disks.image_lock import ImageLock
+from kvm_clone.agent.host import uses
+from kvm_clone.agent.host.uses import FILE, FREE, TREE, UNKNOWN, USED
 
 from .images import SIZE, make
 from .tools import as_nobody, ending, lacking, make_raw, need, python

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import uses
+from kvm_clone.agent.host import uses
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm_clone.agent.wire import (
+from kvm_clone.agent.protocol.wire import (
     CHUNK,
     FRAME_LIMIT,
     ChannelData,

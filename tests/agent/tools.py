@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, NoReturn
 import pytest
 
 import kvm_clone
-from kvm_clone.agent import chain, image, qemu
-from kvm_clone.agent.disk import DATA, Disk, split
-from kvm_clone.agent.nbd import NbdDisk
-from kvm_clone.agent.wire import CHUNK
+from kvm_clone.agent.disks import chain, image, qemu
+from kvm_clone.agent.disks.disk import DATA, Disk, split
+from kvm_clone.agent.disks.nbd import NbdDisk
+from kvm_clone.agent.protocol.wire import CHUNK
 
 SOURCES = Path(next(iter(kvm_clone.__path__))).parent
 KIB, MIB = 1 << 10, 1 << 20

@@ -44,7 +44,7 @@ def hold_at(record: str) -> None:
 
 
 _WRITE = "        if os.write(self._fd, line) != len(line):\n"
-"""What agent/journal.py does with a record."""
+"""What agent/staging/journal.py does with a record."""
 
 
 def tear(record: str) -> None:
@@ -56,7 +56,7 @@ def tear(record: str) -> None:
     with zipfile.ZipFile(io.BytesIO(payload.package())) as whole, zipfile.ZipFile(buffer, "w") as archive:
         for entry in whole.infolist():
             text = whole.read(entry).decode()
-            if entry.filename.endswith("agent/journal.py"):
+            if entry.filename.endswith("agent/staging/journal.py"):
                 assert text.count(_WRITE) == 1
                 text = text.replace(_WRITE, broken + _WRITE)
             archive.writestr(entry, text)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent import disk as agent_disk
+from kvm_clone.agent.disks import disk as agent_disk
 from kvm_clone.hosts.host import Host
 from kvm_clone.transfer import compare
 from kvm_clone.transfer.compare import Ranges

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.agent import facts as agent
-from kvm_clone.agent import fingerprint, qemu
+from kvm_clone.agent.disks import fingerprint, qemu
+from kvm_clone.agent.host import host_info as agent
 from kvm_clone.planning.facts import HostFacts, ImageFacts, host_facts, image_facts
 
 MIB = 1 << 20

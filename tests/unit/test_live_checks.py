@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from cases import GIB, IDENTITY, IMAGES, ONE_DISK, SOURCE_HOST, UUID, Case, disk_xml, running
 
-from kvm_clone.agent.scratch import SOCKETS
+from kvm_clone.agent.staging.scratch import SOCKETS
 from kvm_clone.definition.spans import Document, Node
 from kvm_clone.findings import LOCKED, Severity
 from kvm_clone.hosts import live

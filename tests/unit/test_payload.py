@@ -24,7 +24,7 @@ def test_the_package_is_the_agent_and_nothing_else() -> None:
     with zipfile.ZipFile(io.BytesIO(payload.package())) as archive:
         assert archive.testzip() is None
         content = {name: archive.read(name) for name in archive.namelist()}
-    expected = {f"kvm_clone/agent/{file.name}": file.read_bytes() for file in AGENT.glob("*.py")}
+    expected = {f"kvm_clone/agent/{file.relative_to(AGENT)}": file.read_bytes() for file in AGENT.rglob("*.py")}
     assert content == {"kvm_clone/__init__.py": b"", **expected}
 
 

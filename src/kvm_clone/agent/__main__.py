@@ -15,11 +15,12 @@ import threading
 import time
 from typing import Any, Dict, List, NoReturn, Optional
 
-from . import names, peer, process, server, transfer
-from .errors import INTERRUPTED, PROTOCOL, AgentError, from_exception
-from .lock import holder_of
-from .stream import enlarge_pipe
-from .wire import MARKER, pack_frame, read_frame, write_all
+from kvm_clone.agent import names, process, server, transfer
+from kvm_clone.agent.host import peer
+from kvm_clone.agent.protocol.errors import INTERRUPTED, PROTOCOL, AgentError, from_exception
+from kvm_clone.agent.protocol.stream import enlarge_pipe
+from kvm_clone.agent.protocol.wire import MARKER, pack_frame, read_frame, write_all
+from kvm_clone.agent.staging.lock import holder_of
 
 FAILED = 3
 """Exit status of an agent that could not do its work and has said why."""

@@ -12,10 +12,10 @@ import shutil
 import time
 from typing import Optional
 
-from .errors import AgentError
-from .lock import OperationLock, holder_of
-from .names import source_lock_path
-from .process import run
+from kvm_clone.agent.names import source_lock_path
+from kvm_clone.agent.process import run
+from kvm_clone.agent.protocol.errors import AgentError
+from kvm_clone.agent.staging.lock import OperationLock, holder_of
 
 _VIRSH = ("timeout", "20", "virsh", "-q", "-c", "qemu:///system")
 """A guest agent that hangs must not keep this process."""

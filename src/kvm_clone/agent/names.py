@@ -7,7 +7,7 @@ import os
 import re
 import stat
 
-from .errors import PERMISSION, AgentError
+from kvm_clone.agent.protocol.errors import PERMISSION, AgentError
 
 PREFIX = ".kvm-clone-"
 """Begins the name of every file that we stage."""

@@ -11,7 +11,7 @@ import threading
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, List, Sequence
 
-from .errors import IO, MISSING, NO_SPACE, AgentError
+from kvm_clone.agent.protocol.errors import IO, MISSING, NO_SPACE, AgentError
 
 _PR_SET_PDEATHSIG = 1
 """prctl(2)."""

@@ -15,8 +15,8 @@ import threading
 import time
 from typing import Callable, Optional, Sequence
 
-from .errors import MISSING, AgentError
-from .hold import Hold
+from kvm_clone.agent.protocol.errors import MISSING, AgentError
+from kvm_clone.agent.staging.hold import Hold
 
 _DRAIN_SECONDS = 60.0
 """How long a lock is kept for libvirt's answers to what was asked under it."""

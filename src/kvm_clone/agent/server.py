@@ -14,12 +14,16 @@ import signal
 import threading
 from typing import Any, Callable, Dict, List, Optional
 
-from . import facts, fingerprint, guard, hashing, hold, leftovers, peer, scratch, stage, things, uses
-from .differ import Differ
-from .errors import INTERRUPTED, UNSUPPORTED, AgentError, from_exception
-from .lock import ImageLock
-from .relay import Relay
-from .wire import ChannelData, ProtocolError, pack_channel, pack_frame, read_any, write_all
+from kvm_clone.agent import guard
+from kvm_clone.agent.digests import hashing
+from kvm_clone.agent.digests.differ import Differ
+from kvm_clone.agent.disks import fingerprint
+from kvm_clone.agent.disks.image_lock import ImageLock
+from kvm_clone.agent.host import host_info, peer, things, uses
+from kvm_clone.agent.protocol.errors import INTERRUPTED, UNSUPPORTED, AgentError, from_exception
+from kvm_clone.agent.protocol.wire import ChannelData, ProtocolError, pack_channel, pack_frame, read_any, write_all
+from kvm_clone.agent.relay import Relay
+from kvm_clone.agent.staging import hold, leftovers, scratch, stage
 
 SILENCE_SECONDS = 30.0
 """Without a frame for so long, the controller is taken for dead: it sends one every few seconds. A cut network closes
@@ -45,9 +49,9 @@ class Server:
         self._relays: Dict[int, Relay] = {}
         self._calls: Dict[str, Callable[..., Any]] = {
             "ping": lambda: None,
-            "host": facts.host,
-            "disk": facts.disk,
-            "directory": facts.directory,
+            "host": host_info.host,
+            "disk": host_info.disk,
+            "directory": host_info.directory,
             "exists": os.path.exists,
             "look": things.look,
             "resources": things.resources,
@@ -55,21 +59,21 @@ class Server:
             "lock_image": self._lock_image,
             "unlock_images": self._unlock_images,
             "fingerprint": fingerprint.of,
-            "fingerprints": facts.fingerprints,
+            "fingerprints": host_info.fingerprints,
             "uses": self._uses,
-            "marks": facts.marks,
+            "marks": host_info.marks,
             "digests": hashing.supported,
             "digest": self._differ.segments,
             "blocks": self._differ.blocks,
-            "dirty": facts.dirty,
-            "free": facts.free,
+            "dirty": host_info.dirty,
+            "free": host_info.free,
             "reader": guard.reader,
             "guard": self._guard.watch,
             "freezing": self._guard.freezing,
             "unguard": self._guard.done,
             "relay": self._relay,
-            "data_in": facts.data_in,
-            "ranges_of": facts.ranges_of,
+            "data_in": host_info.data_in,
+            "ranges_of": host_info.ranges_of,
             "staged": leftovers.staged,
             "settle": leftovers.settle,
             "sweep": leftovers.sweep,
@@ -161,7 +165,7 @@ class Server:
         """
         held = self._held() if fenced else None
         channel = max(self._relays, default=0) + 1
-        relay = Relay(facts.LIBVIRT_SOCKETS, lambda data: self._write(pack_channel(channel, data)), held)
+        relay = Relay(host_info.LIBVIRT_SOCKETS, lambda data: self._write(pack_channel(channel, data)), held)
         self._relays[channel] = relay
         return channel
 

@@ -9,13 +9,12 @@ import contextlib
 import time
 from typing import Callable, Dict, Generator, Iterator, List, NamedTuple, Optional, Set, Tuple
 
-from . import image
-from .disk import DATA as DATA_KIND
-from .disk import Disk, Extent, split, zero_data
-from .errors import INTERRUPTED, PROTOCOL, AgentError, from_exception
-from .lock import WriterLock
-from .stream import Incoming
-from .wire import (
+from kvm_clone.agent.disks import image
+from kvm_clone.agent.disks.disk import DATA as DATA_KIND
+from kvm_clone.agent.disks.disk import Disk, Extent, split, zero_data
+from kvm_clone.agent.protocol.errors import INTERRUPTED, PROTOCOL, AgentError, from_exception
+from kvm_clone.agent.protocol.stream import Incoming
+from kvm_clone.agent.protocol.wire import (
     CHUNK,
     COMPRESSED,
     DATA,
@@ -29,6 +28,7 @@ from .wire import (
     unpack_record,
     write_all,
 )
+from kvm_clone.agent.staging.lock import WriterLock
 
 IDLE_SECONDS = 5.0
 """A sender with nothing to send says so this often."""

@@ -10,10 +10,11 @@ import typer
 
 from kvm_clone.cli import context, options, output, plans, progress
 from kvm_clone.cli.words import naming
-from kvm_clone.client import Client, Request, Result
+from kvm_clone.client import Client, Request
 from kvm_clone.errors import DomainExistsError
 from kvm_clone.options import CloneOptions, Quiesce, Retry, Verify
 from kvm_clone.progress import OnEvent
+from kvm_clone.results import Result
 from kvm_clone.settings.config import Output, Settings
 from kvm_clone.units import format_bytes, format_duration, format_rate
 

@@ -14,9 +14,10 @@ from rich.text import Text
 from kvm_clone.cli import context, output
 from kvm_clone.cli.options import HOST_HELP
 from kvm_clone.cli.words import naming
-from kvm_clone.client import Client, HostListing
+from kvm_clone.client import Client
 from kvm_clone.errors import ExitCode, UsageError
 from kvm_clone.hosts.domains import STATES, DiskUse, Listed
+from kvm_clone.results import HostListing
 from kvm_clone.settings.config import Output, Settings
 from kvm_clone.units import format_bytes
 

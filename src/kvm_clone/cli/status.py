@@ -12,8 +12,9 @@ import typer
 
 from kvm_clone.cli import context, output, streams
 from kvm_clone.cli.words import naming
-from kvm_clone.client import Client, StagedListing
+from kvm_clone.client import Client
 from kvm_clone.errors import ExitCode, KvmCloneError, UsageError
+from kvm_clone.results import StagedListing
 from kvm_clone.settings.config import Output, Settings
 from kvm_clone.units import format_bytes, format_duration, parse_duration
 from kvm_clone.upkeep import operation_log

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kvm_clone.agent import uses
+from kvm_clone.agent.host import uses
 from kvm_clone.definition.spans import Document, Node
 
 _CHAIN = ("backingStore", "mirror", "dataStore")

@@ -15,8 +15,8 @@ from typing import Any
 
 import libvirt
 
-from kvm_clone.agent import errors as kinds
-from kvm_clone.agent import nbd
+from kvm_clone.agent.disks import nbd
+from kvm_clone.agent.protocol import errors as kinds
 from kvm_clone.errors import InterruptedTransferError, KvmCloneError, RefusedError, TransferError
 from kvm_clone.hosts import domains, live
 from kvm_clone.hosts.host import AgentCallError, Host, once_free

@@ -1,7 +1,8 @@
 """Running a plan: what each step does, and what becomes of it when one fails.
 
-The destination's agent journals every step before it changes anything (agent/stage.py), so that undoing and going on
-need the journal alone: this process may do it, or the agent when this process is gone, or the next run when both are.
+The destination's agent journals every step before it changes anything (agent/staging/stage.py), so that undoing and
+resuming need the journal alone: this process may do it, or the agent when this process is gone, or the next run when
+both are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 
 import libvirt
 
-from kvm_clone.agent import fingerprint, records
+from kvm_clone.agent.disks import fingerprint
+from kvm_clone.agent.staging import records
 from kvm_clone.definition import marks
 from kvm_clone.errors import DomainExistsError, InterruptedTransferError, KvmCloneError, RefusedError
 from kvm_clone.execution import replica
@@ -415,7 +417,7 @@ class Run:
         return str(await self._call("fingerprint", path=path))
 
     def _overlays(self) -> list[dict[str, str]]:
-        """The overlays to be merged after the commit, as agent.merge.Overlay has them."""
+        """The overlays to be merged after the commit, as agent.staging.merge.Overlay has them."""
         return [
             {"disk": disk.target, "path": disk.final, "base": disk.below.path, "base_format": disk.below.format}
             for disk in self._plan.disks

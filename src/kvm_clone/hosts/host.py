@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from kvm_clone.agent import errors as kinds
-from kvm_clone.agent import wire
+from kvm_clone.agent.protocol import errors as kinds
+from kvm_clone.agent.protocol import wire
 from kvm_clone.errors import (
     ConnectError,
     InterruptedTransferError,

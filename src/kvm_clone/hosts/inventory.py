@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import libvirt
 
-from kvm_clone.agent import uses
+from kvm_clone.agent.host import uses
 from kvm_clone.definition.claims import Claim, Owner, VolumeClaim, claims_of
 from kvm_clone.definition.spans import Document
 from kvm_clone.errors import RefusedError

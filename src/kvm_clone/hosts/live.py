@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import libvirt
 import libvirt_qemu
 
-from kvm_clone.agent.scratch import SOCKETS, is_ours
+from kvm_clone.agent.staging.scratch import SOCKETS, is_ours
 from kvm_clone.definition import domain_xml
 from kvm_clone.definition.spans import Document, Node, escape
 from kvm_clone.planning.domain_facts import OURS, BackupJob, Live

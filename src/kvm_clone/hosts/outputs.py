@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from kvm_clone.agent import wire
+from kvm_clone.agent.protocol import wire
 
 _MOST_LINE = 4096
 """Bytes. A longer line of a login's is taken in parts."""

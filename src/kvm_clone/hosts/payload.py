@@ -11,7 +11,9 @@ import hashlib
 import io
 import shlex
 import zipfile
+from collections.abc import Iterator
 from importlib import resources
+from importlib.resources.abc import Traversable
 
 from kvm_clone.version import __version__
 
@@ -81,11 +83,19 @@ def package() -> bytes:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         # The controller's own __init__ stays at home: it imports what hosts do not have.
         archive.writestr(_entry("kvm_clone/__init__.py"), "")
-        files = resources.files("kvm_clone.agent")
-        for file in sorted(files.iterdir(), key=lambda entry: entry.name):
-            if file.name.endswith(".py"):
-                archive.writestr(_entry(f"kvm_clone/agent/{file.name}"), file.read_bytes())
+        for name, content in _sources(resources.files("kvm_clone.agent"), "kvm_clone/agent"):
+            archive.writestr(_entry(name), content)
     return buffer.getvalue()
+
+
+def _sources(folder: Traversable, name: str) -> Iterator[tuple[str, bytes]]:
+    """The modules in a folder and in those below it: names in the zip file, and contents."""
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        inside = f"{name}/{entry.name}"
+        if entry.is_dir() and entry.name != "__pycache__":
+            yield from _sources(entry, inside)
+        elif entry.name.endswith(".py"):
+            yield inside, entry.read_bytes()
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

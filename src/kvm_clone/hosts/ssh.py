@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from kvm_clone.agent.peer import FAST_CIPHERS, has_aes
+from kvm_clone.agent.host.peer import FAST_CIPHERS, has_aes
 from kvm_clone.errors import AuthenticationError, ConnectError, HostKeyError, UsageError
 from kvm_clone.hosts.children import answer
 

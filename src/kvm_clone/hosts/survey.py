@@ -12,9 +12,9 @@ from typing import Any
 
 import libvirt
 
-from kvm_clone.agent import errors as kinds
-from kvm_clone.agent import peer, uses
-from kvm_clone.agent.wire import ProtocolError
+from kvm_clone.agent.host import peer, uses
+from kvm_clone.agent.protocol import errors as kinds
+from kvm_clone.agent.protocol.wire import ProtocolError
 from kvm_clone.definition import domain_xml
 from kvm_clone.definition.references import Role, references
 from kvm_clone.errors import RefusedError

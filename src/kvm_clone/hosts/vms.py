@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import libvirt
 
-from kvm_clone.agent import fingerprint, uses
+from kvm_clone.agent.disks import fingerprint
+from kvm_clone.agent.host import uses
 from kvm_clone.definition import domain_xml, marks
 from kvm_clone.definition.claims import Claim
 from kvm_clone.definition.references import Role, references

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kvm_clone.agent.scratch import SOCKETS
+from kvm_clone.agent.staging.scratch import SOCKETS
 
 SHUT_OFF = "shut off"
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvm_clone.agent import fingerprint
+from kvm_clone.agent.disks import fingerprint
 from kvm_clone.definition.domain_xml import DomainXml
 from kvm_clone.definition.marks import Pending, Provenance, Seal, definition_digest, read_pending
 from kvm_clone.definition.references import Reference
@@ -71,7 +71,7 @@ class ImageFacts:
 
 @dataclass(frozen=True)
 class FilesystemAbilities:
-    """What files in a directory can be, as it was tried there; see agent/filesystem.py.
+    """What files in a directory can be, as it was tried there; see agent/disks/filesystem.py.
 
     `naming`: how a file gets its final name, nothing where it cannot without replacing what is there. `largest`: bytes
     that a file can have. `direct`: whether files can be opened past the page cache. `any_name`: whether names may hold

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvm_clone.agent import fingerprint
+from kvm_clone.agent.disks import fingerprint
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 import posixpath
 from collections.abc import Iterator
 
-from kvm_clone.agent.scratch import SOCKETS, SUFFIX
+from kvm_clone.agent.staging.scratch import SOCKETS, SUFFIX
 from kvm_clone.findings import LOCKED, Finding, Severity, block
 from kvm_clone.options import Options, Quiesce
 from kvm_clone.planning import domain_facts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from dataclasses import dataclass
 
-from kvm_clone.agent.image import QCOW2
+from kvm_clone.agent.disks.image import QCOW2
 from kvm_clone.agent.names import is_plain
 from kvm_clone.findings import Finding, block
 from kvm_clone.options import Options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Iterator
 
-from kvm_clone.agent.image import RAW
+from kvm_clone.agent.disks.image import RAW
 from kvm_clone.definition.domain_xml import DomainXml
 from kvm_clone.findings import Finding, Severity, block
 from kvm_clone.planning.facts import DestinationFacts, Directory, Facts

@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from kvm_clone.agent import fingerprint
-from kvm_clone.agent.image import QCOW2
+from kvm_clone.agent.disks import fingerprint
+from kvm_clone.agent.disks.image import QCOW2
 from kvm_clone.definition.domain_xml import FORMATS
 from kvm_clone.findings import EXISTS, Finding, block
 from kvm_clone.options import Retry, SyncOptions, Verify
@@ -279,7 +279,7 @@ def _moved(facts: Facts, existing: Existing, source: str) -> str:
 def _is_same(image: ImageFacts, then: Mapping[str, str]) -> bool:
     """Whether the image is in the same file, by its inode: a device's number is another one after some reboots.
 
-    An inode of 0 tells nothing: see agent/filesystem.py.
+    An inode of 0 tells nothing: see agent/disks/filesystem.py.
     """
     inode = fingerprint.content(image.fingerprint)[:1]
     return inode not in ((), ("0",)) and fingerprint.content(then.get(image.target, ""))[:1] == inode

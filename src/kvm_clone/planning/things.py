@@ -12,7 +12,7 @@ from kvm_clone.definition.domain_xml import DomainXml
 from kvm_clone.definition.references import Reference, Role
 
 MISSING, UNKNOWN = "missing", "unknown"
-"""Of a path, as agent/things.py has them, beside file, directory, socket, fifo, char and block."""
+"""Of a path, as agent/host/things.py has them, beside file, directory, socket, fifo, char and block."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvm_clone.agent.digest import BLOCK, SEGMENT
-from kvm_clone.agent.disk import joined, thinned
-from kvm_clone.agent.hashing import KEY_BYTES, SHA256, SIZE
+from kvm_clone.agent.digests.digest import BLOCK, SEGMENT
+from kvm_clone.agent.digests.hashing import KEY_BYTES, SHA256, SIZE
+from kvm_clone.agent.disks.disk import joined, thinned
 from kvm_clone.hosts.host import Host
 from kvm_clone.tasks import together
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from kvm_clone.agent import records
+from kvm_clone.agent.staging import records
 from kvm_clone.errors import VerificationError
 from kvm_clone.hosts.host import Host
 from kvm_clone.options import Route, Verify

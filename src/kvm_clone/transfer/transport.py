@@ -16,9 +16,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvm_clone.agent import errors as kinds
-from kvm_clone.agent import wire
-from kvm_clone.agent.stream import enlarge_pipe
+from kvm_clone.agent.protocol import errors as kinds
+from kvm_clone.agent.protocol import wire
+from kvm_clone.agent.protocol.stream import enlarge_pipe
 from kvm_clone.errors import InterruptedTransferError, TransferError
 from kvm_clone.hosts import payload
 from kvm_clone.hosts.children import end_process, kill_process, spawn, spawn_options

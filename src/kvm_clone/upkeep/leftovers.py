@@ -11,7 +11,7 @@ from typing import Any
 
 import libvirt
 
-from kvm_clone.agent import uses
+from kvm_clone.agent.host import uses
 from kvm_clone.definition import marks
 from kvm_clone.errors import KvmCloneError, RefusedError, TransferError
 from kvm_clone.execution import replica

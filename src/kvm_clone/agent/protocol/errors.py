@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from typing import Any, Dict
 
-from .wire import ProtocolError
+from kvm_clone.agent.protocol.wire import ProtocolError
 
 # Kinds are a contract with the controller, which turns each into an exception with an exit code.
 BUG = "bug"

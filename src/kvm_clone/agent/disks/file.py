@@ -7,9 +7,9 @@ import errno
 import os
 from typing import Iterator, Optional
 
-from .disk import DATA, HOLE, Disk, Extent, bounded, open_flags
-from .stream import Incoming
-from .wire import CHUNK, write_all
+from kvm_clone.agent.disks.disk import DATA, HOLE, Disk, Extent, bounded, open_flags
+from kvm_clone.agent.protocol.stream import Incoming
+from kvm_clone.agent.protocol.wire import CHUNK, write_all
 
 SECTOR = 512
 """Bytes. QEMU's least unit: a guest sees no disk whose size is not a multiple of it."""

@@ -15,13 +15,13 @@ import socket
 import subprocess
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
-from . import header
-from .chain import QCOW2, Node
-from .disk import DATA, HOLE, ZERO, Extent
-from .errors import IO, UNSUPPORTED, AgentError
-from .nbd import NbdDisk
-from .process import SECONDS, die_with_parent, finished, last_words, run, start
-from .wire import ProtocolError
+from kvm_clone.agent.disks import header
+from kvm_clone.agent.disks.chain import QCOW2, Node
+from kvm_clone.agent.disks.disk import DATA, HOLE, ZERO, Extent
+from kvm_clone.agent.disks.nbd import NbdDisk
+from kvm_clone.agent.process import SECONDS, die_with_parent, finished, last_words, run, start
+from kvm_clone.agent.protocol.errors import IO, UNSUPPORTED, AgentError
+from kvm_clone.agent.protocol.wire import ProtocolError
 
 _ACTIVATION_FD = 3
 """The first passed descriptor, by the protocol of sd_listen_fds(3)."""

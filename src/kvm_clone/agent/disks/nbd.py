@@ -18,11 +18,11 @@ import struct
 import urllib.parse
 from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
-from .disk import DATA, HOLE, ZERO, Disk, Extent, Ranges, bounded, intersect
-from .errors import MISSING, AgentError
-from .nbd_session import MOST_WORDS, Session, in_time, set_timeout
-from .stream import Incoming
-from .wire import CHUNK, ProtocolError
+from kvm_clone.agent.disks.disk import DATA, HOLE, ZERO, Disk, Extent, Ranges, bounded, intersect
+from kvm_clone.agent.disks.nbd_session import MOST_WORDS, Session, in_time, set_timeout
+from kvm_clone.agent.protocol.errors import MISSING, AgentError
+from kvm_clone.agent.protocol.stream import Incoming
+from kvm_clone.agent.protocol.wire import CHUNK, ProtocolError
 
 _REQUEST_MAGIC = 0x25609513
 _SIMPLE_REPLY_MAGIC = 0x67446698

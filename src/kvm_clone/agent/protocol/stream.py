@@ -8,8 +8,8 @@ import select
 import stat
 from typing import Optional
 
-from .errors import INTERRUPTED, AgentError
-from .wire import CHUNK, read_exact
+from kvm_clone.agent.protocol.errors import INTERRUPTED, AgentError
+from kvm_clone.agent.protocol.wire import CHUNK, read_exact
 
 # The os module has it since Python 3.10; older ones take the buffered way.
 _splice = getattr(os, "splice", None)

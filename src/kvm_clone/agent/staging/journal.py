@@ -16,14 +16,16 @@ import fcntl
 import json
 import os
 import stat
-import struct
 import time
 import zlib
 from typing import Any, List, NamedTuple, Optional
 
-from . import names, records
-from .errors import LOCKED, UNSUPPORTED, AgentError
-from .records import Record
+from kvm_clone.agent import names
+from kvm_clone.agent.disks.image_lock import FLOCK
+from kvm_clone.agent.host.this_host import Host, this_host
+from kvm_clone.agent.protocol.errors import LOCKED, UNSUPPORTED, AgentError
+from kvm_clone.agent.staging import records
+from kvm_clone.agent.staging.records import Record
 
 LARGEST = 64 << 20
 """Bytes; a longer file is no journal of ours."""
@@ -32,8 +34,6 @@ LEASE_SECONDS = 60.0
 RENEWAL_SECONDS = 10.0
 """The agent of an operation that is under way touches the journal at least every so often; one that was not touched for
 a lease's time is of no living operation."""
-
-_FLOCK = struct.Struct("hhqqi4x")  # struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length, pid
 
 
 def make_durable(directory: str) -> None:
@@ -112,12 +112,12 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 def is_locked(fd: int) -> bool:
     """Whether another open file has the lock on the journal."""
     try:
-        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return False
         raise
-    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+    return bool(FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
 def _opened(path: str, flags: int) -> int:
@@ -174,23 +174,6 @@ def _content(fd: int) -> bytes:
     return b"".join(parts)
 
 
-class Host(NamedTuple):
-    """Which host this is, as journals name it."""
-
-    machine: str
-    name: str
-
-
-def this_host() -> Host:
-    """Which host we are on; its machine-id is empty where there is none."""
-    try:
-        with open("/etc/machine-id", encoding="ascii", errors="replace") as file:
-            machine = file.read(64).strip()
-    except OSError:
-        machine = ""
-    return Host(machine, os.uname().nodename)
-
-
 def elsewhere(begin: Record) -> str:
     """The name of the other host that this journal's operation belongs to; empty for this host's own.
 
@@ -233,7 +216,7 @@ class Journal:
 
     def _lock(self) -> None:
         try:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise AgentError(LOCKED, f"another operation is under way: it has {self.path}") from error

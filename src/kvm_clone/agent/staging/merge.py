@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from threading import Event
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, TypeVar
 
-from . import chain, fingerprint, header, image, qemu, records
-from .disk import DATA, Disk, Extent, split, zero_data
-from .errors import IN_USE, INTERRUPTED, UNSUPPORTED, AgentError
-from .file import FileDisk
-from .lock import ImageLock
-from .process import killed_by
-from .wire import CHUNK
+from kvm_clone.agent.disks import chain, fingerprint, header, image, qemu
+from kvm_clone.agent.disks.disk import DATA, Disk, Extent, split, zero_data
+from kvm_clone.agent.disks.file import FileDisk
+from kvm_clone.agent.disks.image_lock import ImageLock
+from kvm_clone.agent.process import killed_by
+from kvm_clone.agent.protocol.errors import IN_USE, INTERRUPTED, UNSUPPORTED, AgentError
+from kvm_clone.agent.protocol.wire import CHUNK
+from kvm_clone.agent.staging import records
 
 _Result = TypeVar("_Result")
 

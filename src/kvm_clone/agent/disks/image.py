@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from typing import Dict, Iterator, Optional
 
-from . import chain, nbd, qemu
-from .disk import Disk, Extent, Ranges, bounded, intersect, open_flags
-from .errors import UNSUPPORTED, AgentError
-from .file import FileDisk
-from .nbd import NbdDisk
-from .stream import Incoming
-from .wire import CHUNK
+from kvm_clone.agent.disks import chain, nbd, qemu
+from kvm_clone.agent.disks.disk import Disk, Extent, Ranges, bounded, intersect, open_flags
+from kvm_clone.agent.disks.file import FileDisk
+from kvm_clone.agent.disks.nbd import NbdDisk
+from kvm_clone.agent.protocol.errors import UNSUPPORTED, AgentError
+from kvm_clone.agent.protocol.stream import Incoming
+from kvm_clone.agent.protocol.wire import CHUNK
 
 RAW, QCOW2 = chain.RAW, chain.QCOW2
 NBD = "nbd"

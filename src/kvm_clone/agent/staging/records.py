@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any, Callable, Dict, List
 
-from . import chain, names
-from .errors import UNSUPPORTED, AgentError
+from kvm_clone.agent import names
+from kvm_clone.agent.disks import chain
+from kvm_clone.agent.protocol.errors import UNSUPPORTED, AgentError
 
 BEGIN = "begin"  # an operation holds the lock: operation, name, host, version, source, started, marks
 CREATE = "create"  # a staged file is about to be made: disk, part, final, size in bytes, format, backing

@@ -15,7 +15,7 @@ import functools
 import hashlib
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional
 
-from .errors import UNSUPPORTED, AgentError
+from kvm_clone.agent.protocol.errors import UNSUPPORTED, AgentError
 
 POLY1305, SHA256 = "poly1305", "sha256"
 

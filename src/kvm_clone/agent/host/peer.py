@@ -8,9 +8,9 @@ import subprocess
 import time
 from typing import Any, Dict, List
 
-from . import process
-from .errors import AgentError, from_exception
-from .wire import NOISE_LIMIT, write_all
+from kvm_clone.agent import process
+from kvm_clone.agent.protocol.errors import AgentError, from_exception
+from kvm_clone.agent.protocol.wire import NOISE_LIMIT, write_all
 
 FAST_CIPHERS = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com"
 """ssh's Ciphers: these first, the rest as it was. With AES instructions they cost a third of the default's time."""

@@ -24,7 +24,7 @@ import stat
 import struct
 from typing import Dict, NamedTuple
 
-from .errors import UNSUPPORTED, AgentError
+from kvm_clone.agent.protocol.errors import UNSUPPORTED, AgentError
 
 MAGIC = b"QFI\xfb"
 

@@ -11,8 +11,8 @@ import json
 import os
 from typing import Any, Dict, Iterator, List, NamedTuple, Set, Tuple
 
-from . import header
-from .errors import UNSUPPORTED, AgentError
+from kvm_clone.agent.disks import header
+from kvm_clone.agent.protocol.errors import UNSUPPORTED, AgentError
 
 RAW, QCOW2 = "raw", "qcow2"
 

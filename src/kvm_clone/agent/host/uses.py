@@ -17,9 +17,9 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
-from . import chain, fingerprint, header
-from .errors import AgentError
-from .lock import is_locked_by_qemu
+from kvm_clone.agent.disks import chain, fingerprint, header
+from kvm_clone.agent.disks.image_lock import is_locked_by_qemu
+from kvm_clone.agent.protocol.errors import AgentError
 
 FREE, USED, UNKNOWN, ABSENT, ODD = "free", "used", "unknown", "absent", "odd"
 """What is answered of a file: nobody uses it; somebody does; not to be established; not there; no regular file."""

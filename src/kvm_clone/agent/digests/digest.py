@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
 
-from . import hashing
-from .disk import DATA, Disk, Extent, Ranges, split
-from .hashing import Digest, How
-from .wire import CHUNK
+from kvm_clone.agent.digests import hashing
+from kvm_clone.agent.digests.hashing import Digest, How
+from kvm_clone.agent.disks.disk import DATA, Disk, Extent, Ranges, split
+from kvm_clone.agent.protocol.wire import CHUNK
 
 BLOCK = 64 * 1024
 """Bytes. The least that a difference is known by: qcow2's default cluster, so that a delta fills whole clusters."""

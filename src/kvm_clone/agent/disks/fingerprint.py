@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import Callable, Tuple
 
-from .filesystem import lasting_inode
+from kvm_clone.agent.disks.filesystem import lasting_inode
 
 
 def of(path: str) -> str:

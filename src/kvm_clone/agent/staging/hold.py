@@ -11,9 +11,10 @@ import os
 import threading
 from typing import Any, Callable, Dict, List, Protocol, TypeVar, cast
 
-from . import journal, names
-from .errors import LOCKED, AgentError
-from .lock import OperationLock
+from kvm_clone.agent import names
+from kvm_clone.agent.protocol.errors import LOCKED, AgentError
+from kvm_clone.agent.staging import journal
+from kvm_clone.agent.staging.lock import OperationLock
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 

@@ -6,8 +6,8 @@ import os
 import stat
 from typing import List
 
-from .errors import UNSUPPORTED, AgentError, from_exception
-from .names import PREFIX
+from kvm_clone.agent.names import PREFIX
+from kvm_clone.agent.protocol.errors import UNSUPPORTED, AgentError, from_exception
 
 SUFFIX = ".scratch"
 SOCKETS = "/var/lib/libvirt/qemu"

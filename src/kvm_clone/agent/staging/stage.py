@@ -14,10 +14,14 @@ import threading
 import time
 from typing import Any, Dict, List, Optional
 
-from . import chain, filesystem, fingerprint, image, journal, leftovers, merge, names, qemu, records, reflink
-from .errors import EXISTS, IN_USE, IO, LOCKED, MISSING, UNSUPPORTED, AgentError, from_exception
-from .hold import Hold, one_at_a_time
-from .lock import ImageLock, is_written
+from kvm_clone.agent import names
+from kvm_clone.agent.disks import chain, filesystem, fingerprint, image, qemu, reflink
+from kvm_clone.agent.disks.image_lock import ImageLock
+from kvm_clone.agent.host.this_host import this_host
+from kvm_clone.agent.protocol.errors import EXISTS, IN_USE, IO, LOCKED, MISSING, UNSUPPORTED, AgentError, from_exception
+from kvm_clone.agent.staging import journal, leftovers, merge, records
+from kvm_clone.agent.staging.hold import Hold, one_at_a_time
+from kvm_clone.agent.staging.lock import is_written
 
 _LINGERING = 10.0
 """Seconds that a receiver may take to notice that its controller was killed."""
@@ -89,7 +93,7 @@ class Stage(Hold):
             self._journal = journal.Journal(path)
         except OSError as error:
             raise from_exception(error, f"beginning the journal {path}") from error
-        host = journal.this_host()._asdict()
+        host = this_host()._asdict()
         self._append(records.BEGIN, operation=self.operation, name=self.name, started=time.time(), host=host, **about)
 
     def _open(self, path: str) -> List[records.Record]:

@@ -8,11 +8,14 @@ import stat
 import time
 from typing import Any, Dict, List, Optional, Tuple
 
-from . import chain, facts, filesystem, fingerprint, names, qemu, records
-from .errors import LOCKED, UNSUPPORTED, AgentError, from_exception
-from .journal import LEASE_SECONDS, Journal, elsewhere, look, make_durable
-from .lock import OperationLock, holder_of
-from .records import Record
+from kvm_clone.agent import names
+from kvm_clone.agent.disks import chain, filesystem, fingerprint, qemu
+from kvm_clone.agent.host import host_info
+from kvm_clone.agent.protocol.errors import LOCKED, UNSUPPORTED, AgentError, from_exception
+from kvm_clone.agent.staging import records
+from kvm_clone.agent.staging.journal import LEASE_SECONDS, Journal, elsewhere, look, make_durable
+from kvm_clone.agent.staging.lock import OperationLock, holder_of
+from kvm_clone.agent.staging.records import Record
 
 _PAST_COMMIT = (records.COMMITTED, records.MERGING, records.MERGED)
 """What is journalled when libvirt is known to have the definition."""
@@ -91,7 +94,7 @@ class DiskState:
             "size": self.size,
             "format": self.format,
             "durable": durable,
-            "data": facts.data_held(self.path, self.format) if durable else 0,
+            "data": host_info.data_held(self.path, self.format) if durable else 0,
             "allocated": about.st_blocks * 512 if about else 0,
             "backing": self.backing.get("path", ""),
         }

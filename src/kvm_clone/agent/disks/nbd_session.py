@@ -13,7 +13,7 @@ import struct
 import time
 from typing import Iterator, List, NamedTuple, Optional, Tuple, Union
 
-from .wire import ProtocolError
+from kvm_clone.agent.protocol.wire import ProtocolError
 
 _MAGIC = 0x4E42444D41474943  # "NBDMAGIC"
 _OPTION_MAGIC = 0x49484156454F5054  # "IHAVEOPT"

@@ -14,11 +14,13 @@ import stat
 import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from . import chain, filesystem, fingerprint, header, image, journal, names, nbd, qemu, reflink
-from .digest import BLOCK
-from .disk import DATA, joined, thinned
-from .errors import AgentError, from_exception
-from .file import disk_size
+from kvm_clone.agent import names
+from kvm_clone.agent.digests.digest import BLOCK
+from kvm_clone.agent.disks import chain, filesystem, fingerprint, header, image, nbd, qemu, reflink
+from kvm_clone.agent.disks.disk import DATA, joined, thinned
+from kvm_clone.agent.disks.file import disk_size
+from kvm_clone.agent.host.this_host import this_host
+from kvm_clone.agent.protocol.errors import AgentError, from_exception
 
 
 def host() -> Dict[str, Any]:
@@ -46,7 +48,7 @@ def identity() -> Dict[str, str]:
     `boot`: of the running kernel, drawn by it at its start. `libvirt`: the file of libvirt's socket, by device, inode
     and ctime: hosts that share a kernel (containers) have one each. `machine`: /etc/machine-id. Empty where unknown.
     """
-    found = {"boot": _line("/proc/sys/kernel/random/boot_id"), "machine": journal.this_host().machine, "libvirt": ""}
+    found = {"boot": _line("/proc/sys/kernel/random/boot_id"), "machine": this_host().machine, "libvirt": ""}
     for path in LIBVIRT_SOCKETS:
         with contextlib.suppress(OSError):
             about = os.stat(path)

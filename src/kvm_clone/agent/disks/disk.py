@@ -9,8 +9,8 @@ import abc
 import os
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from .stream import Incoming
-from .wire import write_all
+from kvm_clone.agent.protocol.stream import Incoming
+from kvm_clone.agent.protocol.wire import write_all
 
 DATA, ZERO, HOLE = "data", "zero", "hole"
 

@@ -6,11 +6,12 @@ import base64
 from collections import OrderedDict
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
-from . import digest, image
-from .disk import Ranges
-from .errors import PROTOCOL, AgentError, from_exception
-from .hashing import How
-from .wire import ProtocolError
+from kvm_clone.agent.digests import digest
+from kvm_clone.agent.digests.hashing import How
+from kvm_clone.agent.disks import image
+from kvm_clone.agent.disks.disk import Ranges
+from kvm_clone.agent.protocol.errors import PROTOCOL, AgentError, from_exception
+from kvm_clone.agent.protocol.wire import ProtocolError
 
 Progress = Callable[[Dict[str, Any]], None]
 

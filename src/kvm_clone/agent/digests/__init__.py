@@ -1,0 +1,1 @@
+"""Digests of a disk's content, and finding what differs by them."""

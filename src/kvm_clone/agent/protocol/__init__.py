@@ -1,0 +1,1 @@
+"""What crosses the wire: frames, records, errors, and bytes moved by the kernel."""
