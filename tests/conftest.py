@@ -19,6 +19,25 @@ Children = dict[tuple[int, str], str]
 """Processes by pid and start, which together name one; how each looks."""
 
 
+SAMPLE = 3
+"""Cases of a long table that `make test` takes: the first, the last, and what lies evenly between."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave most cases of long tables to `make test-faults`: those of the lab, and of modules marked `sampled`."""
+    tables: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if marks & {"e2e", "sampled"} and not marks & {"faults", "fast"}:
+            tables.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in tables.values():
+        taken = {round(at * (len(cases) - 1) / (SAMPLE - 1)) for at in range(SAMPLE)}
+        for number, item in enumerate(cases):
+            if len(cases) > SAMPLE and number not in taken:
+                item.add_marker(pytest.mark.faults)
+
+
 @pytest.fixture
 def children() -> Callable[[], Children]:
     """What tells the children of this process, as they are when it is called."""

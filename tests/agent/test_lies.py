@@ -29,7 +29,7 @@ from kvm_clone.hosts.ssh import SshOptions, parse_address
 from .test_loader import IMPATIENT, WHOLE, agent
 from .tools import arriving, ending, need, python
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.sampled]
 
 
 def altered(module: str, text: str) -> bytes:
@@ -38,7 +38,8 @@ def altered(module: str, text: str) -> bytes:
     with zipfile.ZipFile(io.BytesIO(payload.package())) as package, zipfile.ZipFile(buffer, "w") as archive:
         for name in package.namelist():
             added = text.encode() if name.endswith(f"/{module}.py") else b""
-            archive.writestr(name, package.read(name) + added)
+            if not name.endswith(f"/{module}.pyc"):
+                archive.writestr(name, package.read(name) + added)
     return buffer.getvalue()
 
 
@@ -73,7 +74,7 @@ LONG = "x" * (FRAME_LIMIT + 1)
 
 
 def test_an_answer_that_is_too_large_is_an_error(travelling: Any, tmp_path: Path) -> None:
-    travelling("facts", f"\n\ndef host():\n    return 'x' * {FRAME_LIMIT}\n")
+    travelling("host_info", f"\n\ndef host():\n    return 'x' * {FRAME_LIMIT}\n")
 
     async def run() -> None:
         async with connected(tmp_path) as host:
@@ -102,7 +103,7 @@ def test_a_call_that_is_too_large_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_error_without_end_arrives_cut(travelling: Any, tmp_path: Path) -> None:
-    travelling("facts", f"\n\ndef host():\n    raise OSError(5, 'x' * {FRAME_LIMIT})\n")
+    travelling("host_info", f"\n\ndef host():\n    raise OSError(5, 'x' * {FRAME_LIMIT})\n")
 
     async def run() -> None:
         async with connected(tmp_path) as host:

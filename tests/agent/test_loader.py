@@ -209,7 +209,8 @@ def altered(module: str, text: str) -> bytes:
     with zipfile.ZipFile(io.BytesIO(payload.package())) as package, zipfile.ZipFile(buffer, "w") as archive:
         for name in package.namelist():
             added = text.encode() if name.endswith(f"/{module}.py") else b""
-            archive.writestr(name, package.read(name) + added)
+            if not name.endswith(f"/{module}.pyc"):
+                archive.writestr(name, package.read(name) + added)
     content = buffer.getvalue()
     return LOADER + f"{len(content):08x}{hashlib.sha256(content).hexdigest()}".encode() + content
 

@@ -22,7 +22,7 @@ from kvm_clone.hosts.ssh import SshOptions, parse_address
 
 from .tools import SshServer, eventually, processes
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.sampled]
 
 Login = tuple[SshServer, Path]
 

@@ -55,11 +55,12 @@ def tear(record: str) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(payload.package())) as whole, zipfile.ZipFile(buffer, "w") as archive:
         for entry in whole.infolist():
-            text = whole.read(entry).decode()
+            content = whole.read(entry)
             if entry.filename.endswith("agent/staging/journal.py"):
-                assert text.count(_WRITE) == 1
-                text = text.replace(_WRITE, broken + _WRITE)
-            archive.writestr(entry, text)
+                assert content.count(_WRITE.encode()) == 1
+                content = content.replace(_WRITE.encode(), (broken + _WRITE).encode())
+            if not entry.filename.endswith("agent/staging/journal.pyc"):
+                archive.writestr(entry, content)
     package = buffer.getvalue()
     payload.package = lambda: package  # type: ignore[assignment]
 

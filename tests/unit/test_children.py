@@ -25,6 +25,8 @@ from kvm_clone.options import CloneOptions, Route
 from kvm_clone.transfer import transport
 from kvm_clone.transfer.content import Content, Prepared, Transfer
 
+pytestmark = pytest.mark.sampled
+
 SLEEP = ("sleep", "1000")
 
 

@@ -20,6 +20,8 @@ from clihelp import MODULE, Run, in_this_process, own_home, port_that_refuses, t
 from kvm_clone.errors import ExitCode
 from kvm_clone.upkeep.operation_log import KEPT, OperationLog
 
+pytestmark = pytest.mark.sampled
+
 
 def full(*descriptors: int) -> Callable[[], None]:
     """What makes a child's streams full."""

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import io
 import os
+import py_compile
 import shlex
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,7 +28,58 @@ def test_the_package_is_the_agent_and_nothing_else() -> None:
         assert archive.testzip() is None
         content = {name: archive.read(name) for name in archive.namelist()}
     expected = {f"kvm_clone/agent/{file.relative_to(AGENT)}": file.read_bytes() for file in AGENT.rglob("*.py")}
-    assert content == {"kvm_clone/__init__.py": b"", **expected}
+    sources = {name: source for name, source in content.items() if name.endswith(".py")}
+    assert sources == {"kvm_clone/__init__.py": b"", **expected}
+    assert content.keys() - sources.keys() <= {f"{name}c" for name in expected}
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> Path:
+    """A module, as Python has cached it."""
+    path = tmp_path / "said.py"
+    path.write_text("said = 'compiled'\n")
+    py_compile.compile(str(path), invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP, doraise=True)
+    return path
+
+
+def cache(path: Path) -> Path:
+    return Path(importlib.util.cache_from_source(str(path)))
+
+
+def imported(folder: Path, files: dict[str, bytes]) -> str:
+    """What the module says when it is imported out of a zip file, as the agent is."""
+    with zipfile.ZipFile(folder / "agent.zip", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    script = f"import sys; sys.path.insert(0, {str(folder / 'agent.zip')!r}); import said; print(said.said)"
+    return subprocess.run([sys.executable, "-I", "-c", script], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def test_a_host_with_our_python_does_not_compile(module: Path, tmp_path: Path) -> None:
+    compiled = payload.compiled(module, module.read_bytes())
+    assert compiled is not None
+    source = b"said = 'source'\n"
+    assert imported(tmp_path, {"said.py": source, "said.pyc": compiled}) == "compiled\n"
+    assert imported(tmp_path, {"said.py": source, "said.pyc": b"\0\0\r\n" + compiled[4:]}) == "source\n"
+
+
+CACHES: dict[str, Callable[[Path], object]] = {
+    "none": lambda path: cache(path).unlink(),
+    "of another Python": lambda path: cache(path).write_bytes(b"\0\0\r\n" + cache(path).read_bytes()[4:]),
+    "of an older source": lambda path: os.utime(path, (1, 1)),
+    "of a source of another size": lambda path: path.write_text("said = 'something else'\n"),
+    "cut off": lambda path: os.truncate(cache(path), 10),
+    "known by a hash": lambda path: py_compile.compile(
+        str(path), invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CACHES)
+def test_a_cache_that_may_be_anothers_is_left(what: str, module: Path) -> None:
+    assert payload.compiled(module, module.read_bytes()) is not None
+    CACHES[what](module)
+    assert payload.compiled(module, module.read_bytes()) is None
 
 
 def test_the_same_files_make_the_same_bytes() -> None:

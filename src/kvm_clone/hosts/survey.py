@@ -39,6 +39,10 @@ from kvm_clone.planning.facts import (
 from kvm_clone.planning.file_names import home_of, scratch_prefix, stems
 from kvm_clone.tasks import together
 
+_LOOKS = 3
+"""How often the destination's VM is looked at when it changes meanwhile; after that the plan may rest on a mixture, and
+is refused for it when the lock is taken, or before the define."""
+
 
 async def inspect(
     source: Host,
@@ -59,7 +63,7 @@ async def inspect(
         facts = await _source(source, source_libvirt, vm)
         name = options.name_for(facts.domain.name)
         replica = isinstance(options, SyncOptions)
-        return facts, await _destination(destination, destination_libvirt, facts, name, replica=replica)
+        return facts, await _settled(destination, destination_libvirt, facts, name, replica=replica)
 
     (source_facts, destination_facts), reach = await together(
         both_hosts(),
@@ -148,6 +152,23 @@ async def _image(host: Host, disk: domain_xml.DiskXml, state: str) -> ImageFacts
         return image_facts(disk.target, path, format_, {"error": str(error), "in_use": error.kind == kinds.IN_USE})
     answer = await host.call("disk", path=path, image_format=format_, live=running)
     return image_facts(disk.target, path, format_, answer)
+
+
+async def _settled(
+    host: Host, connection: libvirt.virConnect, source: SourceFacts, name: str, *, replica: bool
+) -> DestinationFacts:
+    """The destination's facts, of one moment as to the VM of that name.
+
+    An operation that ends between the look at the VM and the look at journals would leave a VM that is not sealed yet,
+    and no operation under way: a replica that somebody seems to have used.
+    """
+    for _ in range(_LOOKS):
+        facts = await _destination(host, connection, source, name, replica=replica)
+        with domains.failing_as(f"asking {host.name} for {name!r}", host.name):
+            now = await asyncio.to_thread(domains.find, connection, name)
+        if now == (facts.existing.domain if facts.existing is not None else None):
+            break
+    return facts
 
 
 async def _destination(
