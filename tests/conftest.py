@@ -19,7 +19,7 @@ Children = dict[tuple[int, str], str]
 """Processes by pid and start, which together name one; how each looks."""
 
 
-SAMPLE = 3
+SAMPLE = 2
 """Cases of a long table that `make test` takes: the first, the last, and what lies evenly between."""
 
 

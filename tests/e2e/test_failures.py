@@ -307,6 +307,7 @@ def test_a_source_that_changes_under_the_copy_is_copied_as_it_is_in_the_end(lab:
     assert_equal(lab, victim)
 
 
+@pytest.mark.faults
 def test_a_source_that_keeps_changing_is_given_up(lab: Lab, victim: Vm) -> None:
     with running(lab, "kc-a", "kc-b", "victim", "--retries", "1", *SLOW) as child:
         wait_for_copy(lab)
@@ -342,6 +343,7 @@ def test_a_file_that_appears_at_the_final_path_is_never_overwritten(lab: Lab, vi
         squatter.unlink(missing_ok=True)
 
 
+@pytest.mark.faults
 def test_libvirtd_restarted_in_the_midst_of_the_copy(lab: Lab, victim: Vm) -> None:
     with running(lab, "kc-a", "kc-b", "victim", *SLOW) as child:
         wait_for_copy(lab)

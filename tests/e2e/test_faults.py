@@ -81,23 +81,15 @@ KINDS = ("clone", "replacing clone", "sync")
 FAST = {
     ("clone", "nothing", TORN),
     ("clone", "create", TORN),
-    ("replacing clone", "define", TORN),
     ("sync", "merged", TORN),
     ("clone", "begin", "controller killed"),
-    ("clone", "create", "destination agent killed"),
     ("clone", "durable", "receiver killed"),
-    ("clone", "publish", "controller killed"),
     ("clone", "define", "controller killed"),
-    ("clone", "proven", "source agent killed"),
-    ("replacing clone", "durable", "qemu-nbd killed"),
-    ("replacing clone", "copied", "controller killed"),
     ("replacing clone", "publish", "controller killed"),
     ("replacing clone", "define", "controller killed"),
-    ("replacing clone", "define", "destination agent killed"),
     ("replacing clone", "committed", "controller killed"),
     ("sync", "durable", "receiver killed"),
     ("sync", "define", "destination agent killed"),
-    ("sync", "committed", "controller killed"),
     ("sync", "merged", "controller killed"),
 }
 """What `make test` runs; `make test-faults` runs all."""

@@ -155,6 +155,7 @@ def _grown(lab: Lab, name: str) -> Vm:
     return source
 
 
+@pytest.mark.faults
 def test_ctrl_c_does_not_wait_out_a_merge(lab: Lab) -> None:
     source = _grown(lab, "merging")
     argv = ("kc-a", "kc-b", "merging")

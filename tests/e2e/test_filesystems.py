@@ -117,6 +117,7 @@ def durable(lab: Lab) -> int:
     return max((one["end"] for one in found if one["record"] == "durable" and one["disk"] == "vda"), default=0)
 
 
+@pytest.mark.faults
 def test_an_interrupted_clone_goes_on_there(lab: Lab) -> None:
     source = lab.vm("kc-a", NAME, ["qcow2:24M:24M", "raw:24M:24M"], boot=False)
     slow = ("--bandwidth-limit", "8M", "--route", "relay", "--parallel", "1")
@@ -152,6 +153,7 @@ def test_holes_that_take_room_are_counted(lab: Lab) -> None:
         refused(lab, "clone", says="4.6 TiB are needed")
 
 
+@pytest.mark.faults
 def test_what_the_source_compresses_is_counted_as_it_will_be_stored(lab: Lab) -> None:
     """As cloud images are: a clone of one at rest stays compressed, one of a VM that runs does not."""
     source = lab.vm("kc-a", NAME, ["qcow2:64M"], boot=False)

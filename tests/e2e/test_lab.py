@@ -90,6 +90,7 @@ def test_guest_boots_and_reads_its_data_disk(lab: Lab, tmp_path: Path) -> None:
         _remove(lab, vm.uuid)
 
 
+@pytest.mark.faults
 def test_counter_guest_writes_both_disks_in_order(lab: Lab, tmp_path: Path) -> None:
     vm = lab.vm("kc-a", "lab-counter", start=True, guest="counter")
     try:
@@ -108,6 +109,7 @@ def test_counter_guest_writes_both_disks_in_order(lab: Lab, tmp_path: Path) -> N
         _remove(lab, vm.uuid)
 
 
+@pytest.mark.faults
 def test_fs_guest_leaves_a_file_system_that_its_journal_mends(lab: Lab, tmp_path: Path) -> None:
     vm = lab.vm("kc-a", "lab-fs", ["qcow2:64M:2M"], start=True, guest="fs")
     try:
@@ -128,6 +130,7 @@ def test_fs_guest_leaves_a_file_system_that_its_journal_mends(lab: Lab, tmp_path
         _remove(lab, vm.uuid)
 
 
+@pytest.mark.faults
 def test_guest_agent_freezes_and_thaws(lab: Lab, tmp_path: Path) -> None:
     vm = lab.vm("kc-a", "lab-agent", start=True, guest="fs", guest_agent=True)
     try:
@@ -283,6 +286,7 @@ def test_shape_that_fails_leaves_the_link_unshaped(lab: Lab) -> None:
     assert lab.ssh("kc-b", "true").returncode == 0
 
 
+@pytest.mark.faults
 def test_power_cut_and_down_end_the_delay(own_lab: Lab) -> None:
     assert _traces(own_lab)
     own_lab.net("shape", "kc-a", "--delay", "25ms")

@@ -434,6 +434,7 @@ def _everything(lab: Lab) -> list[object]:
     return found
 
 
+@pytest.mark.faults
 def test_dry_run_tells_and_changes_nothing(lab: Lab, row: Vm) -> None:
     for prepare, flag, code, action in (
         (_nothing, "", 0, "clone"),

@@ -128,6 +128,7 @@ def test_clone_is_crash_consistent_without_freezing(lab: Lab, files: Vm, tmp_pat
     assert assert_file_system(disk, tmp_path / "files") >= seen.count
 
 
+@pytest.mark.faults
 def test_clone_is_frozen_for_a_moment(lab: Lab, files: Vm, tmp_path: Path) -> None:
     before = traces(lab, files.name)
     with Ticks(lab, "kc-a", files.serial) as ticks:
@@ -148,6 +149,7 @@ def test_clone_is_frozen_for_a_moment(lab: Lab, files: Vm, tmp_path: Path) -> No
     wait_until("the clone's guest works", lambda: serial.exists() and "TICK" in serial.read_text(), 60)
 
 
+@pytest.mark.faults
 def test_counters_of_a_clone_and_of_syncs_are_of_one_moment(lab: Lab, counter: Vm, tmp_path: Path) -> None:
     before = traces(lab, counter.name)
     with Ticks(lab, "kc-a", counter.serial) as ticks:

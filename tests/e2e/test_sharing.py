@@ -100,6 +100,7 @@ def test_a_sync_writes_into_a_copy_that_shares_its_blocks(lab: Lab, source: Vm) 
     assert used(lab) - room < 8 * MIB
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "record", ["define", pytest.param("durable", marks=LONG), pytest.param("committed", marks=LONG)]
 )

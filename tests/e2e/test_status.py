@@ -133,7 +133,8 @@ def test_cleanup_keeps_a_clone_that_had_committed(lab: Lab, vm: Vm) -> None:
     xml = lab.run("kc-b", "virsh", "dumpxml", "kept").stdout
     operation = xml.split('operation="')[1].split('"')[0]
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from kvm_clone.agent import journal, names\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from kvm_clone.agent import names\n"
+        "from kvm_clone.agent.staging import journal\n"
         "log = journal.Journal(names.journal_path(sys.argv[2], 'kept'))\n"
         "log.append('begin', operation=sys.argv[3], name='kept', started=0)\n"
         "log.append('define', uuid='', remove=[sys.argv[2] + '/replaced.raw'], forget=[])\n"

@@ -25,7 +25,7 @@ SLOW = ("--pool", "own", "--bandwidth-limit", "5M", "--output", "json")
 """Keeps the copy going for a few seconds."""
 
 
-@pytest.fixture(params=["raw", "qcow2"])
+@pytest.fixture(params=[pytest.param("raw", marks=pytest.mark.faults), "qcow2"])
 def source(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Vm]:
     """A VM with one disk of each format in turn, so that the receiver or qemu-nbd meets the failure."""
     yield lab.vm("kc-a", "stored", [f"{request.param}:32M:16M"], boot=False)

@@ -275,6 +275,7 @@ def convert(lab: Lab, target: str, format_: str, cluster: str = "", name: str = 
     virsh(lab, "kc-b", "define", "/dev/stdin", input=f"{head}<source file='{new}'{tail}")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("target", "format_", "cluster"),
     [
@@ -376,6 +377,7 @@ def test_a_vm_without_disks(lab: Lab) -> None:
     assert_nothing_left(lab)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "name",
     [
@@ -582,6 +584,7 @@ def test_dry_run_says_how_much_and_changes_nothing(lab: Lab, source: Vm) -> None
     assert everything(lab) == before
 
 
+@pytest.mark.faults
 def test_a_saved_plan_runs_unless_the_facts_have_changed(lab: Lab, source: Vm, tmp_path: Path) -> None:
     change_both(lab)
     plan = str(tmp_path / "plan")
@@ -654,6 +657,7 @@ def test_a_source_that_changes_between_two_attempts(lab: Lab, source: Vm) -> Non
     assert is_equal(lab)
 
 
+@pytest.mark.faults
 def test_a_replica_that_was_used_after_an_interruption_is_not_mixed(lab: Lab, source: Vm) -> None:
     big_change(lab)
     interrupted(lab)
@@ -725,6 +729,7 @@ def killed_at(lab: Lab, record: str) -> None:
     wait_until("the agents have ended", lambda: not leftovers(lab, "kc-b").keys() - {"staged"})
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("record", "by"),
     [
@@ -787,6 +792,7 @@ def test_what_a_guest_wrote_before_the_merge_is_kept(lab: Lab, source: Vm, recor
     assert is_equal(lab)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("by", ["sync", pytest.param("cleanup", marks=LONG)])
 def test_what_is_merged_is_not_merged_again(lab: Lab, source: Vm, by: str) -> None:
     """The replica is defined onto its images again, and used, when the overlays are still there."""
@@ -880,6 +886,7 @@ def undefined(lab: Lab) -> None:
     virsh(lab, "kc-b", "undefine", NAME)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "use",
     [
