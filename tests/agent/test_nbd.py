@@ -246,7 +246,7 @@ def test_close_leaves_no_process(compress: bool, tmp_path: Path) -> None:
 
 OWNER = """
 import sys, time
-from kvm_clone.agent import image
+from kvm_clone.agent.disks import image
 disk = image.StagedImage(sys.argv[1])
 disk.write(0, memoryview(b"x" * 65536))
 print("ready", flush=True)

@@ -257,7 +257,8 @@ def test_undo_leaves_a_file_that_took_the_place_of_ours(pool: Path) -> None:
 
 HOLDER = """
 import sys, time
-from kvm_clone.agent import names, stage
+from kvm_clone.agent import names
+from kvm_clone.agent.staging import stage
 pool, locks, name, then = sys.argv[1:]
 names._lock_directory = lambda: locks
 spec = {"format": "raw", "size": 4096, "options": {}, "mode": 0o600, "user": "root", "group": "root"}

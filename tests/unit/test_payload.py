@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import compileall
 import hashlib
 import importlib.util
 import io
@@ -82,10 +83,16 @@ def test_a_cache_that_may_be_anothers_is_left(what: str, module: Path) -> None:
     assert payload.compiled(module, module.read_bytes()) is None
 
 
-def test_the_same_files_make_the_same_bytes() -> None:
-    first = payload.package()
-    payload.package.cache_clear()
-    assert payload.package() == first
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_same_files_make_the_same_bytes(cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
+    if cached:
+        assert compileall.compile_dir(AGENT, quiet=2)
+    first, second = (payload.package.__wrapped__() for _ in range(2))
+    assert hashlib.sha256(first).hexdigest() == hashlib.sha256(second).hexdigest()
+    with zipfile.ZipFile(io.BytesIO(first)) as archive:
+        compiled = [name for name in archive.namelist() if name.endswith(".pyc")]
+    assert len(compiled) == (len(list(AGENT.rglob("*.py"))) if cached else 0)
 
 
 def test_the_preamble_and_the_identity_name_the_package() -> None:
