@@ -16,7 +16,7 @@ import typer
 from clihelp import Done, Run, in_this_process, own_home, port_that_refuses, there  # noqa: F401 - fixtures
 
 from kvm_clone import cli
-from kvm_clone.cli import listing, output, sync
+from kvm_clone.cli import clone, listing, output
 from kvm_clone.cli.sync import split_verify
 from kvm_clone.client import Request
 from kvm_clone.errors import DomainExistsError, ExitCode, KvmCloneError, RefusedError
@@ -417,7 +417,7 @@ def asked_of_sync(here: Run, monkeypatch: pytest.MonkeyPatch, *flags: str) -> Sy
     def hear(_settings: object, request: Request, **_: object) -> None:
         asked.append(request)
 
-    monkeypatch.setattr(sync, "run_request", hear)
+    monkeypatch.setattr(clone, "run_request", hear)
     assert here(*SYNC, *flags).code == ExitCode.DONE
     (request,) = asked
     assert (request.source, request.destination, request.vm) == SYNC[1:]

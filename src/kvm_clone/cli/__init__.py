@@ -39,7 +39,7 @@ app = typer.Typer(
     name="kvm-clone",
     cls=_Commands,
     help="Clone KVM/libvirt virtual machines between hosts over SSH. The source is never modified, the destination "
-    "is as it was until the clone is proven equal, and what was interrupted can be gone on with.",
+    "is as it was until the clone is proven equal, and what was interrupted can be resumed.",
     epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 refused before starting, 4 the destination VM exists, 5 cannot "
     "connect or authenticate, 6 interrupted or transfer failed, 7 verification mismatch, 8 another operation holds "
     "the lock, 9 done, but the result could not be written, 130 Ctrl-C.",

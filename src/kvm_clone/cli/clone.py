@@ -9,16 +9,18 @@ from typing import Annotated
 import typer
 
 from kvm_clone.cli import context, options, output, plans, progress
+from kvm_clone.cli.groups import grouped
 from kvm_clone.cli.words import naming
 from kvm_clone.client import Client, Request
 from kvm_clone.errors import DomainExistsError
-from kvm_clone.options import CloneOptions, Quiesce, Retry, Verify
+from kvm_clone.options import CloneOptions, Retry, Verify
 from kvm_clone.progress import OnEvent
 from kvm_clone.results import Result
 from kvm_clone.settings.config import Output, Settings
 from kvm_clone.units import format_bytes, format_duration, format_rate
 
 
+@grouped
 def clone_command(
     ctx: typer.Context,
     source: options.Source,
@@ -37,17 +39,10 @@ def clone_command(
     ] = None,
     preserve_uuid: Annotated[bool, typer.Option("--preserve-uuid", help="Keep the VM's UUID.")] = False,
     preserve_mac: Annotated[bool, typer.Option("--preserve-mac", help="Keep the MAC addresses.")] = False,
-    pool: options.Pool = None,
-    route: options.RouteOption = None,
     verify: Annotated[
         bool | None,
         typer.Option("--verify/--no-verify", help="Digest both ends before committing (the default)."),
     ] = None,
-    parallel: options.Parallel = None,
-    bandwidth_limit: options.BandwidthLimit = None,
-    timeout: options.Timeout = None,
-    quiesce: options.QuiesceOption = Quiesce.AUTO,
-    track: options.Track = False,
     idempotent: Annotated[
         bool,
         typer.Option("--idempotent", help="Succeed if the clone is there and up to date; resume; replace if shut off."),
@@ -57,66 +52,39 @@ def clone_command(
         bool,
         typer.Option("--cleanup-existing", help="Like --force, but remove the existing VM before copying."),
     ] = False,
-    resume: options.Resume = False,
     verify_existing: Annotated[
         bool, typer.Option("--verify-existing", help="With --idempotent: digest a clone that seems up to date.")
     ] = False,
-    keep_partial: options.KeepPartial = True,
-    retries: options.Retries = 3,
-    wait: options.Wait = False,
     dry_run: options.DryRun = False,
-    plan_out: options.PlanOut = None,
-    ssh_config: context.SshConfigOption = None,
-    ssh_key: context.SshKeyOption = None,
-    ssh_option: context.SshOptionOption = None,
-    quiet: options.Quiet = False,
-    output_format: options.OutputFormat = None,
-    log_level: context.LogLevelOption = None,
-    config: context.ConfigFileOption = None,
+    *,
+    copying: options.Copying,
+    connecting: context.Connecting,
 ) -> None:
     """Clone a VM, with all its own disks, to another host; one that runs at one consistent point in time.
 
     The destination is as before until every disk is proven equal to the source's. An interruption keeps what was
-    copied, for --resume or --idempotent to go on with; a failure that no retry can mend is rolled back.
+    copied, for --resume or --idempotent to resume; a failure that no retry can mend is rolled back.
     """
-    flags: dict[str, object] = {
-        "pool": pool,
-        "route": route,
-        "verify": verify,
-        "parallel": parallel,
-        "bandwidth_limit": bandwidth_limit,
-        "timeout": timeout,
-        **context.connection_flags(ssh_config, ssh_key, ssh_option, output_format, log_level),
-    }
-    settings = context.load(ctx, config, flags)
-    given = {
-        Retry.IDEMPOTENT: idempotent,
-        Retry.FORCE: force,
-        Retry.CLEANUP_EXISTING: cleanup_existing,
-        Retry.RESUME: resume,
-    }
-    asked = CloneOptions(
+    settings = connecting.load(ctx, copying.flags(verify))
+    given = {Retry.IDEMPOTENT: idempotent, Retry.FORCE: force, Retry.CLEANUP_EXISTING: cleanup_existing}
+    asked = copying.asked(
+        CloneOptions,
+        settings,
+        given,
         new_name=new_name,
         preserve_uuid=preserve_uuid,
         preserve_mac=preserve_mac,
-        pool=settings.pool,
-        route=settings.route,
         verify=Verify.FULL if settings.verify else Verify.OFF,
-        parallel=settings.parallel,
-        bandwidth_limit=settings.bandwidth_bytes_per_second,
-        timeout=settings.timeout_seconds,
-        quiesce=quiesce,
-        track=track,
-        retry=options.retry_of(given),
-        retries=retries,
-        keep_partial=keep_partial,
-        wait=wait,
         verify_existing=verify_existing,
     )
-    request = Request(source, destination, vm, asked)
-    if dry_run or plan_out is not None:
-        raise typer.Exit(plans.show(settings, request, plan_out, dry_run=dry_run))
-    run_request(settings, request, quiet=quiet)
+    carry_out(settings, Request(source, destination, vm, asked), copying, dry_run=dry_run)
+
+
+def carry_out(settings: Settings, request: Request, copying: options.Copying, *, dry_run: bool) -> None:
+    """Clone or sync, or show or save the plan, as the flags say. Raises typer.Exit with a dry run's code."""
+    if dry_run or copying.plan_out is not None:
+        raise typer.Exit(plans.show(settings, request, copying.plan_out, dry_run=dry_run))
+    run_request(settings, request, quiet=copying.quiet)
 
 
 def run_request(settings: Settings, request: Request, *, quiet: bool, expected: str | None = None) -> None:

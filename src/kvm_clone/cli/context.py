@@ -6,14 +6,16 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from kvm_clone.cli import streams
+from kvm_clone.cli.groups import OptionGroup
 from kvm_clone.errors import ExitCode, KvmCloneError, TransferError
 from kvm_clone.hosts.ssh import SshOptions
 from kvm_clone.settings import config
@@ -29,52 +31,56 @@ class Context:
     output: config.Output | None = None
 
 
-SshConfigOption = Annotated[
-    Path | None,
-    typer.Option("-F", "--ssh-config", metavar="FILE", help="Passed to ssh as -F.", show_default=False),
-]
-SshKeyOption = Annotated[
-    Path | None,
-    typer.Option("-i", "--ssh-key", metavar="FILE", help="Passed to ssh as -i.", show_default=False),
-]
-SshOptionOption = Annotated[
-    list[str] | None,
-    typer.Option("--ssh-option", metavar="KEY=VALUE", help="Passed to ssh as -o. May be repeated.", show_default=False),
-]
-LogLevelOption = Annotated[
-    config.LogLevel | None,
-    typer.Option("--log-level", help="The least severe message that is shown on stderr."),
-]
-ConfigFileOption = Annotated[
-    Path | None,
-    typer.Option("--config", metavar="FILE", help="The configuration file, instead of the usual one."),
-]
+@dataclass(frozen=True)
+class Connecting(OptionGroup):
+    """What every command has that connects to hosts."""
 
+    ssh_config: Annotated[
+        Path | None,
+        typer.Option("-F", "--ssh-config", metavar="FILE", help="Passed to ssh as -F.", show_default=False),
+    ] = None
+    ssh_key: Annotated[
+        Path | None,
+        typer.Option("-i", "--ssh-key", metavar="FILE", help="Passed to ssh as -i.", show_default=False),
+    ] = None
+    ssh_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ssh-option", metavar="KEY=VALUE", help="Passed to ssh as -o. May be repeated.", show_default=False
+        ),
+    ] = None
+    output_format: Annotated[
+        config.Output | None,
+        typer.Option("--output", help="json: one document on stdout, and nothing else there."),
+    ] = None
+    log_level: Annotated[
+        config.LogLevel | None,
+        typer.Option("--log-level", help="The least severe message that is shown on stderr."),
+    ] = None
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="The configuration file, instead of the usual one."),
+    ] = None
 
-def connection_flags(
-    ssh_config: Path | None,
-    ssh_key: Path | None,
-    ssh_option: list[str] | None,
-    output: config.Output | None,
-    log_level: config.LogLevel | None,
-) -> dict[str, object]:
-    """The flags that every connecting command has, by the settings that they go before."""
-    return {
-        "ssh_config_path": ssh_config,
-        "ssh_key_path": ssh_key,
-        "ssh_options": ssh_option or None,
-        "output": output,
-        "log_level": log_level,
-    }
+    def load(self, ctx: typer.Context, flags: Mapping[str, object] = MappingProxyType({})) -> config.Settings:
+        """The settings with these options and the command's own `flags` over them; sets up logging.
 
-
-def load(ctx: typer.Context, path: Path | None, flags: dict[str, object]) -> config.Settings:
-    """The settings with the flags that were given over them; sets up logging. Raises UsageError."""
-    root: Context = ctx.find_root().obj
-    settings = config.load_settings(path or root.config_path, flags).settings
-    root.output = settings.output
-    logging.basicConfig(stream=sys.stderr, level=settings.log_level.value.upper(), format="%(levelname)s %(message)s")
-    return settings
+        Raises UsageError.
+        """
+        given = {
+            **flags,
+            "ssh_config_path": self.ssh_config,
+            "ssh_key_path": self.ssh_key,
+            "ssh_options": self.ssh_option or None,
+            "output": self.output_format,
+            "log_level": self.log_level,
+        }
+        root: Context = ctx.find_root().obj
+        settings = config.load_settings(self.config_file or root.config_path, given).settings
+        root.output = settings.output
+        level = settings.log_level.value.upper()
+        logging.basicConfig(stream=sys.stderr, level=level, format="%(levelname)s %(message)s")
+        return settings
 
 
 def ssh_options(settings: config.Settings) -> SshOptions:
@@ -123,7 +129,7 @@ async def _with_signals(work: Coroutine[Any, Any, Result]) -> Result:
     except asyncio.CancelledError:
         if not received:
             raise
-        remedy = "run the same command again; --resume goes on with what a clone or sync has kept"
+        remedy = "run the same command again; --resume resumes what a clone or sync has kept"
         text = f"stopped by {received[0].name}"
         kind = InterruptedByUserError if received[0] is signal.SIGINT else TransferError
         raise kind(text, remedy=remedy) from None

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvm_clone.cli import context, output
+from kvm_clone.cli.groups import grouped
 from kvm_clone.cli.options import HOST_HELP
 from kvm_clone.cli.words import naming
 from kvm_clone.client import Client
@@ -24,26 +25,22 @@ from kvm_clone.units import format_bytes
 _COLUMNS = ("host", "name", "state", "vCPUs", "memory", "disks (virtual, allocated)")
 
 
+@grouped
 def list_command(
     ctx: typer.Context,
     hosts: Annotated[list[str], typer.Argument(metavar="HOST...", help=HOST_HELP, callback=naming("HOST"))],
     state: Annotated[
         str | None, typer.Option("--state", help="Only VMs in this state, such as running or shut-off.")
     ] = None,
-    ssh_config: context.SshConfigOption = None,
-    ssh_key: context.SshKeyOption = None,
-    ssh_option: context.SshOptionOption = None,
-    output_format: Annotated[Output | None, typer.Option("--output", help="json: one document on stdout.")] = None,
-    log_level: context.LogLevelOption = None,
-    config: context.ConfigFileOption = None,
+    *,
+    connecting: context.Connecting,
 ) -> None:
     """List the VMs of several hosts, all asked at once.
 
     A host that cannot be asked has an error in its place, whose exit code counts; the others still show.
     """
     wanted = _state(state)
-    flags = context.connection_flags(ssh_config, ssh_key, ssh_option, output_format, log_level)
-    settings = context.load(ctx, config, flags)
+    settings = connecting.load(ctx)
     listings = context.run(_list(settings, hosts))
     if settings.output is Output.JSON:
         output.print_json({"hosts": [_document(listing, wanted) for listing in listings]})

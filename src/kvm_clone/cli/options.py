@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from kvm_clone.cli.groups import OptionGroup
 from kvm_clone.cli.words import naming
 from kvm_clone.errors import UsageError
-from kvm_clone.options import Quiesce, Retry, Route
-from kvm_clone.settings.config import Output
+from kvm_clone.options import Options, Quiesce, Retry, Route
+from kvm_clone.settings.config import Settings
 
 HOST_HELP = "An alias from ssh_config, user@host, ssh://user@host:port, or localhost."
 
@@ -23,46 +25,78 @@ Vm = Annotated[
         metavar="VM", help="The VM's name. Put -- before one that starts with a dash.", callback=naming("VM")
     ),
 ]
-Pool = Annotated[
-    str | None,
-    typer.Option(
-        "--pool", metavar="NAME", help="The destination's storage pool for new disks.", callback=naming("--pool")
-    ),
-]
-RouteOption = Annotated[
-    Route | None,
-    typer.Option("--route", help="direct: the source host connects to the destination; relay: through here."),
-]
-Parallel = Annotated[int | None, typer.Option("--parallel", metavar="N", help="Disks at once.")]
-BandwidthLimit = Annotated[
-    str | None,
-    typer.Option("--bandwidth-limit", metavar="RATE", help="For all disks together: 100M or 1G (MiB/s, GiB/s)."),
-]
-Timeout = Annotated[str | None, typer.Option("--timeout", metavar="TIME", help="For the whole operation: 90, 30m, 2h.")]
-QuiesceOption = Annotated[
-    Quiesce,
-    typer.Option("--quiesce", help="Freeze a running guest's filesystems for the instant that is copied."),
-]
-Track = Annotated[
-    bool,
-    typer.Option("--track", help="Leave a checkpoint on a running source: the next sync sends what changed since."),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted attempt.")]
-KeepPartial = Annotated[
-    bool, typer.Option("--keep-partial/--no-keep-partial", help="Keep what was copied after an interruption.")
-]
-Retries = Annotated[
-    int, typer.Option("--retries", metavar="N", min=0, help="How often a dropped connection is taken up again.")
-]
-Wait = Annotated[bool, typer.Option("--wait", help="Wait for another operation on the same VM.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing anywhere.")]
-PlanOut = Annotated[
-    Path | None, typer.Option("--plan-out", metavar="FILE", help="Save the plan for `kvm-clone apply`.")
-]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
-OutputFormat = Annotated[
-    Output | None, typer.Option("--output", help="json: one result document on stdout, and nothing else there.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing anywhere.")]
+Asked = TypeVar("Asked", bound=Options)
+
+
+@dataclass(frozen=True)
+class Copying(OptionGroup):
+    """What clone and sync share: how content is copied, and what becomes of an attempt."""
+
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            "--pool", metavar="NAME", help="The destination's storage pool for new disks.", callback=naming("--pool")
+        ),
+    ] = None
+    route: Annotated[
+        Route | None,
+        typer.Option("--route", help="direct: the source host connects to the destination; relay: through here."),
+    ] = None
+    parallel: Annotated[int | None, typer.Option("--parallel", metavar="N", help="Disks at once.")] = None
+    bandwidth_limit: Annotated[
+        str | None,
+        typer.Option("--bandwidth-limit", metavar="RATE", help="For all disks together: 100M or 1G (MiB/s, GiB/s)."),
+    ] = None
+    timeout: Annotated[
+        str | None, typer.Option("--timeout", metavar="TIME", help="For the whole operation: 90, 30m, 2h.")
+    ] = None
+    quiesce: Annotated[
+        Quiesce,
+        typer.Option("--quiesce", help="Freeze a running guest's filesystems for the instant that is copied."),
+    ] = Quiesce.AUTO
+    track: Annotated[
+        bool,
+        typer.Option("--track", help="Leave a checkpoint on a running source: the next sync sends what changed since."),
+    ] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted attempt.")] = False
+    keep_partial: Annotated[
+        bool, typer.Option("--keep-partial/--no-keep-partial", help="Keep what was copied after an interruption.")
+    ] = True
+    retries: Annotated[
+        int, typer.Option("--retries", metavar="N", min=0, help="How often a dropped connection is taken up again.")
+    ] = 3
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for another operation on the same VM.")] = False
+    plan_out: Annotated[
+        Path | None, typer.Option("--plan-out", metavar="FILE", help="Save the plan for `kvm-clone apply`.")
+    ] = None
+    quiet: Quiet = False
+
+    def flags(self, verify: bool | None) -> dict[str, object]:
+        """The flags that go before settings, by the settings' names."""
+        before = {name: getattr(self, name) for name in ("pool", "route", "parallel", "bandwidth_limit", "timeout")}
+        return {**before, "verify": verify}
+
+    def asked(self, kind: type[Asked], settings: Settings, given: dict[Retry, bool], **own: Any) -> Asked:
+        """What is asked of the operation. `given`: the retry flags; `own`: what this kind of operation has alone.
+
+        Raises UsageError.
+        """
+        return kind(
+            pool=settings.pool,
+            route=settings.route,
+            parallel=settings.parallel,
+            bandwidth_limit=settings.bandwidth_bytes_per_second,
+            timeout=settings.timeout_seconds,
+            quiesce=self.quiesce,
+            track=self.track,
+            retry=retry_of({**given, Retry.RESUME: self.resume}),
+            retries=self.retries,
+            keep_partial=self.keep_partial,
+            wait=self.wait,
+            **own,
+        )
 
 
 def retry_of(given: dict[Retry, bool]) -> Retry:

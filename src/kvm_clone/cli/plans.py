@@ -108,7 +108,7 @@ def describe(step: Step) -> str:  # noqa: C901 - one line for each kind of step
         case steps.ReleaseLock():
             return "unlock"
         case steps.BeginStage(directory, resume):
-            return f"lock, and {'go on with the' if resume else 'begin a'} journal in {directory}"
+            return f"lock, and {'resume the' if resume else 'begin a'} journal in {directory}"
         case steps.CreateDisk(disk):
             return f"{'take up' if disk.staged else 'make'} the staged image of {disk.target} ({disk.image.format})"
         case steps.CopyDisks(disks):
@@ -140,7 +140,7 @@ def describe(step: Step) -> str:  # noqa: C901 - one line for each kind of step
         case steps.DropCheckpoints(names):
             return f"delete the source's checkpoint {', '.join(names)}"
         case steps.TakeUpCommitted(directory):
-            return f"go on with what has committed in {directory}"
+            return f"finish what has committed in {directory}"
         case steps.EndStage():
             return "remove the journal, and unlock"
 

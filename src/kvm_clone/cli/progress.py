@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -45,7 +46,32 @@ def _said(event: PhaseStarted | Note) -> str:
     return f"warning: {event.text}" if event.warning else event.text
 
 
-class _Bars:
+class _Watcher(ABC):
+    """Shows events one by one."""
+
+    def on_event(self, event: Event) -> None:
+        """Show the event."""
+        if isinstance(event, DiskProgress):
+            self._advance(event)
+            return
+        if isinstance(event, PhaseStarted):
+            self._begin_phase()
+        self._say(event)
+
+    @abstractmethod
+    def _advance(self, event: DiskProgress) -> None:
+        """Show how far a disk is."""
+
+    @abstractmethod
+    def _begin_phase(self) -> None:
+        """Forget how far disks were in the phase before."""
+
+    @abstractmethod
+    def _say(self, event: PhaseStarted | Note) -> None:
+        """Show a line of text."""
+
+
+class _Bars(_Watcher):
     """A bar for each disk and one for all."""
 
     def __init__(self) -> None:
@@ -54,13 +80,10 @@ class _Bars:
         self._tasks: dict[str, TaskID] = {}
         self._state: dict[str, tuple[int, int]] = {}
 
-    def on_event(self, event: Event) -> None:
-        """Show the event."""
-        if isinstance(event, DiskProgress):
-            self._advance(event)
-            return
-        if isinstance(event, PhaseStarted):
-            self.stop()
+    def _begin_phase(self) -> None:
+        self.stop()
+
+    def _say(self, event: PhaseStarted | Note) -> None:
         self._console.print(escape(_said(event)), highlight=False, style="yellow" if _warns(event) else "")
 
     def _advance(self, event: DiskProgress) -> None:
@@ -93,7 +116,7 @@ def _warns(event: PhaseStarted | Note) -> bool:
     return isinstance(event, Note) and event.warning
 
 
-class _Lines:
+class _Lines(_Watcher):
     """A line for each phase, and one every few seconds within."""
 
     def __init__(self, out: TextIO) -> None:
@@ -102,15 +125,12 @@ class _Lines:
         self._meters: dict[str, Meter] = {}
         self._printed = 0.0
 
-    def on_event(self, event: Event) -> None:
-        """Show the event."""
-        if isinstance(event, DiskProgress):
-            self._advance(event)
-            return
-        if isinstance(event, PhaseStarted):
-            self._state.clear()
-            self._meters.clear()
-            self._printed = time.monotonic()
+    def _begin_phase(self) -> None:
+        self._state.clear()
+        self._meters.clear()
+        self._printed = time.monotonic()
+
+    def _say(self, event: PhaseStarted | Note) -> None:
         print(_said(event), file=self._out, flush=True)
 
     def _advance(self, event: DiskProgress) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from kvm_clone.cli import context, output, streams
+from kvm_clone.cli.groups import grouped
 from kvm_clone.cli.words import naming
 from kvm_clone.client import Client
 from kvm_clone.errors import ExitCode, KvmCloneError, UsageError
@@ -24,28 +25,24 @@ from kvm_clone.upkeep.operation_log import Operation
 _FOLLOW_SECONDS = 0.5
 
 
+@grouped
 def status_command(
     ctx: typer.Context,
     operation: Annotated[
         str | None, typer.Argument(metavar="[ID]", help="One operation, with its log.", callback=naming("ID"))
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="With ID: go on printing until it ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="With ID: print until it ends.")] = False,
     host: Annotated[
         list[str] | None,
         typer.Option(
             "--host", metavar="HOST", help="Staged data there, too. May be repeated.", callback=naming("--host")
         ),
     ] = None,
-    ssh_config: context.SshConfigOption = None,
-    ssh_key: context.SshKeyOption = None,
-    ssh_option: context.SshOptionOption = None,
-    output_format: Annotated[Output | None, typer.Option("--output", help="json: one document on stdout.")] = None,
-    log_level: context.LogLevelOption = None,
-    config: context.ConfigFileOption = None,
+    *,
+    connecting: context.Connecting,
 ) -> None:
-    """Operations of this machine, and what is staged on hosts: state, age, size, and how to go on."""
-    flags = context.connection_flags(ssh_config, ssh_key, ssh_option, output_format, log_level)
-    settings = context.load(ctx, config, flags)
+    """Operations of this machine, and what is staged on hosts: state, age, size, and how to resume it."""
+    settings = connecting.load(ctx)
     if operation is not None:
         _show_one(settings, operation, follow=follow)
         return
@@ -61,6 +58,7 @@ def status_command(
     _exit_with_errors(listings)
 
 
+@grouped
 def cleanup_command(
     ctx: typer.Context,
     hosts: Annotated[
@@ -75,16 +73,11 @@ def cleanup_command(
         str | None, typer.Option("--older-than", metavar="TIME", help="Only what has not changed for so long: 7d, 12h.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be removed.")] = False,
-    ssh_config: context.SshConfigOption = None,
-    ssh_key: context.SshKeyOption = None,
-    ssh_option: context.SshOptionOption = None,
-    output_format: Annotated[Output | None, typer.Option("--output", help="json: one document on stdout.")] = None,
-    log_level: context.LogLevelOption = None,
-    config: context.ConfigFileOption = None,
+    *,
+    connecting: context.Connecting,
 ) -> None:
     """Remove what interrupted operations have staged on hosts; nothing without our mark, and nothing in use."""
-    flags = context.connection_flags(ssh_config, ssh_key, ssh_option, output_format, log_level)
-    settings = context.load(ctx, config, flags)
+    settings = connecting.load(ctx)
     age = _age(older_than)
     named = hosts or sorted({one.destination for one in operation_log.operations() if one.state == operation_log.KEPT})
     listings = context.run(_clean(settings, named, age, dry_run=dry_run))
@@ -105,7 +98,7 @@ def cleanup_command(
 
 
 def _note_ends(listings: list[StagedListing], *, everything: bool) -> None:
-    """Write into this machine's logs what cannot be gone on with any more.
+    """Write into this machine's logs what cannot be resumed any more.
 
     `everything`: what is not staged on a host now is nowhere.
     """
@@ -168,7 +161,7 @@ def _line(one: Operation) -> str:
     age = format_duration(max(0.0, time.time() - one.changed))
     text = f"{one.operation}  {one.state}, {age} ago: {one.vm} from {one.source} to {one.destination} as {one.name}"
     if one.state == operation_log.KEPT:
-        text += f"; go on: kvm-clone {one.command} {one.source} {one.destination} {one.vm}{_named(one)} --resume"
+        text += f"; resume it: kvm-clone {one.command} {one.source} {one.destination} {one.vm}{_named(one)} --resume"
     return text
 
 
@@ -215,7 +208,7 @@ def _staged_line(data: StagedData) -> str:
     text = f"{data.host}: {data.name} from {data.source}, {state}, {format_duration(data.age)} old"
     if data.foreign:
         return f"{text}, in {data.directory}, which both hosts see; it is left to {data.foreign}"
-    drop = "" if data.active else f"; go on with {data.kind} --resume, or drop it: kvm-clone cleanup {data.host}"
+    drop = "" if data.active else f"; resume it with {data.kind} --resume, or discard it: kvm-clone cleanup {data.host}"
     return f"{text}, {format_bytes(data.size)} staged in {data.directory}{drop}"
 
 

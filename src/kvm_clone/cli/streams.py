@@ -136,7 +136,7 @@ def failure() -> OSError | None:
 
 
 def has_reader() -> bool:
-    """Whether it makes sense to go on printing to stdout. Where it does not, `failure` says why."""
+    """Whether stdout still takes what is printed. Where it does not, `failure` says why."""
     raw = _raw(sys.stdout)
     if raw is not None and failure() is None:
         raw.look_for_reader()
