@@ -12,21 +12,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import libvirt
-
 from kvm_clone.execution.backup import Backup, Taken
 from kvm_clone.execution.context import Context
 from kvm_clone.execution.handlers import Handler, handlers
 from kvm_clone.execution.rollback import Reconnect, end_early
 from kvm_clone.execution.stages import Cancelled, Lost, Stage
-from kvm_clone.hosts.host import Host
+from kvm_clone.hosts.pool import Connected
 from kvm_clone.planning import steps
 from kvm_clone.planning.plan import Plan
 from kvm_clone.progress import OnEvent
 from kvm_clone.transfer.content import Content, Totals, Transfer
-
-Connected = tuple[Host, libvirt.virConnect]
-"""A host, and its libvirt."""
 
 OnStep = Callable[[str, str, float], None]
 """Hears of each step that was taken: its name, `done` or what went wrong, and the seconds that it took."""
@@ -67,6 +62,11 @@ class Run:
         self._context = Context(plan, source[0], destination[0], destination[1], content, backup, on_event)
         self._reconnect = reconnect
         self._on_step = on_step
+
+    @property
+    def has_written(self) -> bool:
+        """Whether the run has got as far as changing something at the destination."""
+        return self._context.stage is not Stage.LOOKING
 
     async def run(self) -> Outcome:
         """Take every step. A failure is raised when what was written is undone, or kept if another try may mend it.
