@@ -90,7 +90,7 @@ def test_libvirt_is_changed_through_a_fenced_connection_alone() -> None:
     ("call", "modules"),
     [
         ("remove", {"kvm_clone/hosts/vms.py"}),
-        ("undo", {"kvm_clone/execution/run.py"}),
+        ("undo", {"kvm_clone/execution/rollback.py"}),
         ("remove_scratch", {"kvm_clone/execution/backup.py", "kvm_clone/upkeep/leftovers.py"}),
     ],
 )

@@ -31,7 +31,6 @@ from cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm_clone.cli import plans
 from kvm_clone.definition.marks import Pending
 from kvm_clone.errors import DomainExistsError, ExitCode, RefusedError
 from kvm_clone.findings import Finding, Severity
@@ -1037,6 +1036,6 @@ def test_every_step_can_be_told() -> None:
     }
     for kind in typing.get_args(Step):
         for values in itertools.product(*(given[str(part.type)] for part in fields(kind))):
-            text = plans.describe(kind(*values))
+            text = kind(*values).describe()
             assert text
             assert not text.endswith((":", ","))

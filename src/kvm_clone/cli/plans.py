@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import posixpath
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -19,11 +18,8 @@ from kvm_clone.cli import context, output
 from kvm_clone.client import Client, Request
 from kvm_clone.errors import ExitCode, UsageError
 from kvm_clone.findings import Severity
-from kvm_clone.options import CloneOptions, Options, SyncOptions, Verify
-from kvm_clone.planning import steps
-from kvm_clone.planning.placement import PlannedDisk
+from kvm_clone.options import CloneOptions, Options, SyncOptions
 from kvm_clone.planning.plan import Plan
-from kvm_clone.planning.steps import Step
 from kvm_clone.settings import bounded
 from kvm_clone.settings.config import Output, Settings
 from kvm_clone.units import format_bytes
@@ -90,67 +86,8 @@ def document(request: Request, plan: Plan, delta: Delta) -> dict[str, Any]:
             for disk in plan.disks
         ],
         "findings": [asdict(finding) for finding in plan.findings],
-        "steps": [{"step": type(step).__name__, "text": describe(step)} for step in plan.steps],
+        "steps": [{"step": type(step).__name__, "text": step.describe()} for step in plan.steps],
     }
-
-
-def describe(step: Step) -> str:  # noqa: C901 - one line for each kind of step
-    """What a step does, for people."""
-    match step:
-        case steps.RemoveExisting(paths):
-            return f"remove the existing VM{_listed(paths)}"
-        case steps.SettleStage(committed=committed):
-            return f"note that the earlier attempt {'has' if committed else 'has not'} committed"
-        case steps.DiscardStage(directory):
-            return f"undo the earlier attempt in {directory}"
-        case steps.TakeLock():
-            return "lock"
-        case steps.ReleaseLock():
-            return "unlock"
-        case steps.BeginStage(directory, resume):
-            return f"lock, and {'resume the' if resume else 'begin a'} journal in {directory}"
-        case steps.CreateDisk(disk):
-            return f"{'take up' if disk.staged else 'make'} the staged image of {disk.target} ({disk.image.format})"
-        case steps.CopyDisks(disks):
-            return f"send the content of {_targets(disks)}"
-        case steps.BeginBackup(job, quiesce):
-            since = f", with what changed since {job.incremental}" if job.incremental else ""
-            where = ", ".join(sorted({posixpath.dirname(disk.scratch) for disk in job.disks}))
-            return f"take one point in time of the running source (quiesce {quiesce}){since}; scratch in {where}"
-        case steps.EndBackup():
-            return "end the backup job and remove its scratch"
-        case steps.ProveDisks(disks, proof):
-            return f"digest {'what was sent of ' if proof is Verify.SENT else ''}{_targets(disks)} and compare"
-        case steps.VerifyExisting(disks):
-            return f"digest {_targets(disks)} on both hosts and compare"
-        case steps.CheckSource():
-            return "make sure that the source has not changed"
-        case steps.PublishDisk(disk):
-            return f"give {disk.target} its final name, {disk.final}"
-        case steps.StopDomain():
-            return "stop the existing VM"
-        case steps.DefineDomain():
-            return "define the VM: the commit"
-        case steps.RemoveReplaced(paths, _):
-            return f"remove what only the VM as it was had{_listed(paths)}"
-        case steps.MergeDisks():
-            return "merge the overlays into the replica's images, and define it onto those"
-        case steps.SealReplica():
-            return "record how it is now"
-        case steps.DropCheckpoints(names):
-            return f"delete the source's checkpoint {', '.join(names)}"
-        case steps.TakeUpCommitted(directory):
-            return f"finish what has committed in {directory}"
-        case steps.EndStage():
-            return "remove the journal, and unlock"
-
-
-def _targets(disks: tuple[PlannedDisk, ...]) -> str:
-    return ", ".join(disk.target for disk in disks)
-
-
-def _listed(paths: tuple[str, ...]) -> str:
-    return f": {', '.join(paths)}" if paths else ""
 
 
 def _print(plan: Plan, delta: Delta) -> None:
@@ -164,7 +101,7 @@ def _print(plan: Plan, delta: Delta) -> None:
         if finding.remedy:
             console.print(Text(f"    {finding.remedy}"))
     for number, step in enumerate(plan.steps, 1):
-        console.print(Text(f"  {number}. {describe(step)}"))
+        console.print(Text(f"  {number}. {step.describe()}"))
     if plan.refusal() is not None:
         console.print(Text("this plan cannot be run", style="bold red"))
 

@@ -51,10 +51,12 @@ async def inspect(
     destination_libvirt: libvirt.virConnect,
     vm: str,
     options: Options,
+    *,
+    known_route: RouteFacts | None = None,
 ) -> Facts:
     """Everything a plan needs. From here on the source agent keeps every QEMU from writing the disks of a VM at rest.
 
-    For a sync the destination's agent does the same for the replica's.
+    For a sync the destination's agent does the same for the replica's. `known_route`: is not to be measured again.
 
     Raises RefusedError when the source has no such VM, ConnectError, TransferError.
     """
@@ -65,11 +67,13 @@ async def inspect(
         replica = isinstance(options, SyncOptions)
         return facts, await _settled(destination, destination_libvirt, facts, name, replica=replica)
 
-    (source_facts, destination_facts), reach = await together(
-        both_hosts(),
+    async def route() -> RouteFacts:
+        if known_route is not None:
+            return known_route
         # How long a sync takes does not hang on the rate alone: it is not told, and not measured.
-        find_route(source, destination, options.route, measured=not isinstance(options, SyncOptions)),
-    )
+        return await find_route(source, destination, options.route, measured=not isinstance(options, SyncOptions))
+
+    (source_facts, destination_facts), reach = await together(both_hosts(), route())
     return Facts(source_facts, destination_facts, reach)
 
 

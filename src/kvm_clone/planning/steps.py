@@ -1,7 +1,11 @@
-"""The steps that plans are made of. What each does is in run.py; docs/design.md has the table."""
+"""The steps that plans are made of, each with its description for people.
+
+What takes a step is found by its class (execution/handlers.py); the table "Steps" in docs/design.md has a row for each.
+"""
 
 from __future__ import annotations
 
+import posixpath
 from dataclasses import dataclass
 
 from kvm_clone.options import Quiesce, Verify
@@ -15,6 +19,10 @@ class RemoveExisting:
 
     paths: tuple[str, ...]
 
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return f"remove the existing VM{_listed(self.paths)}"
+
 
 @dataclass(frozen=True)
 class SettleStage:
@@ -24,6 +32,10 @@ class SettleStage:
     operation: str
     committed: bool
 
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return f"note that the earlier attempt {'has' if self.committed else 'has not'} committed"
+
 
 @dataclass(frozen=True)
 class DiscardStage:
@@ -32,10 +44,14 @@ class DiscardStage:
     directory: str
     operation: str
 
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return f"undo the earlier attempt in {self.directory}"
+
 
 @dataclass(frozen=True)
 class BeginStage:
-    """Take the destination's lock, and begin the journal in `directory` or go on with it. Undo: remove it, let go.
+    """Take the destination's lock, and begin the journal in `directory` or resume it. Undo: remove it, release the lock.
 
     `discards`: the earlier attempt that is undone first. `marks`: the directories that have files which the operation
     removes or writes into: the source must not see them as its own.
@@ -46,15 +62,27 @@ class BeginStage:
     discards: str = ""
     marks: tuple[str, ...] = ()
 
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return f"lock, and {'resume the' if self.resume else 'begin a'} journal in {self.directory}"
+
 
 @dataclass(frozen=True)
 class TakeLock:
     """Take the destination's lock, and no journal. Undo: let go."""
 
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return "lock"
+
 
 @dataclass(frozen=True)
 class ReleaseLock:
     """Let go of the lock. Undo: none needed."""
+
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return "unlock"
 
 
 @dataclass(frozen=True)
@@ -63,12 +91,21 @@ class CreateDisk:
 
     disk: PlannedDisk
 
+    def describe(self) -> str:
+        """What the step does, for people."""
+        disk = self.disk
+        return f"{'take up' if disk.staged else 'make'} the staged image of {disk.target} ({disk.image.format})"
+
 
 @dataclass(frozen=True)
 class CopyDisks:
     """Send every disk's content. Undo: nothing of its own, the staged images go."""
 
     disks: tuple[PlannedDisk, ...]
+
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return f"send the content of {_targets(self.disks)}"
 
 
 @dataclass(frozen=True)
@@ -78,12 +115,21 @@ class ProveDisks:
     disks: tuple[PlannedDisk, ...]
     proof: Verify
 
+    def describe(self) -> str:
+        """What the step does, for people."""
+        part = "what was sent of " if self.proof is Verify.SENT else ""
+        return f"digest {part}{_targets(self.disks)} and compare"
+
 
 @dataclass(frozen=True)
 class CheckSource:
     """Make sure that the source's images are as they were when the plan was made. Undo: nothing."""
 
     disks: tuple[PlannedDisk, ...]
+
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return "make sure that the source has not changed"
 
 
 @dataclass(frozen=True)
@@ -92,10 +138,18 @@ class PublishDisk:
 
     disk: PlannedDisk
 
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return f"give {self.disk.target} its final name, {self.disk.final}"
+
 
 @dataclass(frozen=True)
 class StopDomain:
     """Stop the VM that is about to be replaced. Undo: start it again."""
+
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return "stop the existing VM"
 
 
 @dataclass(frozen=True)
@@ -108,6 +162,10 @@ class DefineDomain:
     remove: tuple[str, ...]
     forget: tuple[str, ...]
 
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return "define the VM: the commit"
+
 
 @dataclass(frozen=True)
 class RemoveReplaced:
@@ -119,12 +177,20 @@ class RemoveReplaced:
     paths: tuple[str, ...]
     forget: tuple[str, ...]
 
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return f"remove what only the VM as it was had{_listed(self.paths)}"
+
 
 @dataclass(frozen=True)
 class EndStage:
     """Remove the journal and let go of the lock. After the commit: a failure here is a warning."""
 
     directories: tuple[str, ...]
+
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return "remove the journal, and unlock"
 
 
 @dataclass(frozen=True)
@@ -133,6 +199,10 @@ class TakeUpCommitted:
 
     directory: str
     operation: str
+
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return f"finish what has committed in {self.directory}"
 
 
 @dataclass(frozen=True)
@@ -143,10 +213,21 @@ class BeginBackup:
     quiesce: Quiesce
     stale: tuple[str, ...]
 
+    def describe(self) -> str:
+        """What the step does, for people."""
+        job = self.job
+        since = f", with what changed since {job.incremental}" if job.incremental else ""
+        where = ", ".join(sorted({posixpath.dirname(disk.scratch) for disk in job.disks}))
+        return f"take one point in time of the running source (quiesce {self.quiesce}){since}; scratch in {where}"
+
 
 @dataclass(frozen=True)
 class EndBackup:
     """End the backup job. Undo: none needed."""
+
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return "end the backup job and remove its scratch"
 
 
 @dataclass(frozen=True)
@@ -156,10 +237,18 @@ class MergeDisks:
     After the commit: a failure here is a warning, and the next run goes on with it.
     """
 
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return "merge the overlays into the replica's images, and define it onto those"
+
 
 @dataclass(frozen=True)
 class SealReplica:
     """Record how the VM is now, so that a later sync knows whether somebody has used it. After the commit."""
+
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return "record how it is now"
 
 
 @dataclass(frozen=True)
@@ -168,12 +257,28 @@ class DropCheckpoints:
 
     names: tuple[str, ...]
 
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return f"delete the source's checkpoint {', '.join(self.names)}"
+
 
 @dataclass(frozen=True)
 class VerifyExisting:
     """Digest a finished clone against its source."""
 
     disks: tuple[PlannedDisk, ...]
+
+    def describe(self) -> str:
+        """What the step does, for people."""
+        return f"digest {_targets(self.disks)} on both hosts and compare"
+
+
+def _targets(disks: tuple[PlannedDisk, ...]) -> str:
+    return ", ".join(disk.target for disk in disks)
+
+
+def _listed(paths: tuple[str, ...]) -> str:
+    return f": {', '.join(paths)}" if paths else ""
 
 
 Step = (
