@@ -137,7 +137,7 @@ class World:
 
         def durable(ranges: list[Ranges | None]) -> None:
             assert ranges[0] is not None
-            staged.durable({disk: ranges[0]})
+            staged.note(records.DURABLE, records.durable(disk, ranges[0]))
 
         failing = suppress(*([] if whole else [AgentError]))
         with arriving(content if whole else content[: int(len(content) * cut)]) as incoming, failing:
@@ -355,7 +355,7 @@ class Replica:
 
     def _durable(self, staged: Stage, ranges: list[Ranges | None]) -> None:
         assert ranges[0] is not None
-        staged.durable({"vda": ranges[0]})
+        staged.note(records.DURABLE, records.durable("vda", ranges[0]))
 
     def _differing(self, part: str) -> list[list[int]]:
         wanted = self.source.read_bytes()

@@ -575,7 +575,7 @@ def summary(pool: Path) -> dict[str, Any]:
 def test_ranges_are_durable(told: list[list[int]], found: list[tuple[int, int]], pool: Path) -> None:
     staged = begin(pool)
     staged.create("vda", str(pool / "a.img"), RAW)
-    staged.durable({"vda": told})
+    staged.note(records.DURABLE, records.durable("vda", told))
     staged.release()
     state = summary(pool)["disks"]["vda"]
     assert state["ranges"] == found

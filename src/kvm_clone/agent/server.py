@@ -86,7 +86,6 @@ class Server:
             "unmark": lambda: self._staged().unmark(),
             "create": lambda **how: self._staged().create(**how),
             "publish": lambda **how: self._staged().publish(**how),
-            "durable": lambda **how: self._staged().durable(**how),
             "note": lambda **how: self._staged().note(**how),
             "overlays": lambda: self._staged().overlays(),
             "merge": lambda: self._staged().merge(),

@@ -226,9 +226,10 @@ class Content:
                 self.on_event(DiskProgress(Phase.COPY, target, everything - one.left + done, everything))
 
         def on_durable(said: list[list[list[int]] | None]) -> None:
-            found = zip(work, said, strict=True)
-            disks = {one.disk.target: ranges for one, ranges in found if ranges is not None}
-            tasks.add(asyncio.create_task(self.destination.call("durable", disks=disks)))
+            for one, ranges in zip(work, said, strict=True):
+                if ranges is not None:
+                    fields = records.durable(one.disk.target, ranges)
+                    tasks.add(asyncio.create_task(self._note(records.DURABLE, **fields)))
 
         on_written([0] * len(work))
         try:

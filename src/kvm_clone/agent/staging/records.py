@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Sequence
 
 from kvm_clone.agent import names
 from kvm_clone.agent.disks import chain
@@ -88,6 +88,13 @@ def _overlay(value: Any) -> bool:
 
 def _overlays(value: Any) -> bool:
     return isinstance(value, list) and all(map(_overlay, value))
+
+
+def durable(disk: str, ranges: Sequence[Sequence[int]]) -> Record:
+    """The fields of a `durable` record; the ranges are in order and apart; one from byte 0 is its `end`."""
+    end = ranges[0][1] if ranges and not ranges[0][0] else 0
+    rest = [list(one) for one in ranges if one[0]]
+    return {"disk": disk, "end": end, **({"ranges": rest} if rest else {})}
 
 
 _Check = Callable[[Any], bool]

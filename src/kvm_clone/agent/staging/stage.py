@@ -12,7 +12,7 @@ import os
 import pwd
 import threading
 import time
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional
 
 from kvm_clone.agent import names
 from kvm_clone.agent.disks import chain, filesystem, fingerprint, image, qemu, reflink
@@ -218,17 +218,6 @@ class Stage(Hold):
         if record == records.COMMITTED:
             leftovers.make_definitions_durable()
         self._append(record, **fields)
-
-    @one_at_a_time
-    def durable(self, disks: Dict[str, Sequence[Sequence[int]]]) -> None:
-        """Journal which ranges of each disk are durable, in order and apart; a first one at 0 is the record's `end`.
-
-        A record each: of several lines in one write a power cut might tear one that is not the last.
-        """
-        for disk, ranges in disks.items():
-            end = ranges[0][1] if ranges and not ranges[0][0] else 0
-            rest = [list(one) for one in ranges if one[0]]
-            self._append(records.DURABLE, disk=disk, end=end, **({"ranges": rest} if rest else {}))
 
     @one_at_a_time
     def publish(self, disk: str, final: str) -> None:
