@@ -52,6 +52,10 @@ def contents(root: Path) -> dict[str, bytes | str]:
 Act = Callable[[Path, str], object]
 
 
+def durable(ranges: Any) -> dict[str, Any]:
+    return {"record": "durable", "disk": "vda", "end": 4, "ranges": ranges}
+
+
 def begins(pool: Path, operation: str, **how: Any) -> None:
     Stage(str(pool), NAME, operation, {}, directories=[str(pool)], **how).abandon()
 
@@ -97,6 +101,10 @@ FORGED: dict[str, Callable[[Path], list[object]]] = {
     "an end that is a text": lambda pool: [begin(), create(pool), {"record": "durable", "disk": "vda", "end": "x"}],
     "an end below zero": lambda pool: [begin(), create(pool), {"record": "durable", "disk": "vda", "end": -1}],
     "an end that is true": lambda pool: [begin(), create(pool), {"record": "durable", "disk": "vda", "end": True}],
+    "a range that ends before it begins": lambda pool: [begin(), create(pool), durable([[8, 4]])],
+    "ranges out of order": lambda pool: [begin(), create(pool), durable([[8, 9], [4, 5]])],
+    "a range of three ends": lambda pool: [begin(), create(pool), durable([[1, 2, 3]])],
+    "ranges that are none": lambda pool: [begin(), create(pool), durable("x")],
     "an endless end": lambda pool: [begin(), create(pool), {"record": "durable", "disk": "vda", "end": 1 << 64}],
     "a create without a size": lambda pool: [begin(), {**create(pool), "size": None}],
     "a disk with a slash": lambda pool: [begin(), create(pool, disk="a/b")],

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from kvm_clone.agent import names, transfer
 from kvm_clone.agent.digests.differ import Differ
 from kvm_clone.agent.disks import chain, fingerprint, image, qemu
+from kvm_clone.agent.disks.disk import Ranges
 from kvm_clone.agent.protocol.errors import AgentError
 from kvm_clone.agent.staging import leftovers, merge, records
 from kvm_clone.agent.staging.stage import Stage
@@ -126,7 +127,7 @@ class World:
             ranges = [[0 if differs else durable, SIZE]] if disk in kept else None
             job = Job(str(self.source / disk), "raw", fresh=ranges is None, ranges=ranges)
             self.step()
-            self._copy(staged, disk, job, Job(part, "raw", durable=durable), cut)
+            self._copy(staged, disk, job, Job(part, "raw", durable=[[0, durable]]), cut)
             assert Path(part).read_bytes() == (self.source / disk).read_bytes()
             staged.note(records.COPIED, {"disk": disk, "bytes": SIZE})
 
@@ -134,8 +135,9 @@ class World:
         content = through_pipe(lambda out: Sender(out, [source], 1, 0).run())
         whole = cut >= 1
 
-        def durable(ends: list[int]) -> None:
-            staged.note(records.DURABLE, {"disk": disk, "end": ends[0]})
+        def durable(ranges: list[Ranges | None]) -> None:
+            assert ranges[0] is not None
+            staged.note(records.DURABLE, records.durable(disk, ranges[0]))
 
         failing = suppress(*([] if whole else [AgentError]))
         with arriving(content if whole else content[: int(len(content) * cut)]) as incoming, failing:
@@ -351,8 +353,9 @@ class Replica:
                 raise PowerCutError
         assert self._differing(part) == []
 
-    def _durable(self, staged: Stage, ends: list[int]) -> None:
-        staged.note(records.DURABLE, {"disk": "vda", "end": ends[0]})
+    def _durable(self, staged: Stage, ranges: list[Ranges | None]) -> None:
+        assert ranges[0] is not None
+        staged.note(records.DURABLE, records.durable("vda", ranges[0]))
 
     def _differing(self, part: str) -> list[list[int]]:
         wanted = self.source.read_bytes()

@@ -350,7 +350,7 @@ def test_what_is_staged_is_told_without_opening_what_it_names(tmp_path: Path) ->
     part = tmp_path / ".kvm-clone-0f-vda.part"
     record = {"disk": "vda", "part": str(part), "final": str(tmp_path / "vda"), "size": SIZE, "format": "qcow2"}
     state = leftovers.DiskState(record)
-    state.durable = SIZE
+    state.add_durable([[0, SIZE]])
     make(part)
     assert state.as_dict()["durable"] == SIZE
     with listening() as listener:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from kvm_clone.agent import names
-from kvm_clone.agent.disks import filesystem, qemu
+from kvm_clone.agent.disks import filesystem, qemu, reflink
 from kvm_clone.agent.protocol import errors
 from kvm_clone.agent.protocol.errors import AgentError
 from kvm_clone.agent.staging import leftovers, records, stage
@@ -560,6 +560,48 @@ def resumed(pool: Path, operation: str = "0f", *, keep: bool = False) -> Stage:
 def summary(pool: Path) -> dict[str, Any]:
     (found,) = leftovers.staged([str(pool)], NAME)
     return found
+
+
+@pytest.mark.parametrize(
+    "told, found",
+    [
+        ([[0, 4096]], [(0, 4096)]),
+        ([[0, 4096], [8192, MIB]], [(0, 4096), (8192, MIB)]),
+        ([[8192, MIB]], [(8192, MIB)]),
+        ([[0, 4096], [8192, 1 << 40]], [(0, 4096), (8192, RAW["size"])]),
+        ([], []),
+    ],
+)
+def test_ranges_are_durable(told: list[list[int]], found: list[tuple[int, int]], pool: Path) -> None:
+    staged = begin(pool)
+    staged.create("vda", str(pool / "a.img"), RAW)
+    staged.note(records.DURABLE, records.durable("vda", told))
+    staged.release()
+    state = summary(pool)["disks"]["vda"]
+    assert state["ranges"] == found
+    assert state["durable"] == sum(end - start for start, end in found)
+
+
+@pytest.mark.parametrize("what", ["overlay", "copy"])
+def test_what_may_stay_unchanged_is_durable_when_it_is_made(
+    what: str, pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = pool / "base.img"
+    base.write_bytes(bytes(MIB))
+    monkeypatch.setattr(reflink, "clone", lambda source, fd: os.write(fd, Path(source).read_bytes()))
+    synced: set[int] = set()
+    fsync = os.fsync
+
+    def noting(fd: int) -> None:
+        synced.add(os.fstat(fd).st_ino)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    spec = {**QCOW2, "backing": [str(base), "raw"]} if what == "overlay" else {**RAW, "size": MIB, "copy_of": str(base)}
+    staged = begin(pool)
+    part = staged.create("vda", str(pool / "a.img"), spec)
+    assert os.stat(part).st_ino in synced
+    staged.undo()
 
 
 FINALS = {"vda": "a name.img", "vdb": "-n'\".qcow2"}

@@ -16,6 +16,7 @@ import pytest
 from kvm_clone.agent import transfer
 from kvm_clone.agent.digests import digest
 from kvm_clone.agent.disks import image
+from kvm_clone.agent.disks.disk import Ranges
 from kvm_clone.agent.disks.file import FileDisk
 from kvm_clone.agent.protocol import errors
 from kvm_clone.agent.protocol.errors import AgentError
@@ -314,11 +315,14 @@ def receive(
     content: bytes, target: Job, honest: Callable[[int], None] = lambda _: None, cut: int | None = None
 ) -> list[int]:
     """What the receiver of a stream, cut off at a byte, says is durable; `honest` hears it at that moment."""
-    said = [target.durable]
+    said = [target.durable[0][1] if target.durable else 0]
 
-    def durable(ends: list[int]) -> None:
-        said.append(ends[0])
-        honest(ends[0])
+    def durable(ranges: list[Ranges | None]) -> None:
+        assert ranges[0] is not None
+        ((start, end),) = ranges[0]
+        assert start == 0
+        said.append(end)
+        honest(end)
 
     with arriving(content[:cut]) as incoming, contextlib.suppress(AgentError):
         Receiver(incoming, [target], lambda _: None, durable).run()
@@ -362,7 +366,7 @@ import sys
 from kvm_clone.agent import transfer
 transfer.DURABLE_BYTES = 1
 path, format_ = sys.argv[1:]
-say = lambda ends: print(ends[0], flush=True)
+say = lambda said: print(said[0][0][1], flush=True)
 transfer.Receiver(0, [transfer.Job(path, format_)], lambda _: None, say).run()
 """
 
@@ -402,7 +406,7 @@ def resume(source: Job, target: Job, durable: int) -> int:
     there, whole = content_of(target), content_of(source)
     mend = [[at, at + 65536] for at in range(0, durable, 65536) if there[at : at + 65536] != whole[at : at + 65536]]
     ranges = [*mend, [durable, 3 * MIB]]
-    return copy([source._replace(fresh=False, ranges=ranges)], [target._replace(durable=durable)])[0]
+    return copy([source._replace(fresh=False, ranges=ranges)], [target._replace(durable=[[0, durable]])])[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -427,9 +431,52 @@ def test_a_cut_transfer_is_resumed(kind: str, tmp_path: Path, monkeypatch: pytes
 def test_a_mended_range_says_nothing_of_what_lies_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "DURABLE_BYTES", 1)
     source = make(tmp_path / "from", "raw", 3 * MIB, [(0, noise(3 * MIB))])
-    target = make(tmp_path / "to", "raw", 3 * MIB, [(0, noise(MIB))])._replace(durable=2 * MIB)
+    target = make(tmp_path / "to", "raw", 3 * MIB, [(0, noise(MIB))])._replace(durable=[[0, 2 * MIB]])
     content, _ = stream_of([source._replace(fresh=False, ranges=[[0, MIB], [2 * MIB, 3 * MIB]])])
     assert [said for said in receive(content, target) if said < 2 * MIB] == []
+
+
+def reports(jobs: list[tuple[Job, Job]], parallel: int = 1) -> list[list[Ranges | None]]:
+    """What a receiver of these copies says is durable, report by report."""
+    content, _ = stream_of([source for source, _ in jobs], parallel)
+    said: list[list[Ranges | None]] = []
+    with arriving(content) as incoming:
+        Receiver(incoming, [target for _, target in jobs], lambda _: None, said.append).run()
+    return said
+
+
+def test_what_is_durable_further_on_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "DURABLE_BYTES", 1)
+    source = make(tmp_path / "from", "raw", 4 * MIB, [(0, noise(4 * MIB))])
+    target = make(tmp_path / "to", "raw", 4 * MIB, [(2 * MIB, noise(MIB))])._replace(durable=[[2 * MIB, 3 * MIB]])
+    ranges = [[0, 2 * MIB], [3 * MIB, 4 * MIB]]
+    said = reports([(source._replace(fresh=False, ranges=ranges), target)])
+    assert said[0] == [[(0, MIB), (2 * MIB, 3 * MIB)]]
+    assert said[1:] == [[[(0, 3 * MIB)]], [[(0, 4 * MIB)]]]
+
+
+def test_only_what_advanced_is_told_to_be_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "DURABLE_BYTES", 1)
+    pairs = []
+    for name in ("one", "other"):
+        source = make(tmp_path / f"from {name}", "raw", 2 * MIB, [(0, noise(2 * MIB))])
+        pairs.append((source, make(tmp_path / f"to {name}", "raw", 2 * MIB, [])))
+    said = reports(pairs)
+    assert said == [
+        [[(0, MIB)], None],
+        [[(0, 2 * MIB)], None],
+        [None, [(0, MIB)]],
+        [None, [(0, 2 * MIB)]],
+    ]
+
+
+def test_the_ranges_that_are_told_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "DURABLE_BYTES", 1)
+    monkeypatch.setattr(transfer, "MOST_DURABLE", 2)
+    source = make(tmp_path / "from", "raw", 2 * MIB, [(0, noise(2 * MIB))])._replace(ranges=[[0, MIB]], fresh=False)
+    held = [[MIB + at, MIB + at + 4096 * (1 + at // 65536)] for at in (65536, 2 * 65536, 3 * 65536)]
+    target = make(tmp_path / "to", "raw", 2 * MIB, [])._replace(durable=held)
+    assert reports([(source, target)])[0] == [[(0, MIB), tuple(held[2])]]
 
 
 def stream_of(jobs: Sequence[Job], parallel: int = 1) -> tuple[bytes, list[tuple[int, Record]]]:

@@ -316,3 +316,30 @@ def test_add(before: list[tuple[int, int]], new: tuple[int, int], after: list[tu
 def test_total() -> None:
     assert compare.total([]) == 0
     assert compare.total([[0, 4], (10, 11)]) == 5
+
+
+@pytest.mark.parametrize(
+    "ranges, size, left",
+    [
+        ((), 10, ((0, 10),)),
+        (((0, 10),), 10, ()),
+        (((0, 4), (6, 8)), 10, ((4, 6), (8, 10))),
+        (((2, 10),), 10, ((0, 2),)),
+        ((), 0, ()),
+    ],
+)
+def test_complement(ranges: Ranges, size: int, left: Ranges) -> None:
+    assert compare.complement(ranges, size) == left
+
+
+@pytest.mark.parametrize(
+    "ranges, whole",
+    [
+        (((0, BLOCK + 1),), ((0, BLOCK),)),
+        (((1, 2 * BLOCK),), ((BLOCK, 2 * BLOCK),)),
+        (((1, BLOCK - 1),), ()),
+        (((BLOCK, 3 * BLOCK + 5),), ((BLOCK, 3 * BLOCK + 5),)),
+    ],
+)
+def test_whole_blocks(ranges: Ranges, whole: Ranges) -> None:
+    assert compare.whole_blocks(ranges, 3 * BLOCK + 5) == whole

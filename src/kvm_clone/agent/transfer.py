@@ -11,7 +11,7 @@ from typing import Callable, Dict, Generator, Iterator, List, NamedTuple, Option
 
 from kvm_clone.agent.disks import image
 from kvm_clone.agent.disks.disk import DATA as DATA_KIND
-from kvm_clone.agent.disks.disk import Disk, Extent, split, zero_data
+from kvm_clone.agent.disks.disk import Disk, Extent, Ranges, split, union, zero_data
 from kvm_clone.agent.protocol.errors import INTERRUPTED, PROTOCOL, AgentError, from_exception
 from kvm_clone.agent.protocol.stream import Incoming
 from kvm_clone.agent.protocol.wire import (
@@ -42,6 +42,9 @@ DURABLE_SECONDS = 2.0
 """A receiver makes durable what it has, and says so: after a part of the disks' size, of so many bytes at least and at
 most, or after so many seconds. It is what a resumed copy can spare."""
 
+MOST_DURABLE = 64
+"""Ranges of one disk that are told to be durable. Of more, the largest are: what is left out is only sent once more."""
+
 REPORT_SECONDS = 0.25
 """A receiver reports what it has written this often."""
 
@@ -50,14 +53,14 @@ class Job(NamedTuple):
     """One disk's copy: its image at one end, and whether the other end is known to read as zeros.
 
     `ranges`: [start, end) pairs in bytes, in order, that are to be sent; None is the whole disk. `durable`: at the
-    receiving end, the byte before which everything was durable already.
+    receiving end, what was durable already, likewise.
     """
 
     path: str
     format: str
     fresh: bool = True
     ranges: Optional[List[List[int]]] = None
-    durable: int = 0
+    durable: Ranges = ()
 
 
 class Pacer:
@@ -177,13 +180,13 @@ class Receiver:
         source: int,
         jobs: List[Job],
         report: Callable[[List[int]], None],
-        durable: Callable[[List[int]], None] = lambda _: None,
+        durable: Callable[[List[Optional[Ranges]]], None] = lambda _: None,
     ) -> None:
-        """`report` hears how many bytes each disk got, `durable` the byte before which each is durable."""
+        """`report` hears how many bytes each disk got, `durable` which ranges of are, None where nothing is new."""
         self._source = Incoming(source, SILENCE_SECONDS)
         self._say_durable = durable
-        self._durable = [job.durable for job in jobs]
-        self._reached = list(self._durable)
+        self._reached = [0] * len(jobs)
+        self._told: List[Ranges] = [union(job.durable, ()) for job in jobs]
         self._settled = time.monotonic()
         self._unsettled = 0
         self._jobs = jobs
@@ -257,11 +260,20 @@ class Receiver:
         now = time.monotonic()
         enough = min(DURABLE_BYTES, max(DURABLE_LEAST, sum(disk.size for disk in self._open.values()) // DURABLE_PARTS))
         if self._unsettled >= enough or now - self._settled >= DURABLE_SECONDS:
-            for index, disk in self._open.items():
+            for disk in self._open.values():
                 disk.flush()
-                self._durable[index] = self._reached[index]
-            self._say_durable(self._durable)
+            self._tell_durable(list(self._open))
             self._settled, self._unsettled = time.monotonic(), 0
+
+    def _tell_durable(self, flushed: List[int]) -> None:
+        """Report the disks of which more is durable than was said before."""
+        said: List[Optional[Ranges]] = [None] * len(self._jobs)
+        for index in flushed:
+            ranges = _fewest(union(self._told[index], [(0, self._reached[index])]))
+            if ranges != self._told[index]:
+                self._told[index] = said[index] = ranges
+        if any(ranges is not None for ranges in said):
+            self._say_durable(said)
 
     def _disk(self, index: int) -> Disk:
         if index not in self._open:
@@ -277,8 +289,8 @@ class Receiver:
             disk.close()
         image.settle(self._jobs[index].path)
         self._finished.add(index)
-        self._durable[index] = self._reached[index] = size
-        self._say_durable(self._durable)
+        self._reached[index] = size
+        self._tell_durable([index])
 
     def _end(self, record: Record) -> None:
         if record.length != sum(self.written):
@@ -293,6 +305,12 @@ class Receiver:
         if now - self._reported >= REPORT_SECONDS:
             self._reported = now
             self._report(self.written)
+
+
+def _fewest(ranges: List[Tuple[int, int]]) -> List[Tuple[int, int]]:
+    """At most MOST_DURABLE of the ranges, the largest, in order."""
+    largest = sorted(ranges, key=lambda one: one[0] - one[1])[:MOST_DURABLE]
+    return sorted(largest)
 
 
 def _check(record: Record, size: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,9 +205,9 @@ class Existing:
 
 @dataclass(frozen=True)
 class StagedDisk:
-    """One disk of an interrupted attempt; sizes in bytes, `durable` the byte before which all content is durable.
+    """One disk of an interrupted attempt; sizes in bytes, `durable` the bytes whose content is durable.
 
-    `data`: how much content the file has of its own.
+    `data`: how much content the file has of its own. `ranges`: which those durable bytes are, the first ones if empty.
     """
 
     part: str
@@ -218,6 +218,12 @@ class StagedDisk:
     allocated: int
     backing: str = ""
     data: int = 0
+    ranges: Sequence[Sequence[int]] = ()
+
+    @property
+    def durable_ranges(self) -> tuple[tuple[int, int], ...]:
+        """The [start, end) pairs whose content is durable, in order and apart."""
+        return tuple((start, end) for start, end in self.ranges or ((0, self.durable),) if start < end)
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,18 @@ def union(one: Ranges, other: Ranges) -> Ranges:
     return tuple(joined(sorted((*one, *other))))
 
 
+def complement(ranges: Ranges, size: int) -> Ranges:
+    """What the ranges, which are in order and apart, leave out of [0, size)."""
+    ends = [0, *(end for pair in ranges for end in pair), size]
+    return tuple((start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if start < end)
+
+
+def whole_blocks(ranges: Ranges, size: int) -> Ranges:
+    """The ranges without the parts of blocks at their ends; the disk's last block may be short."""
+    cut = ((-(-start // BLOCK) * BLOCK, end if end == size else end - end % BLOCK) for start, end in ranges)
+    return tuple((start, end) for start, end in cut if start < end)
+
+
 def common(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> Ranges:
     """The parts that both have; each is in order and apart."""
     found: list[tuple[int, int]] = []

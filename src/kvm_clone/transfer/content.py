@@ -19,7 +19,7 @@ from kvm_clone.planning.placement import PlannedDisk
 from kvm_clone.progress import DiskProgress, OnEvent, Phase
 from kvm_clone.tasks import together, undisturbed
 from kvm_clone.transfer import room, transport
-from kvm_clone.transfer.compare import Ranges, Side, aligned, common, differing, total, union
+from kvm_clone.transfer.compare import Ranges, Side, aligned, common, complement, differing, total, union, whole_blocks
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Work:
     origin: Origin
     part: str
     ranges: Ranges | None = None
-    durable: int = 0
+    durable: Ranges = ()
     left: int = 0
 
     @property
@@ -196,13 +196,13 @@ class Content:
     async def _resumed(self, disk: PlannedDisk, part: str) -> Work:
         """Digest what is there on both hosts, and plan to send the rest and what differs."""
         assert disk.staged is not None
-        durable, size = disk.staged.durable, disk.image.virtual_size
-        mend = await self._differing(disk, part, disk.format, ((0, durable),), Phase.COMPARE)
-        tail: Ranges = ((durable, size),) if durable < size else ()
-        data, again = await together(self._data_in(disk, union(mend, tail)), self._data_in(disk, mend))
+        durable = whole_blocks(disk.staged.durable_ranges, disk.image.virtual_size)
+        mend = await self._differing(disk, part, disk.format, durable, Phase.COMPARE)
+        rest = complement(durable, disk.image.virtual_size)
+        data, again = await together(self._data_in(disk, union(mend, rest)), self._data_in(disk, mend))
         self.totals.resent += again
         self.totals.reused += max(0, disk.image.data - data)
-        return Work(disk, self.origin(disk), part, union(mend, tail), durable, data)
+        return Work(disk, self.origin(disk), part, union(mend, rest), durable, data)
 
     async def _data_in(self, disk: PlannedDisk, ranges: Ranges) -> int:
         origin = self.origin(disk)
@@ -225,9 +225,11 @@ class Content:
                 everything = one.left if one.disk.base is not None else whole
                 self.on_event(DiskProgress(Phase.COPY, target, everything - one.left + done, everything))
 
-        def on_durable(ends: list[int]) -> None:
-            for one, end in zip(work, ends, strict=True):
-                tasks.add(asyncio.create_task(self._note(records.DURABLE, disk=one.disk.target, end=end)))
+        def on_durable(said: list[list[list[int]] | None]) -> None:
+            for one, ranges in zip(work, said, strict=True):
+                if ranges is not None:
+                    fields = records.durable(one.disk.target, ranges)
+                    tasks.add(asyncio.create_task(self._note(records.DURABLE, **fields)))
 
         on_written([0] * len(work))
         try:

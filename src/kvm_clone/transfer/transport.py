@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -51,7 +52,7 @@ class Job:
     staged: End
     fresh: bool = True
     ranges: tuple[tuple[int, int], ...] | None = None
-    durable: int = 0
+    durable: tuple[tuple[int, int], ...] = ()
 
     def sending(self) -> dict[str, Any]:
         """As the sender takes it."""
@@ -59,12 +60,16 @@ class Job:
         return {"path": self.source.path, "format": self.source.format, "fresh": self.fresh, "ranges": ranges}
 
     def receiving(self) -> dict[str, Any]:
-        """As the receiver takes it. `durable`: the byte before which everything was durable already."""
-        return {"path": self.staged.path, "format": self.staged.format, "durable": self.durable}
+        """As the receiver takes it. `durable`: the ranges that were durable already."""
+        durable = [list(pair) for pair in self.durable]
+        return {"path": self.staged.path, "format": self.staged.format, "durable": durable}
 
 
 OnBytes = Callable[[list[int]], None]
 """Hears a number of bytes for each job, in their order."""
+
+OnDurable = Callable[[list[list[list[int]] | None]], None]
+"""Hears which ranges of each job's disk are durable, in the jobs' order; None where nothing is new."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +103,10 @@ class Stream:
         """Whether the agents still wait to be told what to do."""
         return time.monotonic() - self._since < READY_SECONDS and self._sender.process.returncode is None
 
-    async def run(self, orders: Orders, on_written: OnBytes, on_durable: OnBytes) -> None:
+    async def run(self, orders: Orders, on_written: OnBytes, on_durable: OnDurable) -> None:
         """Copy every disk; returns when all content is durable at the destination.
 
-        `on_written` hears how much each disk got, `on_durable` the byte before which each is durable. Raises
+        `on_written` hears how much each disk got, `on_durable` which ranges are durable. Raises
         TransferError and its kinds, naming the end that failed.
         """
         receive = {"mode": "receive", "vm": orders.vm, "jobs": [job.receiving() for job in orders.jobs]}
@@ -126,13 +131,13 @@ class Stream:
         self.let_go()
         return True
 
-    async def _hear(self, count: int, on_written: OnBytes, on_durable: OnBytes) -> tuple[bool, dict[str, Any] | None]:
+    async def _hear(self, count: int, on_written: OnBytes, on_durable: OnDurable) -> tuple[bool, dict[str, Any] | None]:
         """Whether the receiver is done, and what it said went wrong. Raises ProtocolError."""
         while (frame := await self._answer()) is not None:
             if "written" in frame:
                 on_written(_amounts(frame["written"], count))
             if "durable" in frame:
-                on_durable(_amounts(frame["durable"], count))
+                on_durable(_durable(frame["durable"], count))
             if "error" in frame:
                 return False, _error(frame["error"])
             if frame.get("done") is True:
@@ -172,6 +177,20 @@ def _amounts(said: Any, count: int) -> list[int]:
     if not isinstance(said, list) or len(said) != count or not all(type(one) is int and one >= 0 for one in said):
         raise wire.ProtocolError(f"no amounts for {count} disks: {str(said)[:200]}")
     return said
+
+
+def _durable(said: Any, count: int) -> list[list[list[int]] | None]:
+    """Ranges for each job, None where nothing is new. Raises ProtocolError when it is anything else."""
+    if not isinstance(said, list) or len(said) != count or not all(one is None or _are_ranges(one) for one in said):
+        raise wire.ProtocolError(f"no ranges for {count} disks: {str(said)[:200]}")
+    return said
+
+
+def _are_ranges(said: Any) -> bool:
+    if not isinstance(said, list) or not all(isinstance(one, list) and len(one) == 2 for one in said):
+        return False
+    ends = [end for one in said for end in one]
+    return all(type(end) is int and end >= 0 for end in ends) and all(a < b for a, b in itertools.pairwise(ends))
 
 
 def _error(said: Any) -> dict[str, Any]:

@@ -143,6 +143,11 @@ def joined(ranges: Iterable[Tuple[int, int]], gap: int = 0) -> List[Tuple[int, i
     return found
 
 
+def union(one: Ranges, other: Ranges) -> List[Tuple[int, int]]:
+    """What lies in either, in order and apart."""
+    return joined(sorted((start, end) for start, end in (*one, *other) if start < end))
+
+
 def thinned(ranges: Iterable[Tuple[int, int]], gap: int) -> List[Tuple[int, int]]:
     """The same ranges; if there are too many, those joined that are at most `gap` bytes apart, or more if need be.
 

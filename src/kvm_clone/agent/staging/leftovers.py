@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from kvm_clone.agent import names
 from kvm_clone.agent.disks import chain, filesystem, fingerprint, qemu
+from kvm_clone.agent.disks.disk import Ranges, union
 from kvm_clone.agent.host import host_info
 from kvm_clone.agent.protocol.errors import LOCKED, UNSUPPORTED, AgentError, from_exception
 from kvm_clone.agent.staging import records
@@ -46,7 +47,7 @@ _JUST_BEGUN: Dict[str, Any] = {
 
 
 class DiskState:
-    """What a journal says of one disk: its names, how much is durable in bytes, and its identity once published."""
+    """What a journal says of one disk: its names, which ranges are durable, and its identity once published."""
 
     def __init__(self, record: Record) -> None:
         self.disk: str = record["disk"]
@@ -55,8 +56,12 @@ class DiskState:
         self.size: int = record["size"]
         self.format: str = record["format"]
         self.backing: Dict[str, str] = record.get("backing") or {}
-        self.durable = 0
+        self.durable: Ranges = ()
         self.identity: Optional[str] = None
+
+    def add_durable(self, ranges: Ranges) -> None:
+        """The ranges are durable too; what lies behind the disk's end is none of it."""
+        self.durable = union(self.durable, [(start, min(end, self.size)) for start, end in ranges])
 
     @property
     def is_published(self) -> bool:
@@ -87,13 +92,14 @@ class DiskState:
     def as_dict(self) -> Dict[str, Any]:
         """The form that crosses the wire, with the bytes that the file takes, and those of content that it has."""
         about = self.about()
-        durable = self.durable if self.durable and about and self._is_whole(about) else 0
+        durable = self.durable if self.durable and about and self._is_whole(about) else []
         return {
             "part": self.part,
             "final": self.final,
             "size": self.size,
             "format": self.format,
-            "durable": durable,
+            "durable": sum(end - start for start, end in durable),
+            "ranges": durable,
             "data": host_info.data_held(self.path, self.format) if durable else 0,
             "allocated": about.st_blocks * 512 if about else 0,
             "backing": self.backing.get("path", ""),
@@ -108,7 +114,7 @@ def states(entries: List[Record]) -> Dict[str, DiskState]:
         if record == records.CREATE:
             found[entry["disk"]] = DiskState(entry)
         elif record == records.DURABLE:
-            found[entry["disk"]].durable = max(found[entry["disk"]].durable, entry["end"])
+            found[entry["disk"]].add_durable([[0, entry["end"]], *entry.get("ranges", [])])
         elif record == records.PUBLISH:
             found[entry["disk"]].identity = entry["identity"]
     return found

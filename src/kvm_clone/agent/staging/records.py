@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Sequence
 
 from kvm_clone.agent import names
 from kvm_clone.agent.disks import chain
@@ -11,7 +11,7 @@ from kvm_clone.agent.protocol.errors import UNSUPPORTED, AgentError
 
 BEGIN = "begin"  # an operation holds the lock: operation, name, host, version, source, started, marks
 CREATE = "create"  # a staged file is about to be made: disk, part, final, size in bytes, format, backing
-DURABLE = "durable"  # all content before the byte `end` is durable in the staged file: disk, end
+DURABLE = "durable"  # what is durable in the staged file, all before the byte `end` and perhaps more: disk, end, ranges
 COPIED = "copied"  # a staged file holds all content, durably: disk, bytes
 PROVEN = "proven"  # both ends' digests agreed: disk
 PUBLISH = "publish"  # a staged file is about to get its final name: disk, part, final, identity (fingerprint.identity)
@@ -43,6 +43,13 @@ def _disk(value: Any) -> bool:
 
 def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST
+
+
+def _ranges(value: Any) -> bool:
+    """[start, end) pairs in order and apart."""
+    pairs = isinstance(value, list) and all(isinstance(one, list) and len(one) == 2 for one in value)
+    ends = [end for one in value for end in one] if pairs else []
+    return pairs and all(map(_count, ends)) and all(ends[at] < ends[at + 1] for at in range(len(ends) - 1))
 
 
 def _number(value: Any) -> bool:
@@ -83,6 +90,13 @@ def _overlays(value: Any) -> bool:
     return isinstance(value, list) and all(map(_overlay, value))
 
 
+def durable(disk: str, ranges: Sequence[Sequence[int]]) -> Record:
+    """The fields of a `durable` record; the ranges are in order and apart; one from byte 0 is its `end`."""
+    end = ranges[0][1] if ranges and not ranges[0][0] else 0
+    rest = [list(one) for one in ranges if one[0]]
+    return {"disk": disk, "end": end, **({"ranges": rest} if rest else {})}
+
+
 _Check = Callable[[Any], bool]
 
 _NEEDED: Dict[str, Dict[str, _Check]] = {
@@ -113,6 +127,7 @@ _PERHAPS: Dict[str, Dict[str, _Check]] = {
         "marks": _paths,
     },
     CREATE: {"backing": _backing},
+    DURABLE: {"ranges": _ranges},
     DEFINE: {"uuid": _text, "remove": _texts, "forget": _texts, "images": _images, "merge": _overlays},
     MERGED: {"images": _images},
 }

@@ -205,6 +205,8 @@ class Stage(Hold):
                 os.close(fd)
             _make_image(part, spec, backing)
             _own(part, spec)
+            if backing or spec.get("copy_of"):  # where nothing differs, nothing else makes it durable
+                image.settle(part)
             journal.make_durable(os.path.dirname(part))
         except OSError as error:
             raise from_exception(error, f"creating {part}") from error
