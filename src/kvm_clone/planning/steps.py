@@ -51,7 +51,7 @@ class DiscardStage:
 
 @dataclass(frozen=True)
 class BeginStage:
-    """Take the destination's lock, and begin the journal in `directory` or resume it. Undo: remove it, release the lock.
+    """Take the destination's lock, and begin the journal in `directory` or resume it. Undo: remove it, unlock.
 
     `discards`: the earlier attempt that is undone first. `marks`: the directories that have files which the operation
     removes or writes into: the source must not see them as its own.
