@@ -43,23 +43,37 @@ class Quiesce(StrEnum):
 
 
 @dataclass(frozen=True)
-class Options:
+class TransferOptions:
+    """How content is moved and proven.
+
+    `parallel`: disks at once. `bandwidth_limit`: bytes per second over all disks together, None for no limit.
+
+    Raises UsageError for a number that is out of range.
+    """
+
+    route: Route = Route.AUTO
+    parallel: int = 2
+    bandwidth_limit: int | None = None
+    verify: Verify = Verify.FULL
+
+    def __post_init__(self) -> None:
+        _check_least("parallel", self.parallel, 1)
+        _check_least("bandwidth_limit", self.bandwidth_limit, 1)
+
+
+@dataclass(frozen=True)
+class Options(TransferOptions):
     """What clone and sync share.
 
-    `pool`: a storage pool of the destination. `parallel`: disks at once. `bandwidth_limit`: bytes a second over all
-    disks together, None for no limit. `timeout`: seconds for the whole operation, None for no limit. `retries`: how
-    often a dropped connection is taken up again. `keep_partial`: what is staged outlives an interruption. `wait`: wait
-    for another operation on the same VM instead of failing. `track`: leave a checkpoint on a running source, by which
-    the next sync knows what has changed.
+    `pool`: a storage pool of the destination. `timeout`: seconds for the whole operation, None for no limit.
+    `retries`: how often the operation reconnects after a dropped connection. `keep_partial`: staged data outlives an
+    interruption. `wait`: wait for another operation on the same VM instead of failing. `track`: leave a checkpoint on
+    a running source, from which the next sync knows what has changed.
 
-    Raises UsageError for a number that is out of range, and for a name that is empty.
+    Raises UsageError for a number that is out of range, and for an empty name.
     """
 
     pool: str | None = None
-    route: Route = Route.AUTO
-    verify: Verify = Verify.FULL
-    parallel: int = 2
-    bandwidth_limit: int | None = None
     timeout: float | None = None
     retry: Retry = Retry.NONE
     retries: int = 3
@@ -69,11 +83,8 @@ class Options:
     track: bool = False
 
     def __post_init__(self) -> None:
-        lowest = {"parallel": 1, "retries": 0, "bandwidth_limit": 1}
-        for field, least in lowest.items():
-            number = getattr(self, field)
-            if number is not None and number < least:
-                raise UsageError(f"{field} cannot be {number}", subject=field, remedy=f"the least is {least}")
+        super().__post_init__()
+        _check_least("retries", self.retries, 0)
         if self.timeout is not None and not self.timeout > 0:
             raise UsageError(
                 f"timeout cannot be {self.timeout:g} s", subject="timeout", remedy="name a time above zero"
@@ -81,6 +92,11 @@ class Options:
         for field in ("pool", "new_name", "target_name"):
             if getattr(self, field, None) == "":
                 raise UsageError(f"{field} is empty", subject=field, remedy=f"give {field} a value, or leave it out")
+
+    @property
+    def transfer(self) -> TransferOptions:
+        """The part that the data path takes."""
+        return TransferOptions(**{field.name: getattr(self, field.name) for field in fields(TransferOptions)})
 
     def name_for(self, name: str) -> str:
         """The name at the destination for a VM of that name."""
@@ -125,3 +141,8 @@ class SyncOptions(Options):
         shared = {field.name: getattr(self, field.name) for field in fields(Options)}
         shared["verify"] = Verify.OFF if self.verify is Verify.OFF else Verify.FULL
         return CloneOptions(**shared, new_name=self.target_name)
+
+
+def _check_least(field: str, number: int | None, least: int) -> None:
+    if number is not None and number < least:
+        raise UsageError(f"{field} cannot be {number}", subject=field, remedy=f"the least is {least}")

@@ -74,7 +74,6 @@ def clone_command(
         new_name=new_name,
         preserve_uuid=preserve_uuid,
         preserve_mac=preserve_mac,
-        verify=Verify.FULL if settings.verify else Verify.OFF,
         verify_existing=verify_existing,
     )
     carry_out(settings, Request(source, destination, vm, asked), copying, dry_run=dry_run)

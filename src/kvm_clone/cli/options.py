@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -85,9 +85,6 @@ class Copying(OptionGroup):
         """
         return kind(
             pool=settings.pool,
-            route=settings.route,
-            parallel=settings.parallel,
-            bandwidth_limit=settings.bandwidth_bytes_per_second,
             timeout=settings.timeout_seconds,
             quiesce=self.quiesce,
             track=self.track,
@@ -95,7 +92,7 @@ class Copying(OptionGroup):
             retries=self.retries,
             keep_partial=self.keep_partial,
             wait=self.wait,
-            **own,
+            **{**asdict(settings.transfer), **own},
         )
 
 

@@ -37,7 +37,7 @@ from kvm_clone.planning.clone_xml import clone_xml, planned_mark
 from kvm_clone.planning.placement import PlannedDisk
 from kvm_clone.planning.plan import Plan
 from kvm_clone.progress import Note, OnEvent, Phase, PhaseStarted
-from kvm_clone.transfer.content import Content, Totals, Transfer
+from kvm_clone.transfer.content import Content, Totals
 from kvm_clone.version import __version__
 
 log = logging.getLogger(__name__)
@@ -123,8 +123,8 @@ class Run:
         self._reconnect = reconnect
         self._on_event = on_event
         self._on_step = on_step
-        moving = Transfer(plan.name, plan.route, plan.options.parallel, plan.options.bandwidth_limit)
-        self._content = Content(self._source, self._destination, moving, on_event)
+        transfer = replace(plan.options.transfer, route=plan.route)
+        self._content = Content(self._source, self._destination, plan.name, transfer, on_event)
         self._backup = Backup(self._source, source_libvirt, plan.facts.source, on_event)
         self._directories = sorted(plan.facts.destination.directories)
         self._state = _State()

@@ -23,7 +23,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode
 
 from kvm_clone.errors import UsageError
-from kvm_clone.options import Route
+from kvm_clone.options import Route, TransferOptions, Verify
 from kvm_clone.settings import bounded
 from kvm_clone.units import DURATION_ACCEPTS, RATE_ACCEPTS, parse_duration, parse_rate
 
@@ -162,9 +162,14 @@ class Settings(BaseModel):
     output: Annotated[Output, _LOWERED] = _choice(Output.TEXT, "The form of what commands print on stdout.")
 
     @property
-    def bandwidth_bytes_per_second(self) -> int | None:
-        """The bandwidth limit in bytes per second, or None for no limit."""
-        return None if self.bandwidth_limit is None else parse_rate(self.bandwidth_limit)
+    def transfer(self) -> TransferOptions:
+        """How content is moved and proven."""
+        return TransferOptions(
+            route=self.route,
+            parallel=self.parallel,
+            bandwidth_limit=None if self.bandwidth_limit is None else parse_rate(self.bandwidth_limit),
+            verify=Verify.FULL if self.verify else Verify.OFF,
+        )
 
     @property
     def timeout_seconds(self) -> float | None:
