@@ -1,4 +1,4 @@
-"""What a user can ask of an operation."""
+"""The options of an operation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvm_clone.errors import UsageError
 
 
 class Route(StrEnum):
-    """Which way the data takes."""
+    """The way that the data takes."""
 
     AUTO = "auto"
     DIRECT = "direct"
@@ -17,7 +17,7 @@ class Route(StrEnum):
 
 
 class Retry(StrEnum):
-    """What to do with what the destination already has; decide.py holds the table."""
+    """What to do with a VM or an interrupted attempt at the destination; planning/decide.py has the table."""
 
     NONE = "none"
     IDEMPOTENT = "idempotent"
@@ -27,7 +27,7 @@ class Retry(StrEnum):
 
 
 class Verify(StrEnum):
-    """What is proven equal before the commit: nothing, what a bitmap said and was sent, or every byte."""
+    """What is proven equal before the commit: nothing, the parts that were sent, or every byte."""
 
     OFF = "off"
     SENT = "sent"
@@ -99,7 +99,7 @@ class Options(TransferOptions):
         return TransferOptions(**{field.name: getattr(self, field.name) for field in fields(TransferOptions)})
 
     def name_for(self, name: str) -> str:
-        """The name at the destination for a VM of that name."""
+        """The name that the VM gets at the destination."""
         raise NotImplementedError
 
 
@@ -107,7 +107,7 @@ class Options(TransferOptions):
 class CloneOptions(Options):
     """Options of a clone.
 
-    `new_name`: None keeps the name. `verify_existing`: digest a finished clone instead of trusting its fingerprint.
+    `new_name`: None keeps the name. `verify_existing`: compare digests of a finished clone instead of fingerprints.
     """
 
     new_name: str | None = None
@@ -124,7 +124,7 @@ class CloneOptions(Options):
 class SyncOptions(Options):
     """Options of a sync.
 
-    `target_name`: the replica's name, None for the VM's own. `create`: clone where there is no replica.
+    `target_name`: the replica's name, None for the VM's own. `create`: clone if there is no replica.
     """
 
     verify: Verify = Verify.SENT
@@ -137,7 +137,7 @@ class SyncOptions(Options):
 
     @property
     def as_clone(self) -> CloneOptions:
-        """The clone that makes the replica: everything that both have, and the name."""
+        """The options of the clone that creates the replica."""
         shared = {field.name: getattr(self, field.name) for field in fields(Options)}
         shared["verify"] = Verify.OFF if self.verify is Verify.OFF else Verify.FULL
         return CloneOptions(**shared, new_name=self.target_name)

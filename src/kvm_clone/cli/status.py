@@ -31,17 +31,17 @@ def status_command(
     operation: Annotated[
         str | None, typer.Argument(metavar="[ID]", help="One operation, with its log.", callback=naming("ID"))
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="With ID: print until it ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="With ID: keep printing until the operation ends.")] = False,
     host: Annotated[
         list[str] | None,
         typer.Option(
-            "--host", metavar="HOST", help="Staged data there, too. May be repeated.", callback=naming("--host")
+            "--host", metavar="HOST", help="Also list what is staged there. May be repeated.", callback=naming("--host")
         ),
     ] = None,
     *,
     connecting: context.Connecting,
 ) -> None:
-    """Operations of this machine, and what is staged on hosts: state, age, size, and how to resume it."""
+    """List this machine's operations and what is staged on hosts: state, age, size, and how to resume it."""
     settings = connecting.load(ctx)
     if operation is not None:
         _show_one(settings, operation, follow=follow)
@@ -70,13 +70,20 @@ def cleanup_command(
         ),
     ] = None,
     older_than: Annotated[
-        str | None, typer.Option("--older-than", metavar="TIME", help="Only what has not changed for so long: 7d, 12h.")
+        str | None,
+        typer.Option(
+            "--older-than", metavar="TIME", help="Only what has not changed for this long, such as 7d or 12h."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be removed.")] = False,
     *,
     connecting: context.Connecting,
 ) -> None:
-    """Remove what interrupted operations have staged on hosts; nothing without our mark, and nothing in use."""
+    """Remove what interrupted operations have staged on hosts.
+
+    It searches the directories of the hosts' storage pools, and those where this machine's operations staged data.
+    Nothing without kvm-clone's mark, and nothing of a running operation, is removed.
+    """
     settings = connecting.load(ctx)
     age = _age(older_than)
     named = hosts or sorted({one.destination for one in operation_log.operations() if one.state == operation_log.KEPT})
@@ -221,7 +228,7 @@ def _print_host(listing: StagedListing) -> None:
     for data in listing.staged:
         print(_staged_line(data))
     for name in listing.jobs:
-        print(f"{listing.host}: nobody reads the backup job of {name}; end it: kvm-clone cleanup {listing.host}")
+        print(f"{listing.host}: the backup job of {name} has no reader; end it: kvm-clone cleanup {listing.host}")
     if not (listing.staged or listing.jobs or listing.errors):
         print(f"{listing.host}: nothing staged")
 
@@ -239,7 +246,7 @@ def _staged_line(data: StagedData) -> str:
 
 
 def _prospect(data: StagedData) -> str:
-    """What a cleanup would do, as far as it can be told without asking libvirt."""
+    """What a cleanup would do, as far as that is known without asking libvirt."""
     if data.error:
         return f"would be left as it is: {data.error}"
     if data.foreign:
