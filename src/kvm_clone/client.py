@@ -176,7 +176,7 @@ class Client:
     async def _clean_host(self, name: str, older_than: float, dry_run: bool) -> StagedListing:
         try:
             async with self._pool.lease(name) as [(host, connection)]:
-                found = await leftovers.find(host, connection)
+                found = await leftovers.find(host, connection, operation_log.directories_at(name))
                 jobs = await leftovers.abandoned_jobs(host, connection)
                 names = tuple(job.name for job in jobs)
                 if dry_run:
@@ -194,7 +194,8 @@ class Client:
                         await leftovers.end_job(host, connection, job)
                     except KvmCloneError as error:
                         errors.append(error)
-                return StagedListing(name, tuple(wanted), done, tuple(errors), names)
+                active = tuple(data for data in found if data.active)
+                return StagedListing(name, tuple(wanted), done, tuple(errors), names, active)
         except KvmCloneError as error:
             return StagedListing(name, errors=(error,))
 
@@ -227,6 +228,7 @@ class _Log:
             vm=request.vm,
             name=plan.name,
             action=plan.decision.action,
+            directories=operation_log.joined(plan.facts.destination.directories),
         )
         self.step = self._log.step
 

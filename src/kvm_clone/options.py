@@ -1,4 +1,4 @@
-"""What a user can ask of an operation."""
+"""The options of an operation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvm_clone.errors import UsageError
 
 
 class Route(StrEnum):
-    """Which way the data takes."""
+    """The way that the data takes."""
 
     AUTO = "auto"
     DIRECT = "direct"
@@ -17,7 +17,7 @@ class Route(StrEnum):
 
 
 class Retry(StrEnum):
-    """What to do with what the destination already has; decide.py holds the table."""
+    """What to do with a VM or an interrupted attempt at the destination; planning/decide.py has the table."""
 
     NONE = "none"
     IDEMPOTENT = "idempotent"
@@ -27,7 +27,7 @@ class Retry(StrEnum):
 
 
 class Verify(StrEnum):
-    """What is proven equal before the commit: nothing, what a bitmap said and was sent, or every byte."""
+    """What is proven equal before the commit: nothing, the parts that were sent, or every byte."""
 
     OFF = "off"
     SENT = "sent"
@@ -43,23 +43,37 @@ class Quiesce(StrEnum):
 
 
 @dataclass(frozen=True)
-class Options:
+class TransferOptions:
+    """How content is moved and proven.
+
+    `parallel`: disks at once. `bandwidth_limit`: bytes per second over all disks together, None for no limit.
+
+    Raises UsageError for a number that is out of range.
+    """
+
+    route: Route = Route.AUTO
+    parallel: int = 2
+    bandwidth_limit: int | None = None
+    verify: Verify = Verify.FULL
+
+    def __post_init__(self) -> None:
+        _check_least("parallel", self.parallel, 1)
+        _check_least("bandwidth_limit", self.bandwidth_limit, 1)
+
+
+@dataclass(frozen=True)
+class Options(TransferOptions):
     """What clone and sync share.
 
-    `pool`: a storage pool of the destination. `parallel`: disks at once. `bandwidth_limit`: bytes a second over all
-    disks together, None for no limit. `timeout`: seconds for the whole operation, None for no limit. `retries`: how
-    often a dropped connection is taken up again. `keep_partial`: what is staged outlives an interruption. `wait`: wait
-    for another operation on the same VM instead of failing. `track`: leave a checkpoint on a running source, by which
-    the next sync knows what has changed.
+    `pool`: a storage pool of the destination. `timeout`: seconds for the whole operation, None for no limit.
+    `retries`: how often the operation reconnects after a dropped connection. `keep_partial`: staged data outlives an
+    interruption. `wait`: wait for another operation on the same VM instead of failing. `track`: leave a checkpoint on
+    a running source, from which the next sync knows what has changed.
 
-    Raises UsageError for a number that is out of range, and for a name that is empty.
+    Raises UsageError for a number that is out of range, and for an empty name.
     """
 
     pool: str | None = None
-    route: Route = Route.AUTO
-    verify: Verify = Verify.FULL
-    parallel: int = 2
-    bandwidth_limit: int | None = None
     timeout: float | None = None
     retry: Retry = Retry.NONE
     retries: int = 3
@@ -69,11 +83,8 @@ class Options:
     track: bool = False
 
     def __post_init__(self) -> None:
-        lowest = {"parallel": 1, "retries": 0, "bandwidth_limit": 1}
-        for field, least in lowest.items():
-            number = getattr(self, field)
-            if number is not None and number < least:
-                raise UsageError(f"{field} cannot be {number}", subject=field, remedy=f"the least is {least}")
+        super().__post_init__()
+        _check_least("retries", self.retries, 0)
         if self.timeout is not None and not self.timeout > 0:
             raise UsageError(
                 f"timeout cannot be {self.timeout:g} s", subject="timeout", remedy="name a time above zero"
@@ -82,8 +93,13 @@ class Options:
             if getattr(self, field, None) == "":
                 raise UsageError(f"{field} is empty", subject=field, remedy=f"give {field} a value, or leave it out")
 
+    @property
+    def transfer(self) -> TransferOptions:
+        """The part that the data path takes."""
+        return TransferOptions(**{field.name: getattr(self, field.name) for field in fields(TransferOptions)})
+
     def name_for(self, name: str) -> str:
-        """The name at the destination for a VM of that name."""
+        """The name that the VM gets at the destination."""
         raise NotImplementedError
 
 
@@ -91,7 +107,7 @@ class Options:
 class CloneOptions(Options):
     """Options of a clone.
 
-    `new_name`: None keeps the name. `verify_existing`: digest a finished clone instead of trusting its fingerprint.
+    `new_name`: None keeps the name. `verify_existing`: compare digests of a finished clone instead of fingerprints.
     """
 
     new_name: str | None = None
@@ -108,7 +124,7 @@ class CloneOptions(Options):
 class SyncOptions(Options):
     """Options of a sync.
 
-    `target_name`: the replica's name, None for the VM's own. `create`: clone where there is no replica.
+    `target_name`: the replica's name, None for the VM's own. `create`: clone if there is no replica.
     """
 
     verify: Verify = Verify.SENT
@@ -121,7 +137,12 @@ class SyncOptions(Options):
 
     @property
     def as_clone(self) -> CloneOptions:
-        """The clone that makes the replica: everything that both have, and the name."""
+        """The options of the clone that creates the replica."""
         shared = {field.name: getattr(self, field.name) for field in fields(Options)}
         shared["verify"] = Verify.OFF if self.verify is Verify.OFF else Verify.FULL
         return CloneOptions(**shared, new_name=self.target_name)
+
+
+def _check_least(field: str, number: int | None, least: int) -> None:
+    if number is not None and number < least:
+        raise UsageError(f"{field} cannot be {number}", subject=field, remedy=f"the least is {least}")

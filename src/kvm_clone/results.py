@@ -72,7 +72,8 @@ class Result:
 class StagedListing:
     """What one host has staged; `done` says by a journal's path what `cleanup` did with it.
 
-    `jobs`: the VMs there whose backup job of ours nobody reads any more.
+    `jobs`: the VMs there whose backup job of ours nobody reads any more. `active`: what `cleanup` left alone because
+    its operation is running.
     """
 
     host: str
@@ -80,6 +81,7 @@ class StagedListing:
     done: Mapping[str, str] = field(default_factory=dict)
     errors: tuple[KvmCloneError, ...] = field(default_factory=tuple)
     jobs: tuple[str, ...] = ()
+    active: tuple[StagedData, ...] = ()
 
 
 @dataclass(frozen=True)

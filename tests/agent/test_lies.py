@@ -210,7 +210,7 @@ def test_an_agent_that_cannot_even_answer_ends(travelling: Any, tmp_path: Path) 
     asyncio.run(run())
 
 
-GO = {"go": True, "jobs": [], "parallel": 1, "rate": 0}
+GO = {"go": True, "jobs": [], "parallel": 1, "bandwidth_limit": 0}
 
 BAD_REQUESTS: dict[str, list[dict[str, Any]]] = {
     "no jobs": [{"mode": "receive"}],

@@ -276,7 +276,8 @@ def control_input(directory: Path) -> Input:
 def send_input(directory: Path) -> Input:
     disk = make_qcow2(directory / "disk", MIB, [(0, noise(MIB))])
     jobs = [{"path": str(disk), "format": "qcow2", "fresh": True}]
-    return [pack_frame({"mode": "send"}), pack_frame({"go": True, "jobs": jobs, "parallel": 1, "rate": 0})], []
+    go = {"go": True, "jobs": jobs, "parallel": 1, "bandwidth_limit": 0}
+    return [pack_frame({"mode": "send"}), pack_frame(go)], []
 
 
 def receive_input(directory: Path) -> Input:
@@ -332,7 +333,7 @@ def test_a_relayed_copy(tmp_path: Path) -> None:
     source = make_qcow2(tmp_path / "from", 8 * MIB, [(0, noise(3 * MIB)), (7 * MIB, b"x")])
     staged = make_qcow2(tmp_path / "to", 8 * MIB)
     receive = {"mode": "receive", "jobs": [{"path": str(staged), "format": "qcow2"}]}
-    go = {"go": True, "jobs": [{"path": str(source), "format": "qcow2"}], "parallel": 1, "rate": 0}
+    go = {"go": True, "jobs": [{"path": str(source), "format": "qcow2"}], "parallel": 1, "bandwidth_limit": 0}
     with agent("argv", WHOLE, {"mode": "send"}, go) as sender, agent("shell", WHOLE, receive) as receiver:
         sender.ready()
         receiver.ready()
@@ -363,7 +364,7 @@ def direct(sshd: SshServer, tmp_path: Path, rate: int) -> Iterator[tuple[Agent, 
         "go": True,
         "jobs": [{"path": str(source), "format": "raw"}],
         "parallel": 1,
-        "rate": rate,
+        "bandwidth_limit": rate,
         "receive": {"mode": "receive", "jobs": [{"path": str(staged), "format": "qcow2"}]},
     }
     with agent("argv", WHOLE, request) as running:

@@ -17,7 +17,7 @@ from kvm_clone.errors import InterruptedTransferError, TransferError
 from kvm_clone.hosts import payload
 from kvm_clone.hosts.host import AgentCallError, Host
 from kvm_clone.hosts.ssh import SshOptions, parse_address
-from kvm_clone.options import Route
+from kvm_clone.options import Route, TransferOptions
 from kvm_clone.transfer import transport
 from kvm_clone.transfer.transport import End, Job, Orders, Stream
 
@@ -35,7 +35,7 @@ async def stream(directory: Path) -> AsyncIterator[tuple[Stream, Orders]]:
     staged = End(str(make_raw(directory / "to", size)), "raw")
     host = Host(parse_address("localhost"), SshOptions(), directory, interactive=False)
     async with transport.opened(host, host, Route.RELAY) as opened:
-        yield opened, Orders("", [Job(source, staged)], 1, 0)
+        yield opened, Orders("", [Job(source, staged)], TransferOptions(parallel=1))
 
 
 async def copy(directory: Path) -> list[list[int]]:

@@ -22,6 +22,7 @@ from clonekit import (
     remove,
     running,
     wait_for_copy,
+    wait_until,
 )
 from labclient import Lab, Vm
 
@@ -116,6 +117,45 @@ def test_cleanup_removes_what_is_staged_and_nothing_else(lab: Lab, interrupted: 
         assert "cleaned up" in status(lab, interrupted).out
     finally:
         stranger.unlink()
+
+
+APART = f"{IMAGES}/apart"
+"""A directory of both hosts that is no pool's."""
+
+
+@pytest.fixture
+def apart(lab: Lab, vm: Vm) -> Iterator[Path]:
+    """The VM's disks lie outside the pools, and the destination has such a directory, which is returned."""
+    for host in ("kc-a", "kc-b"):
+        lab.run(host, "mkdir", "-p", APART)
+    xml = lab.run("kc-a", "virsh", "dumpxml", "--inactive", "kept").stdout
+    for path in vm.disks.values():
+        lab.run("kc-a", "mv", path, APART)
+        xml = xml.replace(path, f"{APART}/{Path(path).name}")
+    lab.run("kc-a", "virsh", "define", "/dev/stdin", input=xml)
+    yield lab.outside("kc-b", APART)
+    for host in ("kc-a", "kc-b"):
+        remove(lab, host, "kept")
+        lab.run(host, "rm", "-rf", APART)
+
+
+def test_cleanup_finds_what_is_staged_outside_pools(
+    lab: Lab, apart: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with running(lab, "kc-a", "kc-b", "kept", "--bandwidth-limit", "4M") as child:
+        wait_until("a disk is staged", lambda: any(apart.glob("*.part")))
+        child.send_signal(signal.SIGINT)
+        assert child.wait(60) == 130
+    staged = set(apart.iterdir())
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "of another machine"))
+    assert "nothing to remove" in kvm_clone(lab, "cleanup", "kc-b").out
+    assert set(apart.iterdir()) == staged
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path))
+    assert f"staged in {APART}" in status(lab, "-F", str(lab.ssh_config), "--host", "kc-b").out
+    done = kvm_clone(lab, "cleanup")
+    assert (done.code, "kept" in done.out) == (0, True), done.err
+    assert list(apart.iterdir()) == []
+    assert "interrupted" not in status(lab).out
 
 
 def test_cleanup_leaves_a_running_operation_alone(lab: Lab, vm: Vm) -> None:

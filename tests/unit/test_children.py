@@ -21,9 +21,9 @@ from kvm_clone.hosts import ssh
 from kvm_clone.hosts.children import Process, answer, end_process, kill_process, spawn, spawn_options, stop_process
 from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.survey import find_route
-from kvm_clone.options import CloneOptions, Route
+from kvm_clone.options import CloneOptions, Route, TransferOptions
 from kvm_clone.transfer import transport
-from kvm_clone.transfer.content import Content, Prepared, Transfer
+from kvm_clone.transfer.content import Content, Prepared
 
 pytestmark = pytest.mark.sampled
 
@@ -362,7 +362,7 @@ def test_a_stream_that_was_prepared_is_closed_whoever_is_stopped(
         async with two_hosts(tmp_path) as (source, destination):
             before = set(children())
             for moment in MOMENTS:
-                content = Content(source, destination, Transfer("web", Route.RELAY, 1, None), lambda _: None)
+                content = Content(source, destination, "web", TransferOptions(Route.RELAY, 1), lambda _: None)
                 content.prepare()
                 waiting = asyncio.ensure_future(content._stream())
                 await asyncio.wait([waiting], timeout=moment)

@@ -21,7 +21,7 @@ from kvm_clone.cli.sync import split_verify
 from kvm_clone.client import Request
 from kvm_clone.errors import DomainExistsError, ExitCode, KvmCloneError, RefusedError
 from kvm_clone.findings import Finding, Severity
-from kvm_clone.options import Quiesce, Retry, SyncOptions, Verify
+from kvm_clone.options import CloneOptions, Options, Quiesce, Retry, Route, SyncOptions, TransferOptions, Verify
 from kvm_clone.version import __version__
 
 
@@ -410,19 +410,43 @@ def test_what_is_not_understood_of_sync(here: Run, words: tuple[str, ...], quote
     assert "Traceback" not in done.err
 
 
-def asked_of_sync(here: Run, monkeypatch: pytest.MonkeyPatch, *flags: str) -> SyncOptions:
-    """What a sync with these flags asks for."""
+def asked_of(here: Run, monkeypatch: pytest.MonkeyPatch, *words: str) -> Options:
+    """The options of the request that a clone or sync makes of its command line."""
     asked: list[Request] = []
 
     def hear(_settings: object, request: Request, **_: object) -> None:
         asked.append(request)
 
     monkeypatch.setattr(clone, "run_request", hear)
-    assert here(*SYNC, *flags).code == ExitCode.DONE
+    assert here(*words).code == ExitCode.DONE
     (request,) = asked
-    assert (request.source, request.destination, request.vm) == SYNC[1:]
-    assert isinstance(request.options, SyncOptions)
+    assert (request.source, request.destination, request.vm) == words[1:4]
     return request.options
+
+
+def asked_of_sync(here: Run, monkeypatch: pytest.MonkeyPatch, *flags: str) -> SyncOptions:
+    """What a sync with these flags asks for."""
+    options = asked_of(here, monkeypatch, *SYNC, *flags)
+    assert isinstance(options, SyncOptions)
+    return options
+
+
+MOVING = {"route": "relay", "parallel": "3", "bandwidth_limit": "1M", "verify": "no"}
+MOVED = TransferOptions(Route.RELAY, 3, 1 << 20, Verify.OFF)
+
+
+@pytest.mark.parametrize("command", [CLONE, SYNC])
+def test_transfer_options_are_flags_and_settings(
+    here: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    kind = SyncOptions if command is SYNC else CloneOptions
+    assert asked_of(here, monkeypatch, *command) == kind()
+    flags = [word for key, value in MOVING.items() if key != "verify" for word in (f"--{key.replace('_', '-')}", value)]
+    assert asked_of(here, monkeypatch, *command, "--no-verify", *flags).transfer == MOVED
+    for key, value in MOVING.items():
+        monkeypatch.setenv(f"KVM_CLONE_{key.upper()}", value)
+    assert asked_of(here, monkeypatch, *command).transfer == MOVED
+    assert asked_of(here, monkeypatch, *command, "--bandwidth-limit", "2K").transfer.bandwidth_limit == 2048
 
 
 @pytest.mark.parametrize(

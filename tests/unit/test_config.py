@@ -289,7 +289,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(key: str, remedy: str, file:
 )
 def test_limits_in_numbers(values: dict[str, object], rate: int | None, seconds: float | None) -> None:
     settings = load_settings(None, values).settings
-    assert (settings.bandwidth_bytes_per_second, settings.timeout_seconds) == (rate, seconds)
+    assert (settings.transfer.bandwidth_limit, settings.timeout_seconds) == (rate, seconds)
 
 
 @pytest.mark.parametrize(

@@ -251,3 +251,25 @@ def test_somebody_without_a_home(here: Run, monkeypatch: pytest.MonkeyPatch) -> 
     OperationLog(NAME, **ABOUT).end(DONE)
     assert operation_log.operations() == []
     assert operation_log.read(NAME) is None
+
+
+PLACES = ["/srv/a", '/srv/with "quotes",\nand a break', "/srv/\udcff"]
+
+
+def test_where_operations_may_have_staged_data(logs: Path) -> None:
+    OperationLog(NAME, **ABOUT, directories=operation_log.joined(PLACES)).end(KEPT)
+    OperationLog(OTHER, **{**ABOUT, "destination": "kc-c"}, directories=operation_log.joined(["/srv/c"])).end(KEPT)
+    one = operation_log.read(NAME)
+    assert one is not None
+    assert one.directories == tuple(sorted(PLACES))
+    assert operation_log.directories_at("kc-b") == {*PLACES}
+    operation_log.end(NAME, DONE, "")
+    assert operation_log.directories_at("kc-b") == set()
+
+
+@pytest.mark.parametrize("value", [None, "", "/srv/a", "[", "[" * 100_000, "[1]", '["relative"]', '{"/srv/a": 1}', 7])
+def test_directories_that_are_none(logs: Path, value: object) -> None:
+    OperationLog(NAME, **ABOUT, directories=value).end(KEPT)
+    one = operation_log.read(NAME)
+    assert one is not None
+    assert one.directories == ()

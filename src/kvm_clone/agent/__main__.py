@@ -97,7 +97,7 @@ def _send(request: Dict[str, Any], out: int, payload: str) -> None:
     try:
         if child is not None:
             write_all(out, pack_frame(go["receive"]))
-        transfer.Sender(out, _jobs(go), go["parallel"], go["rate"]).run()
+        transfer.Sender(out, _jobs(go), go["parallel"], go["bandwidth_limit"]).run()
     finally:
         os.close(out)
     if child is not None and child.wait():

@@ -64,18 +64,18 @@ class Job(NamedTuple):
 
 
 class Pacer:
-    """Spreads bytes over time so that they pass at `rate` bytes a second; 0 is without limit."""
+    """Spreads bytes over time so that they keep to `bandwidth_limit` bytes per second; None is no limit."""
 
-    def __init__(self, rate: int, idle: Callable[[], None]) -> None:
-        self._rate = rate
+    def __init__(self, bandwidth_limit: Optional[int], idle: Callable[[], None]) -> None:
+        self._bandwidth_limit = bandwidth_limit
         self._idle = idle
         self._due = time.monotonic()
         # A tenth of a second's worth at a time keeps a low rate even.
-        self.most = min(CHUNK, max(4096, rate // 10)) if rate else CHUNK
+        self.most = min(CHUNK, max(4096, bandwidth_limit // 10)) if bandwidth_limit else CHUNK
 
     def wait(self, count: int) -> None:
         """Return when `count` more bytes may go."""
-        if not self._rate:
+        if not self._bandwidth_limit:
             return
         now = time.monotonic()
         self._due = max(self._due, now - 0.05)  # time that was not used is lost, lest a burst follows a stall
@@ -84,17 +84,17 @@ class Pacer:
             now = time.monotonic()
             if self._due > now:
                 self._idle()
-        self._due += count / self._rate
+        self._due += count / self._bandwidth_limit
 
 
 class Sender:
     """Reads up to `parallel` disks in turn, a chunk of each at a time."""
 
-    def __init__(self, out: int, jobs: List[Job], parallel: int, rate: int) -> None:
+    def __init__(self, out: int, jobs: List[Job], parallel: int, bandwidth_limit: Optional[int]) -> None:
         self._out = out
         self._jobs = jobs
         self._parallel = parallel
-        self._pacer = Pacer(rate, self._say_idle)
+        self._pacer = Pacer(bandwidth_limit, self._say_idle)
         self._sent = 0
 
     def run(self) -> None:

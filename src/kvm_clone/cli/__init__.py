@@ -23,7 +23,7 @@ from kvm_clone.version import __version__
 
 
 class _Commands(TyperGroup):
-    """The commands. What Typer would end without a word of ours leaves it as an exception of another kind."""
+    """The group of all commands. Exceptions that Typer would report in its own way leave it as other ones."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -31,15 +31,15 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise context.InterruptedByUserError("stopped by Ctrl-C") from None
-        except BrokenPipeError as error:  # not of stdout or stderr: those raise nothing
+        except BrokenPipeError as error:  # not from stdout or stderr, whose writes never raise
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 app = typer.Typer(
     name="kvm-clone",
     cls=_Commands,
-    help="Clone KVM/libvirt virtual machines between hosts over SSH. The source is never modified, the destination "
-    "is as it was until the clone is proven equal, and what was interrupted can be resumed.",
+    help="Clone KVM/libvirt virtual machines between hosts over SSH. The source is never modified. The destination "
+    "does not change until the clone is proven equal. An interrupted operation can be resumed.",
     epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 refused before starting, 4 the destination VM exists, 5 cannot "
     "connect or authenticate, 6 interrupted or transfer failed, 7 verification mismatch, 8 another operation holds "
     "the lock, 9 done, but the result could not be written, 130 Ctrl-C.",
@@ -93,7 +93,7 @@ def root(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    """Keep what every command shares."""
+    """Store the options that all commands share."""
     ctx.ensure_object(Context).config_path = config
 
 
@@ -110,7 +110,7 @@ def main() -> NoReturn:
 
 
 def _run(shared: Context) -> int:
-    """Run the command line and report what goes wrong; the exit code."""
+    """Run the command line, report its error if there is one, and return the exit code."""
     try:
         app(split_verify(sys.argv[1:]), prog_name="kvm-clone", obj=shared)
     except KvmCloneError as error:

@@ -25,7 +25,10 @@ def clone_command(
     ctx: typer.Context,
     source: options.Source,
     destination: Annotated[
-        str, typer.Argument(metavar="DST", help="The host that gets the clone, named likewise.", callback=naming("DST"))
+        str,
+        typer.Argument(
+            metavar="DST", help="The host that receives the clone, in the same form.", callback=naming("DST")
+        ),
     ],
     vm: options.Vm,
     new_name: Annotated[
@@ -41,29 +44,32 @@ def clone_command(
     preserve_mac: Annotated[bool, typer.Option("--preserve-mac", help="Keep the MAC addresses.")] = False,
     verify: Annotated[
         bool | None,
-        typer.Option("--verify/--no-verify", help="Digest both ends before committing (the default)."),
+        typer.Option("--verify/--no-verify", help="Compare digests of both ends before the commit (the default)."),
     ] = None,
     idempotent: Annotated[
         bool,
-        typer.Option("--idempotent", help="Succeed if the clone is there and up to date; resume; replace if shut off."),
+        typer.Option("--idempotent", help="Do what is left to do: nothing, resume, or replace a VM that is shut off."),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Start over; stop and replace what is there.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Discard an interrupted attempt; stop and replace a VM.")
+    ] = False,
     cleanup_existing: Annotated[
         bool,
         typer.Option("--cleanup-existing", help="Like --force, but remove the existing VM before copying."),
     ] = False,
     verify_existing: Annotated[
-        bool, typer.Option("--verify-existing", help="With --idempotent: digest a clone that seems up to date.")
+        bool,
+        typer.Option("--verify-existing", help="With --idempotent: compare digests of a clone that seems up to date."),
     ] = False,
     dry_run: options.DryRun = False,
     *,
     copying: options.Copying,
     connecting: context.Connecting,
 ) -> None:
-    """Clone a VM, with all its own disks, to another host; one that runs at one consistent point in time.
+    """Clone a VM with all its own disks to another host. A running VM is copied at one point in time.
 
-    The destination is as before until every disk is proven equal to the source's. An interruption keeps what was
-    copied, for --resume or --idempotent to resume; a failure that no retry can mend is rolled back.
+    The destination does not change until every disk is proven equal to the source's. After an interruption, --resume
+    or --idempotent continues with what was copied. A failure that a retry cannot mend is rolled back.
     """
     settings = connecting.load(ctx, copying.flags(verify))
     given = {Retry.IDEMPOTENT: idempotent, Retry.FORCE: force, Retry.CLEANUP_EXISTING: cleanup_existing}
@@ -74,23 +80,22 @@ def clone_command(
         new_name=new_name,
         preserve_uuid=preserve_uuid,
         preserve_mac=preserve_mac,
-        verify=Verify.FULL if settings.verify else Verify.OFF,
         verify_existing=verify_existing,
     )
     carry_out(settings, Request(source, destination, vm, asked), copying, dry_run=dry_run)
 
 
 def carry_out(settings: Settings, request: Request, copying: options.Copying, *, dry_run: bool) -> None:
-    """Clone or sync, or show or save the plan, as the flags say. Raises typer.Exit with a dry run's code."""
+    """Clone or sync; or print or save the plan if a flag asks for that. Raises typer.Exit with a dry run's code."""
     if dry_run or copying.plan_out is not None:
         raise typer.Exit(plans.show(settings, request, copying.plan_out, dry_run=dry_run))
     run_request(settings, request, quiet=copying.quiet)
 
 
 def run_request(settings: Settings, request: Request, *, quiet: bool, expected: str | None = None) -> None:
-    """Clone or sync, and print the result. At a terminal, ask what to do with a VM that is there already.
+    """Clone or sync, and print the result. At a terminal, ask what to do with a VM that exists already.
 
-    `expected`: the digest of the facts that a saved plan rests on.
+    `expected`: the digest of the facts that a saved plan was made from.
     """
     try:
         with progress.watcher(quiet=quiet) as on_event:
@@ -112,7 +117,7 @@ def run_request(settings: Settings, request: Request, *, quiet: bool, expected: 
 
 
 def _ask(error: DomainExistsError) -> Retry | None:
-    """What the user at the terminal wants; None to abort, which is also the answer where nobody can be asked."""
+    """The user's answer; None to abort, and where stdin or stderr is no terminal."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None
     output.report(error, as_json=False)

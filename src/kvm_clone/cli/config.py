@@ -19,8 +19,8 @@ from kvm_clone.settings.config_file import Change, init_file, set_value, unset_v
 
 config_app = typer.Typer(
     name="config",
-    help="Read and change the configuration file. A flag goes before the environment (KVM_CLONE_<KEY>), "
-    "that before the file, and that before the default.",
+    help="Read and change the configuration file. A flag overrides the environment (KVM_CLONE_<KEY>), which "
+    "overrides the file, which overrides the default.",
     no_args_is_help=True,
 )
 
@@ -128,7 +128,7 @@ def init_command(ctx: typer.Context, config: ConfigOption = None, output: Output
 
 
 def _format(path: Path | None, flag: Output | None) -> Output:
-    """Return the form to print in: a command that mends a broken file must not fail for want of one."""
+    """Return the format of the output. It is text if the file is broken: a command that mends it must not fail."""
     if flag is not None:
         return flag
     try:

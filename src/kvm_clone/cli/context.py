@@ -33,7 +33,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Connecting(OptionGroup):
-    """What every command has that connects to hosts."""
+    """The options of every command that connects to hosts."""
 
     ssh_config: Annotated[
         Path | None,
@@ -63,7 +63,7 @@ class Connecting(OptionGroup):
     ] = None
 
     def load(self, ctx: typer.Context, flags: Mapping[str, object] = MappingProxyType({})) -> config.Settings:
-        """The settings with these options and the command's own `flags` over them; sets up logging.
+        """The settings, overridden by these options and the command's own `flags`. Also sets up logging.
 
         Raises UsageError.
         """
@@ -84,7 +84,7 @@ class Connecting(OptionGroup):
 
 
 def ssh_options(settings: config.Settings) -> SshOptions:
-    """What the settings say of ssh."""
+    """The options for ssh, from the settings."""
     return SshOptions(
         config=settings.ssh_config_path,
         key=settings.ssh_key_path,
@@ -95,16 +95,16 @@ def ssh_options(settings: config.Settings) -> SshOptions:
 
 
 class InterruptedByUserError(KvmCloneError):
-    """Ctrl-C; what was copied is kept, or was rolled back."""
+    """The user pressed Ctrl-C. What was copied is kept, or was rolled back."""
 
     exit_code = ExitCode.CANCELLED
 
 
 def run(work: Coroutine[Any, Any, Result]) -> Result:
-    """Run a coroutine to its end. A signal cancels it once, and it may take its time to roll back.
+    """The result of the coroutine. The first signal cancels it; further ones do not cut its rollback short.
 
-    Raises InterruptedByUserError for SIGINT, TransferError for SIGTERM and SIGHUP, and whatever the work raises. A
-    signal that was ignored when we were started stays ignored.
+    Raises InterruptedByUserError for SIGINT, TransferError for SIGTERM and SIGHUP, and whatever the coroutine raises.
+    A signal that was ignored when this process started stays ignored.
     """
     with streams.hurried():
         return asyncio.run(_with_signals(work))
@@ -129,7 +129,7 @@ async def _with_signals(work: Coroutine[Any, Any, Result]) -> Result:
     except asyncio.CancelledError:
         if not received:
             raise
-        remedy = "run the same command again; --resume resumes what a clone or sync has kept"
+        remedy = "run the same command again; with --resume, a clone or sync continues with what was copied"
         text = f"stopped by {received[0].name}"
         kind = InterruptedByUserError if received[0] is signal.SIGINT else TransferError
         raise kind(text, remedy=remedy) from None

@@ -35,9 +35,9 @@ def list_command(
     *,
     connecting: context.Connecting,
 ) -> None:
-    """List the VMs of several hosts, all asked at once.
+    """List the VMs of several hosts, which are asked at the same time.
 
-    A host that cannot be asked has an error in its place, whose exit code counts; the others still show.
+    A host that cannot be asked is listed with its error, which sets the exit code. The others are still listed.
     """
     wanted = _state(state)
     settings = connecting.load(ctx)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -32,7 +32,7 @@ Asked = TypeVar("Asked", bound=Options)
 
 @dataclass(frozen=True)
 class Copying(OptionGroup):
-    """What clone and sync share: how content is copied, and what becomes of an attempt."""
+    """The options of both clone and sync."""
 
     pool: Annotated[
         str | None,
@@ -42,19 +42,29 @@ class Copying(OptionGroup):
     ] = None
     route: Annotated[
         Route | None,
-        typer.Option("--route", help="direct: the source host connects to the destination; relay: through here."),
+        typer.Option(
+            "--route",
+            help="direct: the source host connects to the destination; relay: the data passes through this machine.",
+        ),
     ] = None
-    parallel: Annotated[int | None, typer.Option("--parallel", metavar="N", help="Disks at once.")] = None
+    parallel: Annotated[int | None, typer.Option("--parallel", metavar="N", help="How many disks to copy at once.")] = (
+        None
+    )
     bandwidth_limit: Annotated[
         str | None,
-        typer.Option("--bandwidth-limit", metavar="RATE", help="For all disks together: 100M or 1G (MiB/s, GiB/s)."),
+        typer.Option(
+            "--bandwidth-limit", metavar="RATE", help="Limit for all disks together, such as 100M or 1G (MiB/s, GiB/s)."
+        ),
     ] = None
     timeout: Annotated[
-        str | None, typer.Option("--timeout", metavar="TIME", help="For the whole operation: 90, 30m, 2h.")
+        str | None,
+        typer.Option("--timeout", metavar="TIME", help="Time limit for the whole operation, such as 90, 30m or 2h."),
     ] = None
     quiesce: Annotated[
         Quiesce,
-        typer.Option("--quiesce", help="Freeze a running guest's filesystems for the instant that is copied."),
+        typer.Option(
+            "--quiesce", help="Whether to freeze a running guest's filesystems at the point in time that is copied."
+        ),
     ] = Quiesce.AUTO
     track: Annotated[
         bool,
@@ -65,29 +75,28 @@ class Copying(OptionGroup):
         bool, typer.Option("--keep-partial/--no-keep-partial", help="Keep what was copied after an interruption.")
     ] = True
     retries: Annotated[
-        int, typer.Option("--retries", metavar="N", min=0, help="How often a dropped connection is taken up again.")
+        int, typer.Option("--retries", metavar="N", min=0, help="How often to reconnect after a dropped connection.")
     ] = 3
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for another operation on the same VM.")] = False
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for another operation on the same VM instead of failing.")
+    ] = False
     plan_out: Annotated[
         Path | None, typer.Option("--plan-out", metavar="FILE", help="Save the plan for `kvm-clone apply`.")
     ] = None
     quiet: Quiet = False
 
     def flags(self, verify: bool | None) -> dict[str, object]:
-        """The flags that go before settings, by the settings' names."""
+        """The flags that override settings, by the settings' names."""
         before = {name: getattr(self, name) for name in ("pool", "route", "parallel", "bandwidth_limit", "timeout")}
         return {**before, "verify": verify}
 
     def asked(self, kind: type[Asked], settings: Settings, given: dict[Retry, bool], **own: Any) -> Asked:
-        """What is asked of the operation. `given`: the retry flags; `own`: what this kind of operation has alone.
+        """The options of the operation. `given`: the retry flags; `own`: the options that only this kind has.
 
         Raises UsageError.
         """
         return kind(
             pool=settings.pool,
-            route=settings.route,
-            parallel=settings.parallel,
-            bandwidth_limit=settings.bandwidth_bytes_per_second,
             timeout=settings.timeout_seconds,
             quiesce=self.quiesce,
             track=self.track,
@@ -95,12 +104,12 @@ class Copying(OptionGroup):
             retries=self.retries,
             keep_partial=self.keep_partial,
             wait=self.wait,
-            **own,
+            **{**asdict(settings.transfer), **own},
         )
 
 
 def retry_of(given: dict[Retry, bool]) -> Retry:
-    """The one retry flag that was given. Raises UsageError for two that contradict each other."""
+    """The retry flag that was given, Retry.NONE without one. Raises UsageError for two, which contradict each other."""
     chosen = [retry for retry, wanted in given.items() if wanted]
     if len(chosen) > 1:
         raise UsageError(f"--{chosen[0]} and --{chosen[1]} contradict each other", remedy="give one of them")

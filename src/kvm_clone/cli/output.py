@@ -17,10 +17,10 @@ _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 
 
 def print_json(document: Any) -> None:
-    """Print the one document of a command on stdout: ASCII, valid whatever names are in it.
+    """Print a command's one document on stdout, in ASCII. It is valid JSON whatever names are in it.
 
-    A byte that is no UTF-8, of a path say, shows as on stderr: as its escape, which is text in the document. Half of a
-    surrogate pair, which Python makes of it, has no place in JSON.
+    Python keeps a byte of a path that is not UTF-8 as half of a surrogate pair, which JSON does not allow. It is
+    printed as its escape, as text, like on stderr.
     """
     text = json.dumps(document, indent=2, default=str, ensure_ascii=False)
     text = _UNPAIRED.sub(lambda found: rf"\\u{ord(found[0]):04x}", text)
@@ -28,14 +28,14 @@ def print_json(document: Any) -> None:
 
 
 def json_wanted(argv: Sequence[str]) -> bool:
-    """Whether the command line asks for JSON: for errors that come before it is understood."""
+    """Whether the command line asks for JSON. For errors that occur before it is parsed."""
     words = list(argv[: argv.index("--")] if "--" in argv else argv)
     pairs = zip(words, [*words[1:], ""], strict=True)
     return any(word == "--output=json" or (word, after) == ("--output", "json") for word, after in pairs)
 
 
 def error_document(error: KvmCloneError) -> dict[str, Any]:
-    """The error as users' programs read it."""
+    """The error as a JSON object."""
     document: dict[str, Any] = {
         "type": type(error).__name__,
         "exit_code": int(error.exit_code),
@@ -49,7 +49,7 @@ def error_document(error: KvmCloneError) -> dict[str, Any]:
 
 
 def report(error: KvmCloneError, *, as_json: bool) -> None:
-    """Say what happened, to what, and what to do: on stderr, and as a document when that was asked for."""
+    """Print the error and its remedy on stderr, and with `as_json` also as a document on stdout."""
     if as_json:
         print_json({"error": error_document(error)})
     if len(error.findings) > 1:
@@ -65,16 +65,16 @@ def report(error: KvmCloneError, *, as_json: bool) -> None:
 
 
 def lost(failure: OSError) -> OutputError:
-    """The error of a command that has done everything but print it."""
+    """The error of a command that has done its work and could not print the result."""
     return OutputError(
         f"everything was done, but the result could not be written to stdout: {failure.strerror}",
         subject="stdout",
-        remedy="give stdout a place that takes it; what was done need not be done again",
+        remedy="write stdout to a place that has room; the command need not be run again",
     )
 
 
 def report_usage() -> None:
-    """The document for a command line that cannot be understood; its text is on stderr already."""
+    """Print the document for a command line that cannot be understood. Its text is on stderr already."""
     print_json(
         {
             "error": {
@@ -89,7 +89,7 @@ def report_usage() -> None:
 
 
 def report_bug(error: Exception, *, as_json: bool) -> None:
-    """An exception that nobody expected: one clear error, the traceback only for --log-level debug."""
+    """Report an unexpected exception as one error. The traceback is logged for --log-level debug."""
     logging.getLogger(__name__).debug("unexpected", exc_info=error)
     text = f"unexpected {type(error).__name__}: {error}"
     report(

@@ -22,7 +22,7 @@ _LINE_SECONDS = 3.0
 
 @contextmanager
 def watcher(*, quiet: bool) -> Iterator[OnEvent]:
-    """Something that shows events while the block runs. Warnings are shown even when quiet."""
+    """A callback that shows events while the block runs. Warnings are shown even when quiet."""
     if quiet:
         yield _warnings_only
     elif sys.stderr.isatty():
@@ -104,7 +104,7 @@ class _Bars(_Watcher):
         self._progress.update(self._tasks[name], completed=done, total=total)
 
     def stop(self) -> None:
-        """Leave the bars as they stand."""
+        """Stop updating the bars; they stay on the screen."""
         if self._progress is not None:
             self._progress.stop()
         self._progress = None

@@ -31,17 +31,17 @@ def status_command(
     operation: Annotated[
         str | None, typer.Argument(metavar="[ID]", help="One operation, with its log.", callback=naming("ID"))
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="With ID: print until it ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="With ID: keep printing until the operation ends.")] = False,
     host: Annotated[
         list[str] | None,
         typer.Option(
-            "--host", metavar="HOST", help="Staged data there, too. May be repeated.", callback=naming("--host")
+            "--host", metavar="HOST", help="Also list what is staged there. May be repeated.", callback=naming("--host")
         ),
     ] = None,
     *,
     connecting: context.Connecting,
 ) -> None:
-    """Operations of this machine, and what is staged on hosts: state, age, size, and how to resume it."""
+    """List this machine's operations and what is staged on hosts: state, age, size, and how to resume it."""
     settings = connecting.load(ctx)
     if operation is not None:
         _show_one(settings, operation, follow=follow)
@@ -70,19 +70,26 @@ def cleanup_command(
         ),
     ] = None,
     older_than: Annotated[
-        str | None, typer.Option("--older-than", metavar="TIME", help="Only what has not changed for so long: 7d, 12h.")
+        str | None,
+        typer.Option(
+            "--older-than", metavar="TIME", help="Only what has not changed for this long, such as 7d or 12h."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be removed.")] = False,
     *,
     connecting: context.Connecting,
 ) -> None:
-    """Remove what interrupted operations have staged on hosts; nothing without our mark, and nothing in use."""
+    """Remove what interrupted operations have staged on hosts.
+
+    It searches the directories of the hosts' storage pools, and those where this machine's operations staged data.
+    Nothing without kvm-clone's mark, and nothing of a running operation, is removed.
+    """
     settings = connecting.load(ctx)
     age = _age(older_than)
     named = hosts or sorted({one.destination for one in operation_log.operations() if one.state == operation_log.KEPT})
     listings = context.run(_clean(settings, named, age, dry_run=dry_run))
     if not dry_run:
-        _note_ends(listings, everything=older_than is None)
+        _end_logs(listings, everything=older_than is None)
     if settings.output is Output.JSON:
         output.print_json({"dry_run": dry_run, "hosts": [_host(one) for one in listings]})
     else:
@@ -90,6 +97,8 @@ def cleanup_command(
             for data in listing.staged:
                 done = _prospect(data) if dry_run else listing.done.get(data.path, "left as it is")
                 print(f"{data.host}: {data.name or data.path}, {format_bytes(data.size)}: {done}")
+            for data in listing.active:
+                print(f"{data.host}: {data.name or data.path}: left as it is, its operation is running")
             for name in listing.jobs:
                 print(f"{listing.host}: the backup job of {name}: {'would be ended' if dry_run else 'ended'}")
         if not any(listing.staged or listing.jobs for listing in listings):
@@ -97,20 +106,40 @@ def cleanup_command(
     _exit_with_errors(listings)
 
 
-def _note_ends(listings: list[StagedListing], *, everything: bool) -> None:
-    """Write into this machine's logs what cannot be resumed any more.
+def _end_logs(listings: list[StagedListing], *, everything: bool) -> None:
+    """Write into this machine's logs which operations can no longer be resumed.
 
-    `everything`: what is not staged on a host now is nowhere.
+    `everything`: all that is staged in the directories that were searched is in the listings, whatever its age.
     """
     kept = [one for one in operation_log.operations() if one.state == operation_log.KEPT]
     for listing in listings:
-        done = {data.operation for data in listing.staged if data.path in listing.done}
-        failed = {data.operation for data in listing.staged} - done
         for one in kept:
-            if one.destination != listing.host or one.operation in failed:
-                continue
-            if one.operation in done or (everything and not listing.errors):
-                operation_log.end(one.operation, operation_log.FAILED, "cleaned up: nothing of it is staged any more")
+            if one.destination == listing.host:
+                end = _end_of(one, listing, everything=everything)
+                if end is not None:
+                    operation_log.end(one.operation, operation_log.FAILED, f"cleaned up: {end}")
+
+
+def _end_of(one: Operation, listing: StagedListing, *, everything: bool) -> str | None:
+    """Why an operation can no longer be resumed after a cleanup of its destination, None if it may still be.
+
+    Warns about an operation whose staged data may lie where the cleanup did not look.
+    """
+    found = [data for data in (*listing.staged, *listing.active) if data.operation == one.operation]
+    if found:
+        done = [listing.done[data.path] for data in found if data.path in listing.done and not data.foreign]
+        return "; ".join(done) or None
+    if not everything or listing.errors:
+        return None
+    if one.directories:
+        return f"nothing of it is staged in {', '.join(one.directories)}"
+    print(
+        f"kvm-clone: nothing of operation {one.operation} ({one.vm} as {one.name}) is staged in the directories of "
+        f"{listing.host}'s storage pools; its log does not say where else it may be\n"
+        f"  what to do: {_command(one)} --resume finishes it, --force instead of --resume discards it",
+        file=sys.stderr,
+    )
+    return None
 
 
 def _age(text: str | None) -> float:
@@ -161,8 +190,12 @@ def _line(one: Operation) -> str:
     age = format_duration(max(0.0, time.time() - one.changed))
     text = f"{one.operation}  {one.state}, {age} ago: {one.vm} from {one.source} to {one.destination} as {one.name}"
     if one.state == operation_log.KEPT:
-        text += f"; resume it: kvm-clone {one.command} {one.source} {one.destination} {one.vm}{_named(one)} --resume"
+        text += f"; resume it: {_command(one)} --resume"
     return text
+
+
+def _command(one: Operation) -> str:
+    return f"kvm-clone {one.command} {one.source} {one.destination} {one.vm}{_named(one)}"
 
 
 def _named(one: Operation) -> str:
@@ -182,7 +215,7 @@ def _entry(entry: dict[str, Any]) -> str:
 
 
 def _document(one: Operation) -> dict[str, Any]:
-    return {key: value for key, value in asdict(one).items() if key != "entries"}
+    return {key: value for key, value in asdict(one).items() if key not in ("entries", "directories")}
 
 
 def _host(listing: StagedListing) -> dict[str, Any]:
@@ -195,7 +228,7 @@ def _print_host(listing: StagedListing) -> None:
     for data in listing.staged:
         print(_staged_line(data))
     for name in listing.jobs:
-        print(f"{listing.host}: nobody reads the backup job of {name}; end it: kvm-clone cleanup {listing.host}")
+        print(f"{listing.host}: the backup job of {name} has no reader; end it: kvm-clone cleanup {listing.host}")
     if not (listing.staged or listing.jobs or listing.errors):
         print(f"{listing.host}: nothing staged")
 
@@ -213,12 +246,12 @@ def _staged_line(data: StagedData) -> str:
 
 
 def _prospect(data: StagedData) -> str:
-    """What a cleanup would do, as far as it can be told without asking libvirt."""
+    """What a cleanup would do, as far as that is known without asking libvirt."""
     if data.error:
         return f"would be left as it is: {data.error}"
     if data.foreign:
         return f"would be left to {data.foreign}, whose operation it is"
-    return "would be removed"
+    return "would be left as it is: its operation is running" if data.active else "would be removed"
 
 
 def _exit_with_errors(listings: list[StagedListing]) -> None:

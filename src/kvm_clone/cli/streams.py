@@ -1,7 +1,7 @@
-"""The process's own stdin, stdout and stderr, made so that no write to them raises.
+"""Replacements for the process's stdin, stdout and stderr, whose writes never raise.
 
-What cannot be written to stdout is remembered, and main() looks at that last: a command is judged by what it did, not
-by who reads of it. What cannot be written to stderr is dropped. Neither fails on a character that the locale lacks.
+A failed write to stdout is remembered, and main() looks at it last: it must not stop a command halfway. A failed write
+to stderr is dropped. Neither stream fails on a character that the locale lacks.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 STALL_SECONDS = 1.0
-"""How long a write to stderr may wait for its reader while hosts are connected: their agents want to hear from us."""
+"""How long a write to stderr may wait for its reader while hosts are connected: agents give up a silent controller."""
 
-# How a closed descriptor is opened again: what is printed must not vanish into an open /dev/null as if it were read.
+# How a closed descriptor is opened again. 1 is not writable, so that lost output is an error and does not seem read.
 _REOPENED = {0: os.O_RDONLY, 1: os.O_RDONLY, 2: os.O_WRONLY}
 
 
 class _Written(io.RawIOBase):
-    """A descriptor that takes everything.
+    """A raw stream on a descriptor. A write that fails is dropped and does not raise.
 
-    `error`: why it has dropped something, None as long as it has not. `once`: from then on everything is dropped, so
-    that what arrives is never a text with a hole. `hurried`: drop what its reader does not take soon.
+    `error`: why something was dropped, None if nothing was. `once`: after an error everything is dropped, so that the
+    output never has a gap. `hurried`: drop what the reader does not take soon.
     """
 
     def __init__(self, descriptor: int, *, once: bool) -> None:
@@ -54,14 +54,14 @@ class _Written(io.RawIOBase):
         return os.isatty(self._descriptor)
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write some of the data, or drop all of it; how much of it is settled by that."""
+        """Write a part of the data, or drop all of it; the number of bytes written or dropped."""
         view = memoryview(data)
         if (self._once and self.error is not None) or not self._may_write():
             return len(view)
         try:
-            # A pipe that is ready to be written takes so much without waiting.
+            # A pipe that polls as writable takes this many bytes without waiting.
             return os.write(self._descriptor, view[: select.PIPE_BUF] if self.hurried else view)
-        except BlockingIOError:  # somebody who shares it has made it non-blocking
+        except BlockingIOError:  # a process that shares the descriptor has made it non-blocking
             self._is_ready(None)
             return 0
         except OSError as error:
@@ -80,7 +80,7 @@ class _Written(io.RawIOBase):
         return bool(poll.poll(None if seconds is None else seconds * 1000))
 
     def look_for_reader(self) -> None:
-        """Set `error` if nobody can read what is written any more: of a pipe the other end is closed."""
+        """Set `error` if the descriptor is a pipe whose other end is closed."""
         poll = select.poll()
         poll.register(self._descriptor, 0)
         if any(events & select.POLLERR for _, events in poll.poll(0)):
@@ -88,17 +88,17 @@ class _Written(io.RawIOBase):
 
 
 def speak_utf8() -> None:
-    """Begin again in Python's UTF-8 mode where the locale has another encoding.
+    """Restart the program in Python's UTF-8 mode if the locale has another encoding.
 
-    Names of VMs and pools are UTF-8 at every host; Python 3.15 is so by itself.
+    Names of VMs and pools are UTF-8 on every host. Python 3.15 has this mode by default.
     """
     if sys.flags.utf8_mode or sys.getfilesystemencoding() == "utf-8" or sys.stdout is not sys.__stdout__:
         return
-    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - no shell is meant
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - no shell
 
 
 def own() -> None:
-    """Take over the standard streams, but for those that somebody else, such as a test, has replaced."""
+    """Replace the standard streams, except those that were replaced already, by a test for example."""
     for descriptor, flags in _REOPENED.items():
         _open_if_closed(descriptor, flags)
     if sys.stdin is None:
@@ -112,7 +112,7 @@ def own() -> None:
 
 
 def _open_if_closed(descriptor: int, flags: int) -> None:
-    """Whoever started us may have closed it; the next file or socket must not get its number."""
+    """Open /dev/null on a descriptor that the parent process closed. No other file may get its number."""
     try:
         os.fstat(descriptor)
     except OSError:
@@ -129,7 +129,7 @@ def _made(descriptor: int, before: TextIO | None, *, lines: bool) -> TextIO:
 
 
 def failure() -> OSError | None:
-    """Why something that was printed could not be written to stdout, None if all of it was."""
+    """Why a write to stdout failed, None if none did."""
     sys.stdout.flush()
     raw = _raw(sys.stdout)
     return raw.error if raw is not None else None
@@ -145,7 +145,7 @@ def has_reader() -> bool:
 
 @contextlib.contextmanager
 def hurried() -> Iterator[None]:
-    """Within this, a write to stderr waits for its reader for a moment only, and is then dropped."""
+    """Within the block, a write to stderr waits STALL_SECONDS at most for its reader, and is then dropped."""
     raw = _raw(sys.stderr)
     if raw is None:
         yield

@@ -23,7 +23,7 @@ def sync_command(
     source: options.Source,
     destination: Annotated[
         str,
-        typer.Argument(metavar="DST", help="The host that has the replica, named likewise.", callback=naming("DST")),
+        typer.Argument(metavar="DST", help="The host that has the replica, in the same form.", callback=naming("DST")),
     ],
     vm: options.Vm,
     target_name: Annotated[
@@ -35,20 +35,25 @@ def sync_command(
             callback=naming("--target-name"),
         ),
     ] = None,
-    create: Annotated[bool, typer.Option("--create", help="Clone the VM where there is no replica yet.")] = False,
+    create: Annotated[bool, typer.Option("--create", help="Clone the VM if there is no replica yet.")] = False,
     verify: Annotated[
         bool | None,
         typer.Option(
-            "--verify/--no-verify", help="Digest what was sent at both ends (the default); --verify full: everything."
+            "--verify/--no-verify", help="Compare digests of what was sent (the default); --verify full: of everything."
         ),
     ] = None,
     verify_full: Annotated[bool, typer.Option("--verify-full", hidden=True)] = False,
     untrack: Annotated[
-        bool, typer.Option("--untrack", help="Remove our checkpoints for this replica from the source; do no more.")
+        bool, typer.Option("--untrack", help="Only remove kvm-clone's checkpoints for this replica from the source.")
     ] = False,
-    idempotent: Annotated[bool, typer.Option("--idempotent", help="Resume an interrupted sync, if any.")] = False,
+    idempotent: Annotated[
+        bool, typer.Option("--idempotent", help="Resume an interrupted sync if there is one.")
+    ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Start over; overwrite a replica that was used, stop one that runs.")
+        bool,
+        typer.Option(
+            "--force", help="Discard an interrupted sync; overwrite a replica that was used; stop one that runs."
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and how much would be sent; change nothing anywhere.")
@@ -57,10 +62,10 @@ def sync_command(
     copying: options.Copying,
     connecting: context.Connecting,
 ) -> None:
-    """Bring a replica, made by clone, to its source's state by sending only what has changed.
+    """Update a replica that clone made to its source's state, and send only what has changed.
 
-    The replica is as before until everything that changed is there and proven; then one step makes it new. Whether it
-    was started or changed since the last sync is checked first.
+    The replica does not change until all changes have arrived and are proven; one step then commits them. A replica
+    that was started or changed since the last sync is refused without --force.
     """
     settings = connecting.load(ctx, copying.flags(True if verify_full else verify))
     if verify is False and verify_full:
@@ -79,7 +84,7 @@ def sync_command(
 
 
 def split_verify(argv: list[str]) -> list[str]:
-    """The command line with `--verify full` as one word: an option whose value may be left out is none of Typer's."""
+    """The command line with `--verify full` as one word: Typer has no option whose value may be left out."""
     words: list[str] = []
     rest = iter(argv)
     for word in rest:

@@ -1,4 +1,4 @@
-"""What names something on the command line."""
+"""Names on the command line, and their checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvm_clone.errors import UsageError
 
 
 def naming(called: str) -> Callable[[Any], Any]:
-    """The callback of a parameter, or of one that may be repeated, whose value names something: see `name`."""
+    """A Typer callback that checks a parameter's value, or each of its values, by `name`. `called`: the parameter."""
 
     def checked(value: Any) -> Any:
         if isinstance(value, list | tuple):
@@ -20,9 +20,9 @@ def naming(called: str) -> Callable[[Any], Any]:
 
 
 def name(word: str, called: str) -> str:
-    """The word, which names something. Raises UsageError for one that is empty, or that libvirt's UTF-8 cannot have."""
+    """The word. Raises UsageError for a word that is empty or not UTF-8, which libvirt requires."""
     if not word.strip():
         raise UsageError(f"{called} is empty", subject=called, remedy=f"give {called} a value, or leave it out")
-    if any("\ud800" <= char <= "\udfff" for char in word):  # how Python keeps a byte that is no text
+    if any("\ud800" <= char <= "\udfff" for char in word):  # how Python keeps a byte that is not UTF-8
         raise UsageError(f"{called} is not UTF-8 text: {word!r}", subject=called, remedy="write it in UTF-8")
     return word

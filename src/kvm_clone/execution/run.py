@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvm_clone.execution.backup import Backup, Taken
 from kvm_clone.execution.context import Context
@@ -21,7 +21,7 @@ from kvm_clone.hosts.pool import Connected
 from kvm_clone.planning import steps
 from kvm_clone.planning.plan import Plan
 from kvm_clone.progress import OnEvent
-from kvm_clone.transfer.content import Content, Totals, Transfer
+from kvm_clone.transfer.content import Content, Totals
 
 OnStep = Callable[[str, str, float], None]
 """Hears of each step that was taken: its name, `done` or what went wrong, and the seconds that it took."""
@@ -56,8 +56,8 @@ class Run:
         on_step: OnStep,
     ) -> None:
         self.kept = False
-        moving = Transfer(plan.name, plan.route, plan.options.parallel, plan.options.bandwidth_limit)
-        content = Content(source[0], destination[0], moving, on_event)
+        transfer = replace(plan.options.transfer, route=plan.route)
+        content = Content(source[0], destination[0], plan.name, transfer, on_event)
         backup = Backup(*source, plan.facts.source, on_event)
         self._context = Context(plan, source[0], destination[0], destination[1], content, backup, on_event)
         self._reconnect = reconnect

@@ -1,1 +1,1 @@
-"""Settings: flag, environment, file, default."""
+"""Settings from flags, the environment and the configuration file, and their defaults."""

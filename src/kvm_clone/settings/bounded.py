@@ -1,4 +1,4 @@
-"""Reading what a user names: a file, a pipe or a device, never more of it than fits, and never without end."""
+"""Reads of a file, pipe or device that a user names, limited in size and time."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import time
 from pathlib import Path
 
 SILENCE_SECONDS = 60.0
-"""How long a pipe or a terminal may take: somebody may type a password meanwhile."""
+"""How long a pipe or a terminal may send nothing: its writer may be waiting for a password."""
 
 _NOBODY_SECONDS = 0.5
-"""How long a FIFO may be without anybody who writes it."""
+"""How long to wait for a FIFO to have a writer."""
 
 
 def read(path: Path, limit: int, *, seconds: float = SILENCE_SECONDS) -> bytes:
-    """The content, of `limit` bytes at most. Raises OSError, also for what is larger, or does not end in time."""
-    # O_NONBLOCK: opening a FIFO would wait for somebody to write it. A file ignores that.
+    """The content, of `limit` bytes at most. Raises OSError, also if there is more or it does not end in time."""
+    # O_NONBLOCK: open(2) of a FIFO would wait for a writer. It has no effect on a file.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
         content = _content(descriptor, limit, time.monotonic() + seconds)
@@ -30,7 +30,7 @@ def read(path: Path, limit: int, *, seconds: float = SILENCE_SECONDS) -> bytes:
 
 
 def _content(descriptor: int, limit: int, deadline: float) -> bytes:
-    """What comes until its end, or a byte more than the limit."""
+    """The content up to its end, or up to one byte more than the limit."""
     content = b""
     unwritten = _is_fifo(descriptor)
     while len(content) <= limit:
@@ -42,7 +42,7 @@ def _content(descriptor: int, limit: int, deadline: float) -> bytes:
             continue
         if not part and not unwritten:
             break
-        if not part:  # no end yet, as somebody who writes it may still come
+        if not part:  # not the end: a writer may still open it
             _wait(descriptor, _NOBODY_SECONDS, "it is a FIFO that nobody writes")
         unwritten = False
         content += part
@@ -50,7 +50,7 @@ def _content(descriptor: int, limit: int, deadline: float) -> bytes:
 
 
 def _is_fifo(descriptor: int) -> bool:
-    """Whether it is a FIFO with a name. A pipe, such as a shell's <(...), has been written from its beginning."""
+    """Whether it is a FIFO with a name. A pipe, such as a shell's <(...), has its writer from the beginning."""
     is_pipe = stat.S_ISFIFO(os.fstat(descriptor).st_mode)
     return is_pipe and not Path(f"/proc/self/fd/{descriptor}").readlink().name.startswith("pipe:")
 

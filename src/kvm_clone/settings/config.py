@@ -1,7 +1,7 @@
-"""The settings: flag over environment over file over default, and which of them each value came from.
+"""The settings, and where each value came from: a flag, the environment, the file or the default, in this order.
 
-The one list of keys is `Settings`: its descriptions and what its fields accept are also the template's and
-the error messages'. config_file.py changes the file; here it is only read.
+`Settings` is the only list of keys. The template and the error messages take their descriptions from it.
+config_file.py changes the file; this module only reads it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode
 
 from kvm_clone.errors import UsageError
-from kvm_clone.options import Route
+from kvm_clone.options import Route, TransferOptions, Verify
 from kvm_clone.settings import bounded
 from kvm_clone.units import DURATION_ACCEPTS, RATE_ACCEPTS, parse_duration, parse_rate
 
@@ -58,7 +58,7 @@ def _not_bool(value: object) -> object:
 
 
 def _line(value: str) -> str:
-    """Refuse what could not be shown or written on one line, and the empty text, which is no value."""
+    """Refuse an empty text and one that cannot be printed on one line."""
     stripped = value.strip()
     if not stripped or not stripped.isprintable():
         raise ValueError("empty or not printable")
@@ -162,9 +162,14 @@ class Settings(BaseModel):
     output: Annotated[Output, _LOWERED] = _choice(Output.TEXT, "The form of what commands print on stdout.")
 
     @property
-    def bandwidth_bytes_per_second(self) -> int | None:
-        """The bandwidth limit in bytes per second, or None for no limit."""
-        return None if self.bandwidth_limit is None else parse_rate(self.bandwidth_limit)
+    def transfer(self) -> TransferOptions:
+        """How content is moved and proven."""
+        return TransferOptions(
+            route=self.route,
+            parallel=self.parallel,
+            bandwidth_limit=None if self.bandwidth_limit is None else parse_rate(self.bandwidth_limit),
+            verify=Verify.FULL if self.verify else Verify.OFF,
+        )
 
     @property
     def timeout_seconds(self) -> float | None:
@@ -173,7 +178,7 @@ class Settings(BaseModel):
 
 
 class _Environment(Settings, BaseSettings):
-    """The settings as pydantic-settings looks for them in the environment."""
+    """The settings as pydantic-settings reads them from the environment."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True)
 
@@ -182,7 +187,7 @@ KEYS: tuple[str, ...] = tuple(Settings.model_fields)
 
 
 class Layer(Enum):
-    """Where a value can come from; each beats the ones above it."""
+    """Where a value can come from. Each layer overrides the ones above it."""
 
     DEFAULT = "default"
     FILE = "file"
@@ -212,7 +217,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Document:
-    """A configuration file: its text, what that says, and the line of each key."""
+    """A configuration file: its text, its values, and the line of each key."""
 
     path: Path
     text: str
@@ -220,7 +225,7 @@ class Document:
     lines: dict[str, int]
 
     def place(self, key: str) -> str:
-        """Return where `key` is, or would be, for an error's text."""
+        """Return the file, with the line if it has `key`, for an error's text."""
         return f"{self.path}, line {self.lines[key]}" if key in self.lines else str(self.path)
 
 
@@ -246,7 +251,7 @@ def load_settings(path: Path | None, overrides: Mapping[str, object]) -> Loaded:
     name; None stands for a flag that was not given.
 
     Raises UsageError when the file cannot be used, and for unknown names and bad values in any layer: a bad
-    value is refused even where a higher layer hides it.
+    value is refused even if a higher layer overrides it.
     """
     file = config_file(path)
     document = read_document(file, must_exist=bool(path or os.environ.get(CONFIG_VARIABLE)))
@@ -282,7 +287,7 @@ def read_document(path: Path, *, must_exist: bool = False) -> Document:
 
 
 def parse_document(path: Path, text: str) -> Document:
-    """Return what `text`, which is in `path`, says. Raises UsageError when it holds no settings."""
+    """Return the settings in `text`, the content of `path`. Raises UsageError when it holds no settings."""
     yaml = YAML(typ="safe", pure=True)
     try:
         values, root = yaml.load(text), yaml.compose(text)
@@ -327,7 +332,7 @@ def check_key(key: str, place: str = "") -> None:
 
 
 def validate(values: Mapping[str, Any], place: Callable[[str], str]) -> Settings:
-    """Return the settings that `values` alone make; a None among them is as good as none.
+    """Return the settings made of `values` and the defaults. A value of None counts as not given.
 
     Raises UsageError, which names each bad key and its place.
     """
@@ -345,17 +350,17 @@ def validate(values: Mapping[str, Any], place: Callable[[str], str]) -> Settings
 
 
 def _shown(value: object) -> str:
-    """A bad value, cut short: a few lines of YAML may stand for millions of values."""
+    """A bad value as text, shortened: a few lines of YAML can expand to millions of values."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxother = 2, 200, 200
     try:
         return short.repr(value)
-    except ValueError:  # Python does not write a whole number of thousands of digits
+    except ValueError:  # Python does not convert an integer of thousands of digits
         return "a number of that size"
 
 
 def format_value(value: object) -> str:
-    """Return a setting's value as text that set_value takes back; an unset one is the empty text."""
+    """Return a setting's value as text that set_value accepts; the empty text for an unset value."""
     plain = plain_value(value)
     if plain is None:
         return ""

@@ -1,8 +1,7 @@
 """Changing the configuration file: set, unset and init, with every comment kept.
 
-ruamel.yaml edits the file and gives everything else back as it was, apart from spacing. What it would lose is
-carried over by hand or refused: it knows a comment only as the end of the entry above it, and none at all
-outside the document or inside brackets.
+ruamel.yaml edits the file and keeps everything else, apart from spacing. It attaches a comment to the end of the entry
+above, and loses comments outside the document and inside brackets. This module carries those over, or refuses the edit.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from ruamel.yaml.tokens import CommentToken
 from kvm_clone.errors import UsageError
 from kvm_clone.settings import config
 
-# What comes up to the document's start mark, the document, and what comes from its end mark on.
+# The text up to the document's start mark, the document, and the text from its end mark on.
 _PARTS = re.compile(r"((?:.*^)?---[ \t]*(?:#[^\n]*)?\n)?(.*?)(^\.\.\.\s.*)?\Z", re.DOTALL | re.MULTILINE)
 
 _BLOCKS = (LiteralScalarString, FoldedScalarString)
@@ -63,9 +62,9 @@ def set_value(path: Path | None, key: str, text: str) -> Change:
 def unset_value(path: Path | None, key: str, *, ignore_missing: bool = False) -> Change:
     """Remove `key` from the file, with the comment on its line; those on lines of their own stay.
 
-    Any name that is in the file can be removed, also one that is no setting, and whatever else is wrong in
-    the file. Raises UsageError when the key is not there, unless `ignore_missing`; and when it is no setting
-    either, or the file cannot be read, edited or written.
+    Any key of the file can be removed, also one that is no setting, and also from a file with other errors.
+    Raises UsageError when a setting is not in the file, unless `ignore_missing`; when a key is neither in the file nor
+    a setting; and when the file cannot be read, edited or written.
     """
     with _target(path) as target:
         document = config.read_document(target)
@@ -92,8 +91,8 @@ def init_file(path: Path | None) -> Change:
 
 
 def template() -> str:
-    """Return the text of a fresh configuration file: comments, and an empty line for set_value to go below."""
-    parts = ["# Settings of kvm-clone. Flags and KVM_CLONE_* environment variables go before what is set here.\n"]
+    """Return the text of a new configuration file: comments, and an empty line below which set_value writes."""
+    parts = ["# Settings of kvm-clone. Flags and KVM_CLONE_* environment variables override this file.\n"]
     for key, field in config.Settings.model_fields.items():
         entry = f"{key}:" if field.default is None else _dumped({key: _node(config.plain_value(field.default))})
         parts.append(f"# {field.description}\n# Accepted: {config.accepts(key)}\n# {entry.rstrip()}\n")
@@ -103,12 +102,12 @@ def template() -> str:
 def _stored(key: str, text: str) -> object:
     """Return what the file is to hold for `text`. Raises UsageError when `key` does not accept it."""
     value = getattr(config.validate({key: text}, lambda _: ""), key)
-    # A path is kept as given: ~ is to mean the home of whoever reads the file.
+    # A path is stored as given: ~ stands for the home directory of the user who reads the file.
     return text.strip() if isinstance(value, Path) else config.plain_value(value)
 
 
 def _node(value: object) -> object:
-    """Return `value` as ruamel is to write it: lists in brackets."""
+    """Return `value` in the form that ruamel writes: lists in brackets."""
     if isinstance(value, list):
         value = CommentedSeq(value)
         value.fa.set_flow_style()
@@ -137,7 +136,7 @@ def _edited(document: config.Document, key: str, value: object) -> str:
     wanted = {name: item for name, item in document.values.items() if name != key}
     if value is not None:
         wanted[key] = value
-    with suppress(YAMLError, UsageError):  # UsageError: what came out is no configuration file
+    with suppress(YAMLError, UsageError):  # UsageError: the result is no configuration file
         head, body, tail = _PARTS.findall(document.text)[0]
         data = _yaml().load(body)
         text = f"{head}{_changed(body, data, key, value)}{tail}"
@@ -152,7 +151,7 @@ def _edited(document: config.Document, key: str, value: object) -> str:
 
 
 def _changed(body: str, data: CommentedMap | None, key: str, value: object) -> str:
-    if data is None:  # nothing but comments, and no entry to keep them at
+    if data is None:  # only comments, and no entry to attach them to
         return re.sub(r"(?<=[^\n])\Z", "\n", body) + _dumped({key: _node(value)})
     name = next((name for name in data if str(name) == key), key)
     return _without(data, name) if value is None else _with(data, name, _node(value))
@@ -189,7 +188,7 @@ def _without(data: CommentedMap, name: object) -> str:
 
 
 def _tokens(node: Any) -> list[CommentToken]:
-    """Return the comments in `node`, which is a comment, a value, or a list of such, each of them once."""
+    """Return the comments in `node`, which is a comment, a value or a list of these. Each comment is returned once."""
     if isinstance(node, CommentToken):
         return [node]
     parts: list[Any] = []
@@ -205,9 +204,9 @@ def _tokens(node: Any) -> list[CommentToken]:
 
 @contextmanager
 def _target(path: Path | None) -> Iterator[Path]:
-    """Give the file behind the symlinks; what the system refuses meanwhile is a UsageError.
+    """Yield the file behind the symlinks.
 
-    So is a directory or a device, which a rename must not replace.
+    Raises UsageError for a directory or a device, which a rename must not replace, and for an OSError in the block.
     """
     file = config.config_file(path)
     try:
@@ -221,7 +220,7 @@ def _target(path: Path | None) -> Iterator[Path]:
 
 
 def _write(target: Path, text: str) -> None:
-    """Replace `target` in one step that survives a power cut; it keeps its mode."""
+    """Replace the content of `target` atomically and durably. The file keeps its mode."""
     if len(text.encode()) > config.LARGEST:
         remedy = f"a configuration file has {config.LARGEST} bytes at most"
         raise UsageError(f"{target} would become too large", subject=str(target), remedy=remedy)

@@ -14,7 +14,7 @@ from typing import Any
 from kvm_clone.agent.staging import records
 from kvm_clone.errors import VerificationError
 from kvm_clone.hosts.host import Host
-from kvm_clone.options import Route, Verify
+from kvm_clone.options import TransferOptions, Verify
 from kvm_clone.planning.placement import PlannedDisk
 from kvm_clone.progress import DiskProgress, OnEvent, Phase
 from kvm_clone.tasks import together, undisturbed
@@ -40,16 +40,6 @@ class Totals:
     copy_seconds: float = 0.0
     prove_seconds: float = 0.0
     proof: Verify = Verify.OFF
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """How content is moved, and for which VM of the destination: see CloneOptions."""
-
-    vm: str
-    route: Route
-    parallel: int
-    bandwidth_limit: int | None
 
 
 @dataclass(frozen=True)
@@ -113,11 +103,12 @@ class Prepared:
 
 @dataclass
 class Content:
-    """Moves and proves content between two hosts."""
+    """Moves and proves content between two hosts. `vm`: the destination's."""
 
     source: Host
     destination: Host
-    transfer: Transfer
+    vm: str
+    transfer: TransferOptions
     on_event: OnEvent
     totals: Totals = field(default_factory=Totals)
     origins: dict[str, Origin] = field(default_factory=dict)
@@ -212,7 +203,6 @@ class Content:
     async def _send(self, work: Sequence[Work]) -> None:
         if not work:
             return
-        moving = self.transfer
         tasks: set[asyncio.Task[None]] = set()
         before = self.totals.sent
         sent_before = dict(self.totals.sent_by_disk)
@@ -233,9 +223,7 @@ class Content:
 
         on_written([0] * len(work))
         try:
-            orders = transport.Orders(
-                moving.vm, [one.job for one in work], moving.parallel, moving.bandwidth_limit or 0
-            )
+            orders = transport.Orders(self.vm, [one.job for one in work], self.transfer)
             async with await self._stream() as stream:
                 await stream.run(orders, on_written, on_durable)
         finally:

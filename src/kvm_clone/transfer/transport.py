@@ -25,7 +25,7 @@ from kvm_clone.hosts import payload
 from kvm_clone.hosts.children import end_process, kill_process, spawn, spawn_options
 from kvm_clone.hosts.host import Host, call_error, read_frame, read_marker
 from kvm_clone.hosts.survey import direct_ssh
-from kvm_clone.options import Route
+from kvm_clone.options import Route, TransferOptions
 from kvm_clone.tasks import undisturbed
 
 READY_SECONDS = 45.0
@@ -74,15 +74,14 @@ OnDurable = Callable[[list[list[list[int]] | None]], None]
 
 @dataclass(frozen=True)
 class Orders:
-    """What a stream is to move: `parallel` disks at once, `rate` bytes a second over all of them, 0 for no limit.
+    """What a stream moves, and how.
 
     `vm`: the destination VM, whose operation's agent the receiver shall not outlive.
     """
 
     vm: str
     jobs: Sequence[Job]
-    parallel: int
-    rate: int
+    options: TransferOptions
 
 
 class Stream:
@@ -110,7 +109,8 @@ class Stream:
         TransferError and its kinds, naming the end that failed.
         """
         receive = {"mode": "receive", "vm": orders.vm, "jobs": [job.receiving() for job in orders.jobs]}
-        send = {"jobs": [job.sending() for job in orders.jobs], "parallel": orders.parallel, "rate": orders.rate}
+        how = {"parallel": orders.options.parallel, "bandwidth_limit": orders.options.bandwidth_limit}
+        send = {"jobs": [job.sending() for job in orders.jobs], **how}
         done, error = False, None
         try:
             order = wire.pack_frame({"go": True, "receive": receive, **send})

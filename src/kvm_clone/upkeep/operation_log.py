@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,8 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 class Operation:
     """One operation of this machine. `changed`: seconds since the epoch of its last entry.
 
-    `command`: clone or sync.
+    `command`: clone or sync. `directories`: every directory of the destination that it could stage data in; empty in
+    a log of version 0.1.
     """
 
     operation: str
@@ -119,6 +120,28 @@ class Operation:
     changed: float
     entries: tuple[dict[str, Any], ...]
     command: str = "clone"
+    directories: tuple[str, ...] = ()
+
+
+def joined(directories: Iterable[str]) -> str:
+    """The directories as one value of an entry: a list would make older versions pass over it."""
+    return json.dumps(sorted(directories))
+
+
+def _split(value: object) -> tuple[str, ...]:
+    """The directories that `joined` has written; none of a value that it would not write."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else []
+    except (ValueError, RecursionError):
+        return ()
+    right = isinstance(found, list) and all(isinstance(one, str) and one.startswith("/") for one in found)
+    return tuple(found) if right else ()
+
+
+def directories_at(destination: str) -> frozenset[str]:
+    """Where this machine's operations that are not done may have staged data on the host, as it was named to them."""
+    unfinished = [one for one in operations() if one.destination == destination and one.state != DONE]
+    return frozenset(directory for one in unfinished for directory in one.directories)
 
 
 def operations() -> list[Operation]:
@@ -151,6 +174,7 @@ def read(operation: str) -> Operation | None:
         changed=last["time"],
         entries=entries,
         command=str(begin.get("command", "clone")),
+        directories=_split(begin.get("directories")),
     )
 
 
