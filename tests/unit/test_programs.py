@@ -79,7 +79,11 @@ def test_the_list_is_well_formed() -> None:
 
 
 def python_uses() -> Iterator[Use]:
-    files = [file for place in ("tests", "lab", "bench", "src") for file in sorted((REPOSITORY / place).rglob("*.py"))]
+    files = [
+        file
+        for place in ("tests", "lab", "bench", "scripts", "src")
+        for file in sorted((REPOSITORY / place).rglob("*.py"))
+    ]
     for place, use in Project((str(file.relative_to(REPOSITORY)), file.read_text()) for file in files).uses():
         # What the product runs on hosts depends on how they are reached; there, what can be read is enough.
         if not (isinstance(use, Unknown) and place.startswith("src/")):
@@ -87,7 +91,8 @@ def python_uses() -> Iterator[Use]:
 
 
 def shell_uses() -> Iterator[Use]:
-    scripts = [file for file in (REPOSITORY / "scripts").iterdir() if file.read_text().startswith("#!")]
+    files = [file for file in (REPOSITORY / "scripts").iterdir() if file.is_file()]
+    scripts = [file for file in files if file.read_text().startswith("#!/bin/bash")]
     for file in (*scripts, REPOSITORY / ".ci/run"):
         yield from asked_in(str(file.relative_to(REPOSITORY)), file.read_text())
     recipes = re.findall(r"^\t@?(.*)", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
