@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,32 @@ def test_too_many_images_to_look_at(pool: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(uses, "_SCAN_SECONDS", -1.0)
     state, why = state_of(pool / "disk", [], directories=[str(pool)])
     assert (state, "too many files" in why) == (UNKNOWN, True)
+
+
+def test_a_directory_that_cannot_be_listed_may_have_an_image_that_rests_on_it(open_to_all: Path) -> None:
+    disk = make_raw(open_to_all / "disk", SIZE)
+    closed = open_to_all / "closed"
+    closed.mkdir()
+    make(closed / "orphan.qcow2", base=str(disk), base_format="raw")
+    closed.chmod(0o311)
+    with as_nobody():
+        state, why = state_of(disk, [], directories=[str(closed)])
+        again = state_of(disk, [], directories=[str(closed), str(open_to_all / "none"), str(disk)])
+    closed.chmod(0o755)
+    said = f"{closed} cannot be searched for images that rest on others: Permission denied"
+    assert (state, why.endswith(said)) == (UNKNOWN, True)
+    assert again == (state, why), "what is not there, or is no directory, has no images"
+    assert state_of(disk, [], directories=[str(closed)])[0] == USED
+
+
+def test_a_directory_whose_listing_breaks_off(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: str) -> Iterator[str]:
+        yield str(pool / "disk")
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(uses, "_files_in", broken)
+    state, why = state_of(pool / "disk", [], directories=[str(pool)])
+    assert (state, "Input/output error" in why) == (UNKNOWN, True)
 
 
 def test_a_file_of_a_vm_on_another_host(pool: Path) -> None:

@@ -191,11 +191,17 @@ class _Index:
         """Images of these directories that rest on a candidate, whether a VM has them or not."""
         deadline = time.monotonic() + _SCAN_SECONDS
         for directory in directories if wanted else ():
-            for path in _files_in(directory):
-                if time.monotonic() > deadline:
-                    self._doubts.append(f"{directory} has too many files to look for images that rest on others")
-                    return
-                self._add_image(path, wanted)
+            try:
+                for path in _files_in(directory):
+                    if time.monotonic() > deadline:
+                        self._doubts.append(f"{directory} has too many files to look for images that rest on others")
+                        return
+                    self._add_image(path, wanted)
+            except (FileNotFoundError, NotADirectoryError):  # a pool's directory may be gone
+                continue
+            except OSError as error:
+                why = error.strerror or str(error)
+                self._doubts.append(f"{directory} cannot be searched for images that rest on others: {why}")
 
     def _add_image(self, path: str, wanted: Set[_Id]) -> None:
         with contextlib.suppress(OSError, AgentError, chain.UnknownError):  # no VM has it, and nothing reads it
@@ -294,8 +300,11 @@ def _lasting(about: os.stat_result) -> str:
 
 
 def _files_in(directory: str) -> Iterator[str]:
-    """The regular files of the directory, and those that its links lead to, that are not staged by us."""
-    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+    """The regular files of the directory, and those that its links lead to, that are not staged by us.
+
+    Raises OSError when the directory cannot be listed.
+    """
+    with os.scandir(directory) as entries:
         for entry in entries:
             if not _OURS.fullmatch(entry.name):
                 with contextlib.suppress(OSError):
