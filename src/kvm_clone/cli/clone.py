@@ -10,7 +10,7 @@ import typer
 
 from kvm_clone.cli import context, options, output, plans, progress
 from kvm_clone.cli.groups import grouped
-from kvm_clone.cli.words import naming
+from kvm_clone.cli.words import name_argument, name_option
 from kvm_clone.client import Client, Request
 from kvm_clone.errors import DomainExistsError
 from kvm_clone.options import CloneOptions, Retry, Verify
@@ -24,22 +24,9 @@ from kvm_clone.units import format_bytes, format_duration, format_rate
 def clone_command(
     ctx: typer.Context,
     source: options.Source,
-    destination: Annotated[
-        str,
-        typer.Argument(
-            metavar="DST", help="The host that receives the clone, in the same form.", callback=naming("DST")
-        ),
-    ],
+    destination: Annotated[str, name_argument("DST", "The host that receives the clone, in the same form.")],
     vm: options.Vm,
-    new_name: Annotated[
-        str | None,
-        typer.Option(
-            "--new-name",
-            metavar="NAME",
-            help="The clone's name; by default the VM's own.",
-            callback=naming("--new-name"),
-        ),
-    ] = None,
+    new_name: Annotated[str | None, name_option("--new-name", "The clone's name; by default the VM's own.")] = None,
     preserve_uuid: Annotated[bool, typer.Option("--preserve-uuid", help="Keep the VM's UUID.")] = False,
     preserve_mac: Annotated[bool, typer.Option("--preserve-mac", help="Keep the MAC addresses.")] = False,
     verify: Annotated[

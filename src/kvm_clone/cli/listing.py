@@ -14,7 +14,7 @@ from rich.text import Text
 from kvm_clone.cli import context, output
 from kvm_clone.cli.groups import grouped
 from kvm_clone.cli.options import HOST_HELP
-from kvm_clone.cli.words import naming
+from kvm_clone.cli.words import name_argument
 from kvm_clone.client import Client
 from kvm_clone.errors import ExitCode, UsageError
 from kvm_clone.hosts.domains import STATES, DiskUse, Listed
@@ -28,7 +28,7 @@ _COLUMNS = ("host", "name", "state", "vCPUs", "memory", "disks (virtual, allocat
 @grouped
 def list_command(
     ctx: typer.Context,
-    hosts: Annotated[list[str], typer.Argument(metavar="HOST...", help=HOST_HELP, callback=naming("HOST"))],
+    hosts: Annotated[list[str], name_argument("HOST...", HOST_HELP)],
     state: Annotated[
         str | None, typer.Option("--state", help="Only VMs in this state, such as running or shut-off.")
     ] = None,

@@ -9,22 +9,15 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from kvm_clone.cli.groups import OptionGroup
-from kvm_clone.cli.words import naming
+from kvm_clone.cli.words import name_argument, name_option
 from kvm_clone.errors import UsageError
 from kvm_clone.options import Options, Quiesce, Retry, Route
 from kvm_clone.settings.config import Settings
 
 HOST_HELP = "An alias from ssh_config, user@host, ssh://user@host:port, or localhost."
 
-Source = Annotated[
-    str, typer.Argument(metavar="SRC", help=f"The host that has the VM. {HOST_HELP}", callback=naming("SRC"))
-]
-Vm = Annotated[
-    str,
-    typer.Argument(
-        metavar="VM", help="The VM's name. Put -- before one that starts with a dash.", callback=naming("VM")
-    ),
-]
+Source = Annotated[str, name_argument("SRC", f"The host that has the VM. {HOST_HELP}")]
+Vm = Annotated[str, name_argument("VM", "The VM's name. Put -- before one that starts with a dash.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing anywhere.")]
 Asked = TypeVar("Asked", bound=Options)
@@ -34,12 +27,7 @@ Asked = TypeVar("Asked", bound=Options)
 class Copying(OptionGroup):
     """The options of both clone and sync."""
 
-    pool: Annotated[
-        str | None,
-        typer.Option(
-            "--pool", metavar="NAME", help="The destination's storage pool for new disks.", callback=naming("--pool")
-        ),
-    ] = None
+    pool: Annotated[str | None, name_option("--pool", "The destination's storage pool for new disks.")] = None
     route: Annotated[
         Route | None,
         typer.Option(

@@ -69,7 +69,7 @@ def lost(failure: OSError) -> OutputError:
     return OutputError(
         f"everything was done, but the result could not be written to stdout: {failure.strerror}",
         subject="stdout",
-        remedy="write stdout to a place that has room; the command need not be run again",
+        remedy="write stdout to a place that takes it; the command need not be run again",
     )
 
 

@@ -12,7 +12,7 @@ import typer
 
 from kvm_clone.cli import context, output, streams
 from kvm_clone.cli.groups import grouped
-from kvm_clone.cli.words import naming
+from kvm_clone.cli.words import name_argument, name_option
 from kvm_clone.client import Client
 from kvm_clone.errors import ExitCode, KvmCloneError, UsageError
 from kvm_clone.results import StagedListing
@@ -28,15 +28,11 @@ _FOLLOW_SECONDS = 0.5
 @grouped
 def status_command(
     ctx: typer.Context,
-    operation: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="One operation, with its log.", callback=naming("ID"))
-    ] = None,
+    operation: Annotated[str | None, name_argument("[ID]", "One operation, with its log.")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="With ID: keep printing until the operation ends.")] = False,
     host: Annotated[
         list[str] | None,
-        typer.Option(
-            "--host", metavar="HOST", help="Also list what is staged there. May be repeated.", callback=naming("--host")
-        ),
+        name_option("--host", "Also list what is staged there. May be repeated.", metavar="HOST"),
     ] = None,
     *,
     connecting: context.Connecting,
@@ -63,11 +59,7 @@ def cleanup_command(
     ctx: typer.Context,
     hosts: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[HOST]...",
-            help="By default the destinations of this machine's interrupted operations.",
-            callback=naming("HOST"),
-        ),
+        name_argument("[HOST]...", "By default the destinations of this machine's interrupted operations."),
     ] = None,
     older_than: Annotated[
         str | None,

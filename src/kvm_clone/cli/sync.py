@@ -10,7 +10,7 @@ import typer
 from kvm_clone.cli import context, options, output
 from kvm_clone.cli.clone import carry_out
 from kvm_clone.cli.groups import grouped
-from kvm_clone.cli.words import naming
+from kvm_clone.cli.words import name_argument, name_option
 from kvm_clone.client import Client, Request
 from kvm_clone.errors import UsageError
 from kvm_clone.options import Retry, SyncOptions, Verify
@@ -21,19 +21,10 @@ from kvm_clone.settings.config import Output, Settings
 def sync_command(
     ctx: typer.Context,
     source: options.Source,
-    destination: Annotated[
-        str,
-        typer.Argument(metavar="DST", help="The host that has the replica, in the same form.", callback=naming("DST")),
-    ],
+    destination: Annotated[str, name_argument("DST", "The host that has the replica, in the same form.")],
     vm: options.Vm,
     target_name: Annotated[
-        str | None,
-        typer.Option(
-            "--target-name",
-            metavar="NAME",
-            help="The replica's name; by default the VM's own.",
-            callback=naming("--target-name"),
-        ),
+        str | None, name_option("--target-name", "The replica's name; by default the VM's own.")
     ] = None,
     create: Annotated[bool, typer.Option("--create", help="Clone the VM if there is no replica yet.")] = False,
     verify: Annotated[

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import typer
+
 from kvm_clone.errors import UsageError
+
+
+def name_argument(metavar: str, text: str) -> Any:
+    """A positional parameter of a command whose value is a name, or a list of names. `text`: its help."""
+    return typer.Argument(metavar=metavar, help=text, callback=naming(metavar.strip("[].")))
+
+
+def name_option(flag: str, text: str, *, metavar: str = "NAME") -> Any:
+    """An option whose value is a name, or a list of names. `text`: its help."""
+    return typer.Option(flag, metavar=metavar, help=text, callback=naming(flag))
 
 
 def naming(called: str) -> Callable[[Any], Any]:
