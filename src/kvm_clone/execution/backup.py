@@ -20,6 +20,7 @@ from kvm_clone.agent.protocol import errors as kinds
 from kvm_clone.errors import InterruptedTransferError, KvmCloneError, RefusedError, TransferError
 from kvm_clone.hosts import domains, live
 from kvm_clone.hosts.host import AgentCallError, Host, once_free
+from kvm_clone.hosts.libvirt_errors import message_of
 from kvm_clone.options import Quiesce
 from kvm_clone.planning import domain_facts
 from kvm_clone.planning.domain_facts import BackupJob
@@ -130,7 +131,7 @@ class Backup:
             try:
                 await to_its_end(live.begin, self._libvirt, self._source.domain.name, job)
             except libvirt.libvirtError as error:
-                self.taken.hint = f"libvirt has no good bitmap: {error.get_error_message()}"
+                self.taken.hint = f"libvirt has no good bitmap: {message_of(error)}"
             else:
                 return job
         plain = BackupJob(job.socket, job.disks, checkpoint=job.checkpoint)
@@ -155,7 +156,7 @@ class Backup:
         try:
             count = await to_its_end(live.freeze, self._libvirt, name)
         except libvirt.libvirtError as error:
-            text = f"the guest of {name} cannot be frozen: {error.get_error_message()}"
+            text = f"the guest of {name} cannot be frozen: {message_of(error)}"
             await self._thaw_what_may_be(live.may_be_frozen(error, time.monotonic() - started))
             if quiesce is Quiesce.REQUIRE:
                 raise RefusedError(text, subject=name, remedy="use --quiesce auto") from error
@@ -194,7 +195,7 @@ class Backup:
                     await asyncio.sleep(_THAW_PAUSE)
                     continue
                 raise TransferError(
-                    f"the guest of {name} does not say that it is thawed: {error.get_error_message()}",
+                    f"the guest of {name} does not say that it is thawed: {message_of(error)}",
                     subject=name,
                     remedy=f"thaw it: virsh domfsthaw {name}",
                 ) from error
