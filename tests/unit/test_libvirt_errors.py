@@ -14,6 +14,6 @@ def test_an_error_of_the_binding_has_its_own_words() -> None:
     error = libvirt.libvirtError("virDomainGetXMLDesc() failed")
     assert error.get_error_message() is None
     assert message_of(error) == "virDomainGetXMLDesc() failed"
-    with pytest.raises(TransferError, match=r"^asking a: virDomainGetXMLDesc\(\) failed$"):
-        with domains.failing_as("asking a", "a"):
-            raise error
+    words = r"^asking a: virDomainGetXMLDesc\(\) failed$"
+    with pytest.raises(TransferError, match=words), domains.failing_as("asking a", "a"):
+        raise error

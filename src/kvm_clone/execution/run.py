@@ -219,7 +219,7 @@ class Run:
             case steps.CreateDisk(disk):
                 await self._create(disk)
             case steps.PublishDisk(disk):
-                await self._call("publish", disk=disk.target, final=disk.final)
+                await self._destination.agent.publish(disk=disk.target, final=disk.final)
             case steps.RemoveExisting():
                 await self._remove_existing()
             case steps.StopDomain():
@@ -232,14 +232,16 @@ class Run:
     async def _take_staging(self, step: steps.Step) -> None:
         match step:
             case steps.SettleStage(directory, operation, committed):
-                await self._call("settle", **self._where(directory, operation), committed=committed)
+                await self._destination.agent.settle(**self._where(directory, operation), committed=committed)
             case steps.DiscardStage(directory, operation):
-                await self._call("recover", **self._where(directory, operation))
+                await self._destination.agent.recover(**self._where(directory, operation))
             case steps.TakeLock():
-                await self._call("hold", name=self._plan.name, about={"operation": self._plan.identity.operation})
+                await self._destination.agent.hold(
+                    name=self._plan.name, about={"operation": self._plan.identity.operation}
+                )
                 self._fenced = await connections.open_fenced(self._destination)
             case steps.ReleaseLock():
-                await self._call("release")
+                await self._destination.agent.release()
             case steps.BeginStage():
                 await self._begin(step)
             case steps.TakeUpCommitted(directory, operation):
@@ -281,9 +283,6 @@ class Run:
     def _say(self, phase: Phase, text: str) -> None:
         self._on_event(PhaseStarted(phase, text))
 
-    async def _call(self, call: str, /, **arguments: Any) -> Any:
-        return await self._destination.call(call, **arguments)
-
     @property
     def _changing(self) -> Fenced:
         """Libvirt at the destination, to change something there: the agent holds the operation's lock."""
@@ -315,21 +314,21 @@ class Run:
             "kind": decide.SYNC if plan.decision.update else decide.CLONE,
         }
         await once_free(
-            self._destination,
-            "stage",
-            **self._where(step.directory, plan.identity.operation),
-            about=about,
-            resume=step.resume,
-            discards=step.discards,
-            marks=step.marks,
-            keep=plan.options.keep_partial,
+            lambda: self._destination.agent.stage(
+                **self._where(step.directory, plan.identity.operation),
+                about=about,
+                resume=step.resume,
+                discards=step.discards,
+                marks=step.marks,
+                keep=plan.options.keep_partial,
+            ),
             patience=LOCK_PATIENCE_SECONDS if plan.continues else 0.0,
         )
         self._state.stage = Stage.STAGING
         self._fenced = await connections.open_fenced(self._destination)
         if step.marks:
             await self._check_marks(step.marks)
-            await self._call("unmark")
+            await self._destination.agent.unmark()
 
     async def _check_marks(self, marked: tuple[str, ...]) -> None:
         """Raise RefusedError if the source sees a marked directory, and in it a file that is about to go as its own.
@@ -338,7 +337,7 @@ class Run:
         """
         facts = self._plan.facts
         mine = sorted({posixpath.dirname(path) for path in facts.source.files})
-        seen = await self._source.call("marks", operation=self._plan.identity.operation, directories=mine)
+        seen = await self._source.agent.marks(operation=self._plan.identity.operation, directories=mine)
         one = {there: here for here, there in zip(mine, seen, strict=True) if there in marked}
         existing = facts.destination.existing
         for path in existing.files if existing is not None else ():
@@ -354,7 +353,7 @@ class Run:
     async def _take_up(self, directory: str, operation: str) -> None:
         where = self._where(directory, operation)
         patience = LOCK_PATIENCE_SECONDS
-        await once_free(self._destination, "stage", **where, about={}, finishing=True, patience=patience)
+        await once_free(lambda: self._destination.agent.stage(**where, about={}, finishing=True), patience=patience)
         self._state.stage = Stage.COMMITTED
         self._fenced = await connections.open_fenced(self._destination)
 
@@ -373,11 +372,13 @@ class Run:
             "backing": [disk.below.path, disk.below.format] if disk.below is not None else None,
             "copy_of": disk.base.path if disk.base is not None and disk.shares else None,
         }
-        self._state.parts[disk.target] = await self._call("create", disk=disk.target, final=disk.final, spec=spec)
+        self._state.parts[disk.target] = await self._destination.agent.create(
+            disk=disk.target, final=disk.final, spec=spec
+        )
 
     async def _check_source(self, disks: tuple[PlannedDisk, ...]) -> None:
         for disk in disks:
-            now = await self._source.call("fingerprint", path=disk.image.path)
+            now = await self._source.agent.fingerprint(path=disk.image.path)
             if fingerprint.content(now) != fingerprint.content(disk.image.fingerprint):
                 raise InterruptedTransferError(
                     f"the source's image {disk.image.path} was changed while it was being copied",
@@ -391,7 +392,7 @@ class Run:
 
     async def _define(self, remove: tuple[str, ...], forget: tuple[str, ...]) -> None:
         self._say(Phase.COMMIT, f"defining {self._plan.name} on {self._destination.name}")
-        prints = await self._call("fingerprints", paths=list(remove)) if remove else []
+        prints = await self._destination.agent.fingerprints(paths=list(remove)) if remove else []
         pairs = zip(remove, prints, strict=True)
         self._state.contents = {path: ":".join(fingerprint.content(text)) for path, text in pairs if text}
         xml = self._definition(marks.Pending(self._plan.identity.operation, remove, forget, self._state.contents))
@@ -414,7 +415,7 @@ class Run:
             self._state.removed += await self._on_libvirt(what, domains.forget_state, self._changing, name, (), bases)
 
     async def _fingerprint(self, path: str) -> str:
-        return str(await self._call("fingerprint", path=path))
+        return await self._destination.agent.fingerprint(path=path)
 
     def _overlays(self) -> list[dict[str, str]]:
         """The overlays to be merged after the commit, as agent.staging.merge.Overlay has them."""
@@ -434,7 +435,7 @@ class Run:
                 raise  # there is nothing else that this run would have done
             self._state.pending = True
             self._warn(f"{self._plan.name} is complete, but its disks are not merged yet: {error}; {error.remedy}")
-            await self._after_commit(self._call("release"))
+            await self._after_commit(self._destination.agent.release())
         finally:
             self._state.merging = False
 
@@ -494,7 +495,7 @@ class Run:
     async def _end(self, directories: tuple[str, ...]) -> None:
         refreshed = asyncio.to_thread(domains.refresh_pools, self._changing, set(directories))
         await self._after_commit(refreshed)
-        await self._after_commit(self._call("finish"))
+        await self._after_commit(self._destination.agent.finish())
 
     async def _after_commit(self, work: Awaitable[Any]) -> None:
         """Past the commit the clone is whole: a failure is told, and changes nothing."""
@@ -508,7 +509,7 @@ class Run:
         self._on_event(Note(text, warning=True))
 
     async def _note(self, record: str, /, **fields: Any) -> None:
-        await self._call("note", record=record, fields=fields)
+        await self._destination.agent.note(record=record, fields=fields)
 
     def _definition(self, pending: marks.Pending) -> str:
         taken = self._backup.taken
@@ -557,7 +558,7 @@ class Run:
         self._state.kept = True
         self._on_event(Note(f"what was copied so far is kept on {self._destination.name}", warning=True))
         try:
-            await self._call("release")
+            await self._destination.agent.release()
         except KvmCloneError as error:
             log.info("the agent lets go by itself: %s", error)
 
@@ -565,10 +566,9 @@ class Run:
         if self._destination.lost:
             directory = next(step.directory for step in self._plan.steps if isinstance(step, steps.BeginStage))
             self._destination = await self._reconnect()
-            return await once_free(  # type: ignore[no-any-return]
-                self._destination,
-                "recover",
-                **self._where(directory, self._plan.identity.operation),
+            where = self._where(directory, self._plan.identity.operation)
+            return await once_free(
+                lambda: self._destination.agent.recover(**where),
                 patience=LOCK_PATIENCE_SECONDS,
             )
         defining = self._state.stage is Stage.COMMITTING
@@ -581,7 +581,7 @@ class Run:
                 await self._on_libvirt("starting the old VM again", domains.start, self._changing, self._plan.name)
             except KvmCloneError as error:
                 failed.append(str(error))
-        left: list[str] = await self._call("undo", past_commit=defining)
+        left: list[str] = await self._destination.agent.undo(past_commit=defining)
         return failed + left
 
     async def _was_defined(self) -> bool:
