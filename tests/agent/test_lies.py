@@ -23,7 +23,8 @@ from kvm_clone.agent.protocol import errors
 from kvm_clone.agent.protocol.wire import CHANNEL_BIT, CHUNK, FRAME_LIMIT, pack_channel, pack_frame
 from kvm_clone.errors import InterruptedTransferError, KvmCloneError, TransferError
 from kvm_clone.hosts import outputs, payload
-from kvm_clone.hosts.host import AgentCallError, Host
+from kvm_clone.hosts.agent_errors import AgentCallError
+from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.ssh import SshOptions, parse_address
 
 from .test_loader import IMPATIENT, WHOLE, agent

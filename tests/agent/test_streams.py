@@ -15,7 +15,8 @@ from kvm_clone.agent.protocol import errors
 from kvm_clone.agent.protocol.wire import NOISE_LIMIT, pack_channel
 from kvm_clone.errors import InterruptedTransferError, TransferError
 from kvm_clone.hosts import payload
-from kvm_clone.hosts.host import AgentCallError, Host
+from kvm_clone.hosts.agent_errors import AgentCallError
+from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.ssh import SshOptions, parse_address
 from kvm_clone.options import Route, TransferOptions
 from kvm_clone.transfer import transport

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvm_clone.agent.disks import disk as agent_disk
+from kvm_clone.hosts.agent_client import AgentClient
 from kvm_clone.hosts.host import Host
 from kvm_clone.transfer import compare
 from kvm_clone.transfer.compare import Ranges
@@ -166,9 +167,12 @@ def test_differing_blocks(disks: tuple[bytes, bytes, Ranges]) -> None:
 class Agent:
     """A host whose agent digests a disk in memory, and that counts what it is asked."""
 
+    name = "a"
+
     def __init__(self, content: bytes, methods: tuple[str, ...] = ("fast", "sha256")) -> None:
         self.content = content
         self.methods = methods
+        self.agent = AgentClient(self)
         self.heard: set[tuple[str, str]] = set()
         self.asked: dict[str, int] = {"digest": 0, "blocks": 0}
 

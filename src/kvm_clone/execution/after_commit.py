@@ -26,7 +26,7 @@ async def merge(_: steps.MergeDisks, run: Context) -> None:
             raise  # there is nothing else that this run would have done
         run.stage = Stage.POSTPONED
         run.warn(f"{run.plan.name} is complete, but its disks are not merged yet: {error}; {error.remedy}")
-        await run.after_commit(run.call("release"))
+        await run.after_commit(run.agent.release())
     finally:
         if run.stage is Stage.MERGING:
             run.stage = Stage.COMMITTED
@@ -61,4 +61,4 @@ async def drop_checkpoints(step: steps.DropCheckpoints, run: Context) -> None:
 async def end_stage(step: steps.EndStage, run: Context) -> None:
     """See steps.EndStage."""
     await run.after_commit(asyncio.to_thread(domains.refresh_pools, run.changing, set(step.directories)))
-    await run.after_commit(run.call("finish"))
+    await run.after_commit(run.agent.finish())

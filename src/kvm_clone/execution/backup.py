@@ -19,7 +19,9 @@ from kvm_clone.agent.disks import nbd
 from kvm_clone.agent.protocol import errors as kinds
 from kvm_clone.errors import InterruptedTransferError, KvmCloneError, RefusedError, TransferError
 from kvm_clone.hosts import domains, live
-from kvm_clone.hosts.host import AgentCallError, Host, once_free
+from kvm_clone.hosts.agent_errors import AgentCallError
+from kvm_clone.hosts.host import Host, once_free
+from kvm_clone.hosts.libvirt_errors import message_of
 from kvm_clone.options import Quiesce
 from kvm_clone.planning import domain_facts
 from kvm_clone.planning.domain_facts import BackupJob
@@ -88,11 +90,11 @@ class Backup:
     ) -> dict[str, Origin]:
         """Begin the job; where each disk is read. Raises LockedError, RefusedError, TransferError and its kinds."""
         name = self._source.domain.name
-        watched = {"domain": self._source.domain.uuid, "socket": job.socket, "operation": guarding.operation}
-        self._can_thaw = bool(await once_free(self._host, "guard", patience=guarding.patience, **watched))
+        watched = self._source.domain.uuid, job.socket, guarding.operation
+        self._can_thaw = await once_free(lambda: self._host.agent.guard(*watched), patience=guarding.patience)
         self._guarded = True
         await self._call("ending an interrupted backup job", live.end)
-        await self._host.call("remove_scratch", paths=stale_files(self._source))
+        await self._host.agent.remove_scratch(paths=stale_files(self._source))
         await self._delete(stale)
         self._job = job
         frozen = await self._freeze(quiesce)
@@ -130,7 +132,7 @@ class Backup:
             try:
                 await to_its_end(live.begin, self._libvirt, self._source.domain.name, job)
             except libvirt.libvirtError as error:
-                self.taken.hint = f"libvirt has no good bitmap: {error.get_error_message()}"
+                self.taken.hint = f"libvirt has no good bitmap: {message_of(error)}"
             else:
                 return job
         plain = BackupJob(job.socket, job.disks, checkpoint=job.checkpoint)
@@ -149,13 +151,13 @@ class Backup:
                 raise RefusedError(text, subject=name, remedy=f"install libvirt-clients on {self._host.name}")
             self._on_event(Note(f"{text}: it is not frozen, and the copy is crash-consistent", warning=True))
             return 0
-        await self._host.call("freezing", frozen=True)
+        await self._host.agent.freezing(frozen=True)
         self._frozen = True
         started = time.monotonic()
         try:
             count = await to_its_end(live.freeze, self._libvirt, name)
         except libvirt.libvirtError as error:
-            text = f"the guest of {name} cannot be frozen: {error.get_error_message()}"
+            text = f"the guest of {name} cannot be frozen: {message_of(error)}"
             await self._thaw_what_may_be(live.may_be_frozen(error, time.monotonic() - started))
             if quiesce is Quiesce.REQUIRE:
                 raise RefusedError(text, subject=name, remedy="use --quiesce auto") from error
@@ -194,7 +196,7 @@ class Backup:
                     await asyncio.sleep(_THAW_PAUSE)
                     continue
                 raise TransferError(
-                    f"the guest of {name} does not say that it is thawed: {error.get_error_message()}",
+                    f"the guest of {name} does not say that it is thawed: {message_of(error)}",
                     subject=name,
                     remedy=f"thaw it: virsh domfsthaw {name}",
                 ) from error
@@ -203,7 +205,7 @@ class Backup:
 
     async def _thawed(self) -> None:
         self._frozen = False
-        await self._host.call("freezing", frozen=False)
+        await self._host.agent.freezing(frozen=False)
 
     async def _origin(self, disk: domain_facts.BackupDisk) -> Origin:
         assert self._job is not None
@@ -212,7 +214,7 @@ class Backup:
         if not (self._job.incremental and disk.trackable):
             return Origin(uri, "nbd")
         try:
-            found = await self._host.call("dirty", uri=uri, bitmap=f"backup-{disk.target}")
+            found = await self._host.agent.dirty(uri=uri, bitmap=f"backup-{disk.target}")
         except AgentCallError as error:
             if error.kind != kinds.MISSING:
                 raise
@@ -226,7 +228,7 @@ class Backup:
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             for directory in {posixpath.dirname(disk.scratch) for disk in (self._job.disks if self._job else ())}:
-                free = int(await self._host.call("free", path=directory))
+                free = await self._host.agent.free(path=directory)
                 used = before.get(directory, free) - free
                 before[directory] = free
                 if free < max(_LEAST_FREE, _LOOKS_AHEAD * used):
@@ -244,10 +246,10 @@ class Backup:
         if self._job is not None:
             self.taken.scratch = await self._call("ending the backup job", live.end)
             job, self._job = self._job, None
-            await self._host.call("remove_scratch", paths=[job.socket, *(disk.scratch for disk in job.disks)])
+            await self._host.agent.remove_scratch(paths=[job.socket, *(disk.scratch for disk in job.disks)])
         if self._guarded:
             self._guarded = False
-            await self._host.call("unguard")
+            await self._host.agent.unguard()
 
     async def give_up(self) -> None:
         """End what was begun after a failure; what cannot be reached now, the source's agent or the next run ends."""

@@ -20,20 +20,20 @@ from kvm_clone.progress import Phase
 
 async def publish(step: steps.PublishDisk, run: Context) -> None:
     """See steps.PublishDisk."""
-    await run.call("publish", disk=step.disk.target, final=step.disk.final)
+    await run.agent.publish(step.disk.target, step.disk.final)
 
 
 async def define(step: steps.DefineDomain, run: Context) -> None:
     """See steps.DefineDomain. Raises DomainExistsError, InterruptedTransferError when others have changed the VM."""
     name, host = run.plan.name, run.destination.name
     run.say(Phase.COMMIT, f"defining {name} on {host}")
-    prints = await run.call("fingerprints", paths=list(step.remove)) if step.remove else []
+    prints = await run.agent.fingerprints(step.remove) if step.remove else []
     pairs = zip(step.remove, prints, strict=True)
     run.contents = {path: ":".join(fingerprint.content(text)) for path, text in pairs if text}
     xml = _definition(run, marks.Pending(run.plan.identity.operation, step.remove, step.forget, run.contents))
     await _check_name(run)
     run.stage = Stage.COMMITTING
-    images = {disk.target: [disk.final, await _fingerprint(run, disk.final)] for disk in run.plan.disks}
+    images = {disk.target: [disk.final, await run.agent.fingerprint(disk.final)] for disk in run.plan.disks}
     about = {"uuid": run.plan.uuid, "remove": list(step.remove), "forget": list(step.forget), "images": images}
     await run.note(records.DEFINE, **about, merge=_overlays(run))
     await run.on_libvirt(f"defining {name} on {host}", domains.define, run.changing, xml)
@@ -54,10 +54,6 @@ def _definition(run: Context, pending: marks.Pending) -> str:
         checkpoint=taken.checkpoint,
     )
     return clone_xml(run.plan, mark, pending)
-
-
-async def _fingerprint(run: Context, path: str) -> str:
-    return str(await run.call("fingerprint", path=path))
 
 
 def _overlays(run: Context) -> list[dict[str, str]]:

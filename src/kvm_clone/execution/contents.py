@@ -38,7 +38,7 @@ async def end_backup(_: steps.EndBackup, run: Context) -> None:
 async def check_source(step: steps.CheckSource, run: Context) -> None:
     """See steps.CheckSource. Raises InterruptedTransferError for an image that has changed."""
     for disk in step.disks:
-        now = await run.source.call("fingerprint", path=disk.image.path)
+        now = await run.source.agent.fingerprint(disk.image.path)
         if fingerprint.content(now) != fingerprint.content(disk.image.fingerprint):
             raise InterruptedTransferError(
                 f"the source's image {disk.image.path} was changed while it was being copied",

@@ -13,6 +13,7 @@ from kvm_clone.errors import KvmCloneError
 from kvm_clone.execution.backup import Backup
 from kvm_clone.execution.stages import TABLE, Row, Stage
 from kvm_clone.hosts import connections, domains, vms
+from kvm_clone.hosts.agent_client import AgentClient
 from kvm_clone.hosts.domains import Fenced
 from kvm_clone.hosts.host import Host
 from kvm_clone.planning.placement import PlannedDisk
@@ -66,13 +67,14 @@ class Context:
             await connections.close(self.fenced.connection)
             self.fenced = None
 
-    async def call(self, call: str, /, **arguments: Any) -> Any:
-        """Call the destination's agent. Raises as Host.call does."""
-        return await self.destination.call(call, **arguments)
+    @property
+    def agent(self) -> AgentClient:
+        """The destination's agent."""
+        return self.destination.agent
 
     async def note(self, record: str, /, **fields: Any) -> None:
         """Journal a record at the destination."""
-        await self.call("note", record=record, fields=fields)
+        await self.agent.note(record, fields)
 
     async def on_libvirt(self, what: str, work: Callable[..., Any], *arguments: Any) -> Any:
         """Return what a blocking call of libvirt's returns. `what`: is being done, for the error.

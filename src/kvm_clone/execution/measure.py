@@ -52,6 +52,5 @@ async def _compared(disk: PlannedDisk, source: Host, destination: Host, on_event
 
     grown = 0
     if size > end:
-        how = {"image_format": disk.image.format, "ranges": [[end, size]]}
-        grown = int(await source.call("data_in", path=disk.image.path, **how))
+        grown = await source.agent.data_in(disk.image.path, disk.image.format, [[end, size]])
     return total(await differing(ours, theirs, ((0, end),), on_done)) + grown

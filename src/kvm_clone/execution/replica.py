@@ -23,8 +23,8 @@ async def merge(host: Host, fenced: Fenced, name: str) -> None:
     already is not merged again: somebody may have used it since. Raises TransferError and its kinds; everything can be
     repeated.
     """
-    await host.call("unlock_images")
-    bases = {one["path"]: Base(one["base"], one["base_format"]) for one in await host.call("overlays")}
+    await host.agent.unlock_images()
+    bases = {one.path: Base(one.base, one.base_format) for one in await host.agent.overlays()}
     if not bases:
         return
     domain = await _at_rest(host, fenced, name)
@@ -34,13 +34,13 @@ async def merge(host: Host, fenced: Fenced, name: str) -> None:
     await _check_alone(host, fenced, domain, bases)
     if {disk.path for disk in disks} & bases.keys():
         await _forget_older_memory(fenced, name, bases)
-        await host.call("merge")
+        await host.agent.merge()
         merged = merge_down((await _at_rest(host, fenced, name)).xml, bases)
         with domains.failing_as(f"defining {name} onto its merged disks", name):
             await asyncio.to_thread(domains.define, fenced, merged)
         # The overlays are about to go: nothing may name them any more.
         assert not {disk.path for disk in read_domain(merged).disks} & bases.keys()
-    await host.call("merged")
+    await host.agent.merged()
 
 
 def _is_of(disk: DiskXml, overlay: str, base: Base) -> bool:
@@ -95,7 +95,7 @@ async def seal(host: Host, fenced: Fenced, name: str) -> None:
 
     Raises TransferError and its kinds.
     """
-    images = await host.call("seal")
+    images = await host.agent.seal()
     with domains.failing_as(f"sealing {name}", name):
         await asyncio.to_thread(domains.settle_pending, fenced, name)
         if images is not None:

@@ -47,7 +47,7 @@ async def _keep(run: Context) -> None:
     """Let go of the lock; an agent that cannot be told does so by itself."""
     run.on_event(Note(f"what was copied so far is kept on {run.destination.name}", warning=True))
     try:
-        await run.call("release")
+        await run.agent.release()
     except KvmCloneError as error:
         log.info("the agent lets go by itself: %s", error)
 
@@ -90,8 +90,7 @@ async def _undo(run: Context, reconnect: Reconnect) -> list[str]:
             await run.on_libvirt("starting the old VM again", domains.start, run.changing, run.plan.name)
         except KvmCloneError as error:
             failed.append(str(error))
-    left: list[str] = await run.call("undo", past_commit=run.row.failure is Failure.LIBVIRT_DECIDES)
-    return failed + left
+    return failed + await run.agent.undo(past_commit=run.row.failure is Failure.LIBVIRT_DECIDES)
 
 
 async def _recover(run: Context, reconnect: Reconnect) -> list[str]:
@@ -99,5 +98,4 @@ async def _recover(run: Context, reconnect: Reconnect) -> list[str]:
     directory = next(step.directory for step in run.plan.steps if isinstance(step, steps.BeginStage))
     run.destination = await reconnect()
     where = run.where(directory, run.plan.identity.operation)
-    left: list[str] = await once_free(run.destination, "recover", **where, patience=LOCK_PATIENCE_SECONDS)
-    return left
+    return await once_free(lambda: run.agent.recover(**where), patience=LOCK_PATIENCE_SECONDS)

@@ -19,23 +19,23 @@ from kvm_clone.version import __version__
 
 async def take_lock(_: steps.TakeLock, run: Context) -> None:
     """See steps.TakeLock."""
-    await run.call("hold", name=run.plan.name, about={"operation": run.plan.identity.operation})
+    await run.agent.hold(run.plan.name, {"operation": run.plan.identity.operation})
     await run.open_fence()
 
 
 async def release_lock(_: steps.ReleaseLock, run: Context) -> None:
     """See steps.ReleaseLock."""
-    await run.call("release")
+    await run.agent.release()
 
 
 async def settle(step: steps.SettleStage, run: Context) -> None:
     """See steps.SettleStage."""
-    await run.call("settle", **run.where(step.directory, step.operation), committed=step.committed)
+    await run.agent.settle(**run.where(step.directory, step.operation), committed=step.committed)
 
 
 async def discard(step: steps.DiscardStage, run: Context) -> None:
     """See steps.DiscardStage."""
-    await run.call("recover", **run.where(step.directory, step.operation))
+    await run.agent.recover(**run.where(step.directory, step.operation))
 
 
 async def begin(step: steps.BeginStage, run: Context) -> None:
@@ -52,21 +52,21 @@ async def begin(step: steps.BeginStage, run: Context) -> None:
         "kind": decide.SYNC if plan.decision.update else decide.CLONE,
     }
     await once_free(
-        run.destination,
-        "stage",
-        **run.where(step.directory, plan.identity.operation),
-        about=about,
-        resume=step.resume,
-        discards=step.discards,
-        marks=step.marks,
-        keep=plan.options.keep_partial,
+        lambda: run.agent.stage(
+            **run.where(step.directory, plan.identity.operation),
+            about=about,
+            resume=step.resume,
+            discards=step.discards,
+            marks=step.marks,
+            keep=plan.options.keep_partial,
+        ),
         patience=LOCK_PATIENCE_SECONDS if plan.continues else 0.0,
     )
     run.stage = Stage.STAGING
     await run.open_fence()
     if step.marks:
         await _check_marks(step.marks, run)
-        await run.call("unmark")
+        await run.agent.unmark()
 
 
 async def _check_marks(marked: tuple[str, ...], run: Context) -> None:
@@ -76,7 +76,7 @@ async def _check_marks(marked: tuple[str, ...], run: Context) -> None:
     """
     facts, name = run.plan.facts, run.plan.name
     mine = sorted({posixpath.dirname(path) for path in facts.source.files})
-    seen = await run.source.call("marks", operation=run.plan.identity.operation, directories=mine)
+    seen = await run.source.agent.marks(run.plan.identity.operation, mine)
     one = {there: here for here, there in zip(mine, seen, strict=True) if there in marked}
     existing = facts.destination.existing
     for path in existing.files if existing is not None else ():
@@ -93,7 +93,7 @@ async def _check_marks(marked: tuple[str, ...], run: Context) -> None:
 async def take_up(step: steps.TakeUpCommitted, run: Context) -> None:
     """See steps.TakeUpCommitted."""
     where = run.where(step.directory, step.operation)
-    await once_free(run.destination, "stage", **where, about={}, finishing=True, patience=LOCK_PATIENCE_SECONDS)
+    await once_free(lambda: run.agent.stage(**where, about={}, finishing=True), patience=LOCK_PATIENCE_SECONDS)
     run.stage = Stage.COMMITTED
     await run.open_fence()
 
@@ -115,7 +115,7 @@ async def create(step: steps.CreateDisk, run: Context) -> None:
         "backing": [disk.below.path, disk.below.format] if disk.below is not None else None,
         "copy_of": disk.base.path if disk.base is not None and disk.shares else None,
     }
-    run.parts[disk.target] = await run.call("create", disk=disk.target, final=disk.final, spec=spec)
+    run.parts[disk.target] = await run.agent.create(disk.target, disk.final, spec)
 
 
 async def remove_existing(_: steps.RemoveExisting, run: Context) -> None:

@@ -16,6 +16,7 @@ import libvirt
 
 from kvm_clone.findings import Finding, Severity, block
 from kvm_clone.hosts import domains
+from kvm_clone.hosts.libvirt_errors import message_of
 from kvm_clone.planning.clone_xml import clone_xml, planned_mark
 from kvm_clone.planning.plan import Plan
 from kvm_clone.planning.steps import DefineDomain, StopDomain
@@ -76,13 +77,11 @@ def judge(connection: libvirt.virConnect, xml: str) -> Verdict:
             raise
         if _is_only_the_name(error):
             return Verdict()
-        said = str(error.get_error_message())
+        said = message_of(error)
         return Verdict(unknown=said) if error.get_error_code() in _NO_ANSWER else Verdict(said)
     return Verdict()
 
 
 def _is_only_the_name(error: libvirt.libvirtError) -> bool:
     """Whether the name was the only thing that was wrong. Malformed XML has the same code, and says where it is."""
-    return error.get_error_code() == libvirt.VIR_ERR_XML_DETAIL and "(domain_definition)" not in (
-        error.get_error_message() or ""
-    )
+    return error.get_error_code() == libvirt.VIR_ERR_XML_DETAIL and "(domain_definition)" not in message_of(error)

@@ -43,7 +43,7 @@ async def holding(host: Host, name: str) -> AsyncIterator[Fenced]:
 
     Raises LockedError while another operation is under way, ConnectError, TransferError.
     """
-    await host.call("hold", name=name, about={})
+    await host.agent.hold(name=name, about={})
     fenced: Fenced | None = None
     try:
         fenced = await open_fenced(host)
@@ -52,4 +52,4 @@ async def holding(host: Host, name: str) -> AsyncIterator[Fenced]:
         if fenced is not None:
             await close(fenced.connection)
         with contextlib.suppress(TransferError):  # an agent that cannot be told lets go by itself
-            await host.call("release")
+            await host.agent.release()

@@ -6,6 +6,7 @@ import libvirt
 
 from kvm_clone.definition.domain_xml import DomainXml
 from kvm_clone.definition.spans import Document
+from kvm_clone.hosts.libvirt_errors import message_of
 from kvm_clone.planning.domain_facts import CpuFacts
 
 
@@ -33,6 +34,6 @@ def _compared(connection: libvirt.virConnect, xml: DomainXml) -> tuple[str, str]
     try:
         connection.compareHypervisorCPU(xml.emulator, xml.arch, xml.machine, xml.type, xml.cpu.markup, flags)
     except libvirt.libvirtError as error:
-        said = str(error.get_error_message())
+        said = message_of(error)
         return (said, "") if error.get_error_code() == libvirt.VIR_ERR_CPU_INCOMPATIBLE else ("", said)
     return "", ""

@@ -12,6 +12,7 @@ from kvm_clone.definition import domain_xml, marks
 from kvm_clone.definition.spans import Document
 from kvm_clone.errors import ConnectError, InterruptedTransferError, KvmCloneError, TransferError
 from kvm_clone.hosts.cpu import compare_cpu
+from kvm_clone.hosts.libvirt_errors import message_of
 from kvm_clone.planning.domain_facts import Abilities, CpuFacts, Domain, Pool
 
 STATES = {
@@ -70,7 +71,7 @@ def connect(uri: str, host: str) -> libvirt.virConnect:
         return libvirt.open(uri)
     except libvirt.libvirtError as error:
         raise ConnectError(
-            f"cannot open libvirt on {host}: {error.get_error_message()}",
+            f"cannot open libvirt on {host}: {message_of(error)}",
             subject=host,
             remedy="check that libvirt runs there and that this user may use it: virsh -c qemu:///system list",
         ) from error
@@ -83,7 +84,7 @@ def failing_as(what: str, subject: str) -> Iterator[None]:
         yield
     except libvirt.libvirtError as error:
         kind = InterruptedTransferError if daemon_is_gone(error) else TransferError
-        raise kind(f"{what}: {error.get_error_message()}", subject=subject) from error
+        raise kind(f"{what}: {message_of(error)}", subject=subject) from error
 
 
 def daemon_is_gone(error: libvirt.libvirtError) -> bool:
@@ -98,7 +99,7 @@ def daemon_is_gone(error: libvirt.libvirtError) -> bool:
         "Cannot recv data",
         "Connection reset",
     )
-    return any(text in (error.get_error_message() or "") for text in texts)
+    return any(text in message_of(error) for text in texts)
 
 
 def find(connection: libvirt.virConnect, name: str) -> Domain | None:
@@ -142,7 +143,7 @@ def abilities(connection: libvirt.virConnect, xml: domain_xml.DomainXml) -> Abil
         answer = connection.getDomainCapabilities(xml.emulator, xml.arch, xml.machine, xml.type)
         cpu = compare_cpu(connection, xml, answer)
     except libvirt.libvirtError as error:
-        refusal = error.get_error_message()
+        refusal = message_of(error)
     networks = {}
     for network in connection.listAllNetworks():
         with _passing_over(libvirt.VIR_ERR_NO_NETWORK):

@@ -9,9 +9,9 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from kvm_clone.agent.protocol import errors as kinds
@@ -22,9 +22,10 @@ from kvm_clone.errors import (
     KvmCloneError,
     LockedError,
     RefusedError,
-    TransferError,
 )
 from kvm_clone.hosts import payload, ssh
+from kvm_clone.hosts.agent_client import AgentClient
+from kvm_clone.hosts.agent_errors import REMEDIES, AgentCallError, call_error
 from kvm_clone.hosts.children import end_process, kill_process, spawn, spawn_options, stop_process
 from kvm_clone.hosts.outputs import lines_of, read_past_noise, read_steadily
 from kvm_clone.hosts.tunnel import Tunnel
@@ -46,38 +47,7 @@ LOCK_PATIENCE_SECONDS = 75.0
 
 Progress = Callable[[dict[str, Any]], None]
 
-
-class AgentCallError(TransferError):
-    """The agent answered a call with an error of `kind`, one of agent.errors."""
-
-    def __init__(self, kind: str, message: str, host: str) -> None:
-        super().__init__(f"{host}: {message}", subject=host, remedy=_REMEDIES.get(kind, ""))
-        self.kind = kind
-        self.interrupted = kind == kinds.INTERRUPTED
-
-
-_REMEDIES = {
-    kinds.NO_SPACE: "make room on that filesystem, or name another pool with --pool; then run the command again",
-    kinds.IO: "check that host's storage (its kernel log, dmesg, says more), or name another pool with --pool; "
-    "then run the command again",
-    kinds.PERMISSION: "connect as a user who may do this (root, usually)",
-    kinds.IN_USE: "shut down whatever uses the image, then run the command again",
-    kinds.INTERRUPTED: "run the command again",
-    kinds.READ_ONLY: "name another pool with --pool",
-    kinds.EXISTS: "remove or rename that file, or choose another --new-name or --pool",
-    kinds.LIMIT: "raise what limits that user there (ulimit -a shows it), then run the command again",
-}
-
-
-def call_error(answer: dict[str, Any], host: str) -> KvmCloneError:
-    """The exception for an agent's error answer."""
-    kind, message = str(answer.get("kind", kinds.BUG)), answer.get("message", "no reason given")
-    if kind == kinds.LOCKED:
-        remedy = "wait until that operation has ended"
-        return LockedError(f"{host}: {message}", subject=host, remedy=remedy)
-    if kind == kinds.BUG:
-        return KvmCloneError(f"{host}: {message}", subject=host, remedy="please report this")
-    return AgentCallError(kind, message, host)
+_Answer = TypeVar("_Answer")
 
 
 class Host:
@@ -97,6 +67,7 @@ class Host:
         self._tasks: list[asyncio.Task[None]] = []
         self._lost: KvmCloneError | None = None
         self._tunnels: dict[int, Tunnel] = {}
+        self.agent = AgentClient(self)
 
     async def connect(self) -> None:
         """Connect and start the control agent; network faults are retried with exponential back-off.
@@ -223,7 +194,7 @@ class Host:
             )
         ours = [line.partition(_OURS)[2] for line in self._stderr if _OURS in line]
         if ours:
-            remedy = _REMEDIES[kinds.LIMIT] if "cannot run here" in ours[0] or "limits" in ours[0] else ""
+            remedy = REMEDIES[kinds.LIMIT] if "cannot run here" in ours[0] or "limits" in ours[0] else ""
             return RefusedError(f"{self.name}: {ours[0]}", subject=self.name, remedy=remedy)
         return ssh.failure(self.name, said or str(error), status)
 
@@ -308,7 +279,10 @@ class Host:
             self._calls.pop(number, None)
 
     async def call(self, name: str, progress: Progress | None = None, /, **arguments: Any) -> Any:
-        """Call the control agent. Raises AgentCallError, LockedError; TransferError when the connection is lost."""
+        """Call the control agent. AgentClient alone uses it.
+
+        Raises AgentCallError, LockedError; TransferError when the connection is lost.
+        """
         if self._lost is not None:
             raise self._lost
         assert self._process is not None
@@ -330,7 +304,7 @@ class Host:
         ConnectError when the host's libvirt does not listen, TransferError.
         """
         try:
-            channel = await self.call("relay", fenced=fenced)
+            channel = await self.agent.relay(fenced=fenced)
         except AgentCallError as error:
             if error.kind != kinds.MISSING:
                 raise
@@ -347,12 +321,12 @@ class Host:
                 self._process.stdin.write(wire.pack_channel(channel, data))
 
 
-async def once_free(host: Host, name: str, /, *, patience: float, **arguments: Any) -> Any:
+async def once_free(call: Callable[[], Awaitable[_Answer]], *, patience: float) -> _Answer:
     """Make a call, again and again for `patience` seconds while another process holds the operation's lock."""
     deadline = time.monotonic() + patience
     while True:
         try:
-            return await host.call(name, **arguments)
+            return await call()
         except LockedError:
             if time.monotonic() >= deadline:
                 raise

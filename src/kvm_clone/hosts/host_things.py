@@ -14,6 +14,7 @@ import libvirt
 from kvm_clone.definition.references import Reference, Role, references
 from kvm_clone.definition.spans import Document
 from kvm_clone.errors import RefusedError
+from kvm_clone.hosts.libvirt_errors import message_of
 from kvm_clone.planning import things
 from kvm_clone.planning.things import Objects
 
@@ -110,7 +111,7 @@ def _volume(connection: libvirt.virConnect, name: str) -> str:
         pool.storageVolLookupByName(volume)
     except libvirt.libvirtError as error:
         if error.get_error_code() in (libvirt.VIR_ERR_NO_STORAGE_POOL, libvirt.VIR_ERR_NO_STORAGE_VOL):
-            return str(error.get_error_message())
+            return message_of(error)
         raise
     return ""
 

@@ -15,6 +15,7 @@ from kvm_clone.agent.host import uses
 from kvm_clone.definition.claims import Claim, Owner, VolumeClaim, claims_of
 from kvm_clone.definition.spans import Document
 from kvm_clone.errors import RefusedError
+from kvm_clone.hosts.libvirt_errors import message_of
 from kvm_clone.planning.domain_facts import FILE_POOLS
 
 _LISTINGS = 10
@@ -85,5 +86,5 @@ def _resolved(connection: libvirt.virConnect, claim: VolumeClaim) -> Claim:
             return Claim(claim.by, uses.IMAGE, posixpath.join(directory, claim.volume), claim.format)
         return Claim(claim.by, uses.IMAGE, pool.storageVolLookupByName(claim.volume).path(), claim.format)
     except libvirt.libvirtError as error:
-        why = error.get_error_message()
+        why = message_of(error)
         return Claim(claim.by, uses.DOUBT, f"volume {claim.volume} of pool {claim.pool} cannot be found: {why}")

@@ -12,7 +12,8 @@ import libvirt
 from kvm_clone.agent.protocol import errors as kinds
 from kvm_clone.errors import KvmCloneError
 from kvm_clone.hosts import connections
-from kvm_clone.hosts.host import AgentCallError, Host
+from kvm_clone.hosts.agent_errors import AgentCallError
+from kvm_clone.hosts.host import Host
 from kvm_clone.tasks import together, undisturbed
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ async def _answers(connected: Connected) -> bool:
     host, connection = connected
     try:
         async with asyncio.timeout(_ANSWER_SECONDS):
-            await host.call("ping")
+            await host.agent.ping()
             return bool(await asyncio.to_thread(connection.isAlive))
     except (KvmCloneError, libvirt.libvirtError, TimeoutError) as error:
         log.info("%s: an idle connection is gone: %s", host.name, error)
@@ -95,8 +96,8 @@ async def _is_clean(host: Host) -> bool:
     """Make the agent let go of all that it holds; whether it has."""
     try:
         async with asyncio.timeout(_ANSWER_SECONDS):
-            await host.call("unlock_images")
-            await host.call("release")
+            await host.agent.unlock_images()
+            await host.agent.release()
     except AgentCallError as error:
         return error.kind == kinds.UNSUPPORTED  # it had no operation to let go of
     except (KvmCloneError, TimeoutError) as error:

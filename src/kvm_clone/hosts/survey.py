@@ -19,8 +19,9 @@ from kvm_clone.definition import domain_xml
 from kvm_clone.definition.references import Role, references
 from kvm_clone.errors import RefusedError
 from kvm_clone.hosts import domains, host_things, live, ssh, vms
+from kvm_clone.hosts.agent_errors import AgentCallError
 from kvm_clone.hosts.children import kill_process, spawn
-from kvm_clone.hosts.host import AgentCallError, Host
+from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.outputs import read_past_noise
 from kvm_clone.options import Options, Route, SyncOptions
 from kvm_clone.planning import domain_facts, things
@@ -92,10 +93,10 @@ async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> Source
     running = domain.state in domain_facts.RUNNING
     kept = things.kept(references(domain.xml), xml)
     about, images, files, paths = await together(
-        host.call("host"),
+        host.agent.host(),
         _images(host, xml, domain.state),
         fingerprints(host, xml),
-        host.call("look", paths=things.paths_of(kept)),
+        host.agent.look(paths=things.paths_of(kept)),
     )
     facts = SourceFacts(
         host_facts(host.name, about, uuid),
@@ -112,7 +113,7 @@ async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> Source
 async def fingerprints(host: Host, xml: domain_xml.DomainXml) -> dict[str, str]:
     """The fingerprints of all files and devices that a VM has as disks or media, of those that are there."""
     paths = sorted({disk.path for disk in xml.disks if disk.path and disk.type in ("file", "block")})
-    answers = await host.call("fingerprints", paths=paths)
+    answers = await host.agent.fingerprints(paths=paths)
     return {path: answer for path, answer in zip(paths, answers, strict=True) if answer}
 
 
@@ -128,9 +129,9 @@ async def _running(host: Host, connection: libvirt.virConnect, facts: SourceFact
     paths = {posixpath.dirname(image.path) for image in images if image.path}
     paths |= {pool.path for pool in pools if pool.active and pool.type in domain_facts.FILE_POOLS}
     reader, *directories = await together(
-        host.call("reader", domain=facts.domain.uuid),
+        host.agent.reader(domain=facts.domain.uuid),
         *(
-            host.call("directory", path=path, stems=[scratch_prefix(facts.domain.uuid)], tried=False)
+            host.agent.directory(path=path, stems=[scratch_prefix(facts.domain.uuid)], tried=False)
             for path in sorted(paths)
         ),
     )
@@ -151,10 +152,10 @@ async def _image(host: Host, disk: domain_xml.DiskXml, state: str) -> ImageFacts
         return ImageFacts(disk.target, path, format_, error="not looked at")
     try:
         if not running:
-            await host.call("lock_image", path=path)
+            await host.agent.lock_image(path=path)
     except AgentCallError as error:
         return image_facts(disk.target, path, format_, {"error": str(error), "in_use": error.kind == kinds.IN_USE})
-    answer = await host.call("disk", path=path, image_format=format_, live=running)
+    answer = await host.agent.disk(path=path, image_format=format_, live=running)
     return image_facts(disk.target, path, format_, answer)
 
 
@@ -198,11 +199,11 @@ async def _destination(
     paths = sorted(wanted)
     files_like = list(stems((disk.path for disk in xml.own_disks if disk.path), xml.name, name))
     about, staged, directories, found, resources = await together(
-        host.call("host"),
-        host.call("staged", directories=paths, name=name),
-        together(*(host.call("directory", path=path, stems=files_like) for path in paths)),
-        host.call("look", paths=sorted(referred)),
-        host.call("resources", addresses=sorted(addresses)),
+        host.agent.host(),
+        host.agent.staged(directories=paths, name=name),
+        together(*(host.agent.directory(path=path, stems=files_like) for path in paths)),
+        host.agent.look(paths=sorted(referred)),
+        host.agent.resources(addresses=sorted(addresses)),
     )
     attempt = next((staged_facts(answer) for answer in staged if "error" not in answer), None)
     if attempt is not None:
@@ -257,10 +258,10 @@ async def find_route(source: Host, destination: Host, wanted: Route, *, measured
     if source.address.local or destination.address.local:
         return await relay("this machine is one of the two hosts")
     argv, known_hosts = await direct_ssh(destination)
-    answer = await source.call("probe", ssh=argv, known_hosts=known_hosts, measured=measured)
-    if answer["error"]:
-        return await relay(f"{source.name} cannot connect to {destination.name}: {answer['error']}")
-    return RouteFacts(True, f"{source.name} can connect to {destination.name}", answer["rate"] if measured else 0.0)
+    answer = await source.agent.probe(ssh=argv, known_hosts=known_hosts, measured=measured)
+    if answer.error:
+        return await relay(f"{source.name} cannot connect to {destination.name}: {answer.error}")
+    return RouteFacts(True, f"{source.name} can connect to {destination.name}", answer.rate if measured else 0.0)
 
 
 async def _measure_relay(source: Host, destination: Host) -> float:

@@ -81,7 +81,7 @@ async def existing(host: Host, connection: libvirt.virConnect, name: str, known:
     xml = domain_xml.read_domain(domain.xml)
     mark = marks.read_provenance(domain.xml)
     own = tuple(disk.path for disk in xml.own_disks if disk.type == "file" and disk.path)
-    found, prints = await together(judge(host, known, own, but=domain.uuid), host.call("fingerprints", paths=list(own)))
+    found, prints = await together(judge(host, known, own, but=domain.uuid), host.agent.fingerprints(paths=list(own)))
     return Existing(
         domain,
         xml,
@@ -101,15 +101,14 @@ async def judge(host: Host, known: Users, paths: Sequence[str], but: str = "", *
     """
     if not paths:
         return []
-    answers = await host.call(
-        "uses",
+    answers = await host.agent.uses(
         candidates=list(paths),
         claims=[claim.as_list() for claim in known.claims if not but or claim.by.uuid != but],
         directories=sorted({*known.directories, *map(posixpath.dirname, paths)}),
         elsewhere=list(known.elsewhere),
         processes=processes,
     )
-    return [Use(one["path"], one["state"], one["why"], one["identity"]) for one in answers]
+    return [Use(one.path, one.state, one.why, one.identity) for one in answers]
 
 
 async def _remove_files(
@@ -127,11 +126,11 @@ async def _remove_files(
     judged = await judge(host, await users(host, connection, elsewhere), paths, processes=True)
     found = await _if_unchanged(host, judged, contents)
     free = [{"path": use.path, "identity": use.identity} for use in found if use.is_free]
-    answers = await host.call("remove", files=free) if free else []
-    removed = [one["path"] for one in answers if one["result"] == "removed"]
+    answers = await host.agent.remove(files=free) if free else []
+    removed = [one.path for one in answers if one.result == "removed"]
     for path in removed:
         log.info("removed %s on %s", path, host.name)
-    failed = [f"{one['path']}: {one['error']}" for one in answers if one["result"] == "error"]
+    failed = [f"{one.path}: {one.error}" for one in answers if one.result == "error"]
     if failed:
         raise TransferError(f"cannot remove {'; '.join(failed)}", subject=host.name)
     kept = tuple(f"{use.path} was left: {use.why}" for use in found if use.state not in (uses.FREE, uses.ABSENT))
@@ -140,7 +139,7 @@ async def _remove_files(
 
 async def _if_unchanged(host: Host, found: Sequence[Use], contents: Mapping[str, str]) -> list[Use]:
     """The same, but unknown where the file is another one than the replaced VM had, or was written since."""
-    answers = await host.call("fingerprints", paths=[use.path for use in found]) if contents else [None] * len(found)
+    answers = await host.agent.fingerprints(paths=[use.path for use in found]) if contents else [None] * len(found)
     return [
         replace(use, state=uses.UNKNOWN, why="it is another file than the replaced VM had, or was written since")
         if text and use.path in contents and ":".join(fingerprint.content(text)) != contents[use.path]

@@ -43,15 +43,13 @@ class Side:
     path: str
     format: str
 
-    async def ask(
-        self, call: str, progress: Callable[[dict[str, Any]], None] | None, how: _How, ranges: Ranges
-    ) -> dict[int, str]:
-        """The agent's answer, by segment."""
-        pairs = [list(pair) for pair in ranges]
-        answer = await self.host.call(
-            call, progress, path=self.path, image_format=self.format, how=list(how), ranges=pairs
-        )
-        return dict(map(tuple, answer))
+    async def digest(self, how: _How, ranges: Ranges, progress: Callable[[dict[str, Any]], None]) -> dict[int, str]:
+        """The segments' digests."""
+        return await self.host.agent.digest(self.path, self.format, how, ranges, progress)
+
+    async def blocks(self, how: _How, ranges: Ranges) -> dict[int, str]:
+        """The blocks' digests, by segment."""
+        return await self.host.agent.blocks(self.path, self.format, how, ranges)
 
 
 async def differing(one: Side, other: Side, ranges: Ranges, on_done: OnDone) -> Ranges:
@@ -71,7 +69,7 @@ async def differing(one: Side, other: Side, ranges: Ranges, on_done: OnDone) -> 
 
 async def _agreed(one: Side, other: Side) -> _How:
     """The fastest function that both ends have, and a new key: what they hold was written before it."""
-    ours, theirs = await together(one.host.call("digests"), other.host.call("digests"))
+    ours, theirs = await together(one.host.agent.digests(), other.host.agent.digests())
     return next((method for method in ours if method in theirs), SHA256), secrets.token_hex(KEY_BYTES)
 
 
@@ -85,14 +83,12 @@ async def _in_window(one: Side, other: Side, how: _How, window: Ranges, on_done:
 
         return progress
 
-    ours, theirs = await together(
-        one.ask("digest", progress_of(0), how, window), other.ask("digest", progress_of(1), how, window)
-    )
+    ours, theirs = await together(one.digest(how, window, progress_of(0)), other.digest(how, window, progress_of(1)))
     segments = sorted(at for at in ours.keys() | theirs.keys() if ours.get(at) != theirs.get(at))
     found: list[tuple[int, int]] = []
     for first in range(0, len(segments), _ASKED):
         wanted = within_segments(window, set(segments[first : first + _ASKED]))
-        ours, theirs = await together(one.ask("blocks", None, how, wanted), other.ask("blocks", None, how, wanted))
+        ours, theirs = await together(one.blocks(how, wanted), other.blocks(how, wanted))
         for start, end in differing_blocks(wanted, ours, theirs):
             add(found, start, end)
     return found

@@ -165,8 +165,7 @@ class Content:
         """Count what an interrupted attempt has brought into the overlay; `ranges` is what remains to be sent."""
 
         async def held(ranges: Ranges) -> int:
-            how = {"image_format": disk.format, "ranges": [list(one) for one in ranges], "own": True}
-            return int(await self.destination.call("data_in", path=part, **how))
+            return await self.destination.agent.data_in(part, disk.format, ranges, own=True)
 
         everything, again = await together(held(_whole(disk)), held(ranges))
         self.totals.resent += again
@@ -179,8 +178,8 @@ class Content:
         """
         origin = self.origin(disk)
         zero, data = await together(
-            self.source.call("ranges_of", path=origin.path, image_format=origin.format, data=False),
-            self.destination.call("ranges_of", path=part, image_format=disk.format, data=True),
+            self.source.agent.ranges_of(path=origin.path, image_format=origin.format, data=False),
+            self.destination.agent.ranges_of(path=part, image_format=disk.format, data=True),
         )
         return aligned(common(zero, data), disk.image.virtual_size)
 
@@ -197,8 +196,7 @@ class Content:
 
     async def _data_in(self, disk: PlannedDisk, ranges: Ranges) -> int:
         origin = self.origin(disk)
-        how = {"image_format": origin.format, "ranges": [list(one) for one in ranges]}
-        return int(await self.source.call("data_in", path=origin.path, **how))
+        return await self.source.agent.data_in(origin.path, origin.format, ranges)
 
     async def _send(self, work: Sequence[Work]) -> None:
         if not work:
@@ -312,7 +310,7 @@ class Content:
 
     async def _other_size(self, disk: PlannedDisk) -> str:
         """Why the finished clone's disk cannot be equal whatever it holds, nothing when it has the source's size."""
-        found = await self.destination.call("disk", path=disk.final, image_format=disk.format, live=True)
+        found = await self.destination.agent.disk(path=disk.final, image_format=disk.format, live=True)
         if "error" in found or not found["regular"]:
             return f"cannot be read: {found.get('error', 'it is no regular file')}"
         size, wanted = found["virtual_size"], disk.image.virtual_size
@@ -344,7 +342,7 @@ class Content:
         return found
 
     async def _note(self, record: str, /, **fields: object) -> None:
-        await self.destination.call("note", record=record, fields=fields)
+        await self.destination.agent.note(record=record, fields=fields)
 
 
 def _whole(disk: PlannedDisk) -> Ranges:

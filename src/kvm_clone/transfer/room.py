@@ -34,7 +34,7 @@ async def check(source: Host, destination: Host, updates: Sequence[Update]) -> N
     for update in updates:
         by_directory.setdefault(posixpath.dirname(update.part), []).append(update)
     for directory, those in by_directory.items():
-        free = int(await destination.call("free", path=directory))
+        free = await destination.agent.free(path=directory)
         if with_margin(2 * sum(total(one.ranges) for one in those)) <= free:
             continue  # also if all of it is content, and new in the overlay and below
         needed = with_margin(sum(await together(*(_needed(source, destination, one) for one in those))))
@@ -52,7 +52,7 @@ async def _needed(source: Host, destination: Host, update: Update) -> int:
     disk, ranges = update.disk, [list(one) for one in update.ranges]
 
     async def content(host: Host, path: str, format_: str, *, own: bool = False) -> int:
-        return int(await host.call("data_in", path=path, image_format=format_, ranges=ranges, own=own))
+        return await host.agent.data_in(path, format_, ranges, own=own)
 
     path, format_ = update.origin
     sent = await content(source, path, format_)

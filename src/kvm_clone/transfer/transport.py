@@ -22,8 +22,9 @@ from kvm_clone.agent.protocol import wire
 from kvm_clone.agent.protocol.stream import enlarge_pipe
 from kvm_clone.errors import InterruptedTransferError, TransferError
 from kvm_clone.hosts import payload
+from kvm_clone.hosts.agent_errors import call_error
 from kvm_clone.hosts.children import end_process, kill_process, spawn, spawn_options
-from kvm_clone.hosts.host import Host, call_error, read_frame, read_marker
+from kvm_clone.hosts.host import Host, read_frame, read_marker
 from kvm_clone.hosts.survey import direct_ssh
 from kvm_clone.options import Route, TransferOptions
 from kvm_clone.tasks import undisturbed

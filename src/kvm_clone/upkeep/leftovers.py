@@ -59,7 +59,7 @@ class StagedData:
 async def find(host: Host, connection: libvirt.virConnect, more: frozenset[str] = frozenset()) -> list[StagedData]:
     """Everything with our mark in the directories of the host's pools, and in `more`. Raises TransferError."""
     paths = sorted({*await _directories(host, connection), *more})
-    answers = await host.call("staged", directories=paths)
+    answers = await host.agent.staged(directories=paths)
     return [_data(host.name, answer, tuple(paths)) for answer in answers]
 
 
@@ -72,7 +72,7 @@ async def _directories(host: Host, connection: libvirt.virConnect) -> list[str]:
 
 async def sweep(host: Host, connection: libvirt.virConnect) -> list[str]:
     """Remove what operations have left that ended before they had begun; the files. Raises TransferError."""
-    return list(await host.call("sweep", directories=await _directories(host, connection)))
+    return list(await host.agent.sweep(directories=await _directories(host, connection)))
 
 
 def _data(host: str, answer: Mapping[str, Any], directories: tuple[str, ...]) -> StagedData:
@@ -112,12 +112,12 @@ async def remove(host: Host, connection: libvirt.virConnect, data: StagedData) -
             committed = await asyncio.to_thread(domains.defined_by, connection, data.name, data.operation)
         if not committed:
             await _check_unused(host, connection, data)
-        await host.call("settle", **data.where, committed=committed)
+        await host.agent.settle(**data.where, committed=committed)
         if committed:
             return await _finish(host, connection, data)
     elif data.published:
         await _check_unused(host, connection, data)
-    left = await host.call("recover", **data.where)
+    left = await host.agent.recover(**data.where)
     if left:
         raise TransferError(f"{data.name} on {host.name}: {'; '.join(left)}", subject=data.path)
     return "removed"
@@ -127,24 +127,24 @@ async def abandoned_jobs(host: Host, connection: libvirt.virConnect) -> list[liv
     """The backup jobs of ours on the host that nobody reads any more. Raises TransferError."""
     with domains.failing_as(f"asking libvirt on {host.name} for backup jobs", host.name):
         jobs = await asyncio.to_thread(live.our_jobs, connection)
-    readers = await together(*(host.call("reader", domain=job.uuid) for job in jobs))
+    readers = await together(*(host.agent.reader(domain=job.uuid) for job in jobs))
     return [job for job, reader in zip(jobs, readers, strict=True) if not reader]
 
 
 async def end_job(host: Host, connection: libvirt.virConnect, job: live.OurJob) -> None:
     """End such a job. Raises LockedError when somebody has begun to read the VM meanwhile, TransferError."""
-    await host.call("guard", domain=job.uuid, socket=job.files[0], operation="cleanup")
+    await host.agent.guard(domain=job.uuid, socket=job.files[0], operation="cleanup")
     try:
         with domains.failing_as(f"ending the backup job of {job.name} on {host.name}", job.name):
             await asyncio.to_thread(live.end, connection, job.name)
-        await host.call("remove_scratch", paths=list(job.files))
+        await host.agent.remove_scratch(paths=list(job.files))
     finally:
-        await host.call("unguard")
+        await host.agent.unguard()
 
 
 async def _finish(host: Host, connection: libvirt.virConnect, data: StagedData) -> str:
     """Do what an operation that has committed left to do: its disks are merged, and its journal removed."""
-    await host.call("stage", **data.where, about={}, finishing=True)
+    await host.agent.stage(**data.where, about={}, finishing=True)
     fenced: Fenced | None = None
     try:
         fenced = await connections.open_fenced(host)
@@ -160,12 +160,12 @@ async def _finish(host: Host, connection: libvirt.virConnect, data: StagedData) 
                 )
             ).kept
         await replica.seal(host, fenced, data.name)
-        await host.call("finish")
+        await host.agent.finish()
     finally:
         if fenced is not None:
             await connections.close(fenced.connection)
         with contextlib.suppress(KvmCloneError):  # an agent that cannot be told lets go by itself
-            await host.call("release")
+            await host.agent.release()
     return "; ".join(["it had committed: its journal was removed, the VM stays", *kept])
 
 

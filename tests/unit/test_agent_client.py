@@ -1,0 +1,126 @@
+"""The agent's calls as the controller makes them: the same table as the agent's, and answers that are checked."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvm_clone
+from kvm_clone.agent.host import uses
+from kvm_clone.agent.protocol import errors as kinds
+from kvm_clone.agent.server import Server
+from kvm_clone.agent.staging.hold import Hold
+from kvm_clone.agent.staging.stage import Stage
+from kvm_clone.hosts.agent_client import AgentClient
+from kvm_clone.hosts.agent_errors import AgentCallError
+
+METHODS = {name: call for name, call in vars(AgentClient).items() if not name.startswith("_")}
+SENT_BY_THE_SERVER = {"self", "held"}
+"""Arguments that the agent gives to itself."""
+
+
+def arguments(call: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(call).parameters) - SENT_BY_THE_SERVER
+
+
+def behind(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """What the agent's row calls in the end, where it hands all arguments on."""
+    if name in ("hold", "stage"):
+        return Hold if name == "hold" else Stage
+    if name == "uses":
+        return uses.uses
+    if name == "exists":
+        return os.path.exists
+    if call.__name__ == "<lambda>" and name != "ping":
+        return getattr(Stage, name)  # type: ignore[no-any-return]
+    return call
+
+
+def table() -> dict[str, Callable[..., Any]]:
+    return {name: behind(name, call) for name, call in Server(0, 1)._calls.items()}
+
+
+def test_both_tables_have_the_same_calls() -> None:
+    assert METHODS.keys() == table().keys()
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_both_tables_name_the_same_arguments(name: str) -> None:
+    assert arguments(METHODS[name]) == arguments(table()[name])
+
+
+class Answering:
+    """Answers every call alike, and keeps what was asked."""
+
+    name = "a"
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+
+    async def call(self, name: str, progress: Any = None, /, **arguments: Any) -> Any:
+        self.asked.append((name, arguments))
+        return self.answer
+
+
+def sample(one: inspect.Parameter) -> Any:
+    if one.name == "ranges":
+        return []
+    return ["x"] if str(one.annotation).startswith("Sequence") else {}
+
+
+def samples(method: Callable[..., Any]) -> dict[str, Any]:
+    return {one.name: sample(one) for one in inspect.signature(method).parameters.values() if one.name != "self"}
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_each_method_makes_its_call_and_takes_no_malformed_answer(name: str) -> None:
+    """No answer of the protocol is a list within a list within a list."""
+    given = samples(METHODS[name])
+    caller = Answering([[["nonsense"]]])
+    with pytest.raises(AgentCallError, match=f"^a: the agent's answer to {name} is malformed") as caught:
+        asyncio.run(getattr(AgentClient(caller), name)(**given))
+    assert caught.value.kind == kinds.PROTOCOL
+    ((called, sent),) = caller.asked
+    assert called == name
+    assert sent.keys() == given.keys() - {"progress"}
+
+
+MALFORMED: list[tuple[str, dict[str, Any], Any]] = [
+    ("host", {}, {"hostname": "a"}),
+    ("disk", {"path": "/d", "image_format": "raw"}, {"error": None}),
+    ("free", {"path": "/"}, True),
+    ("free", {"path": "/"}, -1),
+    ("fingerprints", {"paths": ["/a", "/b"]}, ["1"]),
+    ("probe", {"ssh": [], "known_hosts": ""}, {"error": "", "rate": "fast"}),
+    ("remove", {"files": [{"path": "/a", "identity": "1:2"}]}, [{"path": "/a", "result": "error"}]),
+    ("ranges_of", {"path": "/d", "image_format": "raw", "data": True}, [[1, 2, 3]]),
+    ("overlays", {}, [{"path": "/d", "base": None, "base_format": "raw"}]),
+    ("seal", {}, {"vda": 1}),
+    ("undo", {}, None),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "answer"), MALFORMED)
+def test_malformed(name: str, given: dict[str, Any], answer: Any) -> None:
+    with pytest.raises(AgentCallError, match="malformed"):
+        asyncio.run(getattr(AgentClient(Answering(answer)), name)(**given))
+
+
+def test_nobody_else_calls_the_agent_by_a_string() -> None:
+    root = Path(kvm_clone.__file__).parent
+    found = [
+        f"{path.relative_to(root)}:{node.lineno}"
+        for path in sorted(root.rglob("*.py"))
+        if path.relative_to(root).parts[0] != "agent" and path.name != "agent_client.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "call"
+    ]
+    assert found == []

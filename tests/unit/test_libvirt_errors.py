@@ -1,0 +1,19 @@
+"""What libvirt's exceptions say, also those that libvirt itself has set no error for."""
+
+from __future__ import annotations
+
+import libvirt
+import pytest
+
+from kvm_clone.errors import TransferError
+from kvm_clone.hosts import domains
+from kvm_clone.hosts.libvirt_errors import message_of
+
+
+def test_an_error_of_the_binding_has_its_own_words() -> None:
+    error = libvirt.libvirtError("virDomainGetXMLDesc() failed")
+    assert error.get_error_message() is None
+    assert message_of(error) == "virDomainGetXMLDesc() failed"
+    words = r"^asking a: virDomainGetXMLDesc\(\) failed$"
+    with pytest.raises(TransferError, match=words), domains.failing_as("asking a", "a"):
+        raise error
