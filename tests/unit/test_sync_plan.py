@@ -33,6 +33,7 @@ from kvm_clone.hosts.domains import STATES
 from kvm_clone.options import CloneOptions, Retry, Route, SyncOptions, Verify
 from kvm_clone.planning import live_checks as running_source
 from kvm_clone.planning import steps, sync
+from kvm_clone.planning.assets import Place
 from kvm_clone.planning.decide import SYNC, Action, Decision
 from kvm_clone.planning.facts import Directory, Existing, ImageFacts, RouteFacts, Staged, StagedDisk
 from kvm_clone.planning.placement import PlannedDisk
@@ -394,7 +395,9 @@ def test_what_an_attempt_has_of_an_overlay(kept: StagedDisk, used: bool) -> None
     operation = "earlier"
     assert plan.identity.operation == operation
     final = kept.final if used else f"{IMAGES}/kvm-clone-{operation}-vda.qcow2"
-    assert plan.disks == (PlannedDisk(FACTS.source.images[0], final, kept if used else None, REPLICA_IMAGE, fine=True),)
+    assert plan.disks == (
+        PlannedDisk(FACTS.source.images[0], Place.of_file(final), kept if used else None, REPLICA_IMAGE, fine=True),
+    )
 
 
 def test_an_overlay_that_is_kept_cannot_become_a_whole_disk() -> None:

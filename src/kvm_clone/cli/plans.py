@@ -21,7 +21,7 @@ from kvm_clone.errors import ExitCode, UsageError
 from kvm_clone.findings import Severity
 from kvm_clone.options import CloneOptions, Options, SyncOptions, Verify
 from kvm_clone.planning import steps
-from kvm_clone.planning.placement import PlannedDisk
+from kvm_clone.planning.assets import Asset
 from kvm_clone.planning.plan import Plan
 from kvm_clone.planning.steps import Step
 from kvm_clone.settings import bounded
@@ -110,7 +110,7 @@ def describe(step: Step) -> str:  # noqa: C901 - one line for each kind of step
         case steps.BeginStage(directory, resume):
             return f"lock, and {'go on with the' if resume else 'begin a'} journal in {directory}"
         case steps.CreateDisk(disk):
-            return f"{'take up' if disk.staged else 'make'} the staged image of {disk.target} ({disk.image.format})"
+            return f"{'take up' if disk.staged else 'make'} the staged image of {disk.key} ({disk.source.format})"
         case steps.CopyDisks(disks):
             return f"send the content of {_targets(disks)}"
         case steps.BeginBackup(job, quiesce):
@@ -126,7 +126,7 @@ def describe(step: Step) -> str:  # noqa: C901 - one line for each kind of step
         case steps.CheckSource():
             return "make sure that the source has not changed"
         case steps.PublishDisk(disk):
-            return f"give {disk.target} its final name, {disk.final}"
+            return f"give {disk.key} its final name, {disk.place.path}"
         case steps.StopDomain():
             return "stop the existing VM"
         case steps.DefineDomain():
@@ -145,8 +145,8 @@ def describe(step: Step) -> str:  # noqa: C901 - one line for each kind of step
             return "remove the journal, and unlock"
 
 
-def _targets(disks: tuple[PlannedDisk, ...]) -> str:
-    return ", ".join(disk.target for disk in disks)
+def _targets(disks: tuple[Asset, ...]) -> str:
+    return ", ".join(disk.key for disk in disks)
 
 
 def _listed(paths: tuple[str, ...]) -> str:

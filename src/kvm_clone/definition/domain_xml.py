@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from kvm_clone.definition.spans import Document, Node
 from kvm_clone.errors import RefusedError
+from kvm_clone.image import Image
 from kvm_clone.units import scaled
 
 FORMATS = ("raw", "qcow2")
@@ -28,7 +29,7 @@ _REFUSED_STORAGE = {
 class DiskXml:
     """One <disk>. `path` is its file or device, describes a source that is neither, or is None for no source.
 
-    `backing`: path and format of the image that it rests on, if the definition names one. `storage` names what makes
+    `backing`: the image that it rests on, if the definition names one. `storage` names what makes
     it more than a plain image, among the keys of _REFUSED_STORAGE. `direct`: QEMU opens it past the page cache.
     """
 
@@ -42,7 +43,7 @@ class DiskXml:
     shareable: bool = False
     transient: bool = False
     has_backing: bool = False
-    backing: tuple[str, str] | None = None
+    backing: Image | None = None
     encrypted: bool = False
     storage: tuple[str, ...] = ()
     direct: bool = False
@@ -342,9 +343,9 @@ def _disk(disk: Node) -> DiskXml:
     )
 
 
-def _backing(disk: Node) -> tuple[str, str] | None:
+def _backing(disk: Node) -> Image | None:
     path = disk.find_attributes("backingStore", "source").get("file")
-    return (path, disk.find_attributes("backingStore", "format").get("type", "raw")) if path else None
+    return Image(path, disk.find_attributes("backingStore", "format").get("type", "raw")) if path else None
 
 
 def _path(kind: str, disk: Node) -> str | None:

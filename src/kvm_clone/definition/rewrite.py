@@ -22,14 +22,7 @@ from kvm_clone.definition.marks import (
 from kvm_clone.definition.references.walk import places
 from kvm_clone.definition.spans import Document, Node, escape
 from kvm_clone.errors import RefusedError
-
-
-@dataclass(frozen=True)
-class Base:
-    """An image that another one rests on."""
-
-    path: str
-    format: str
+from kvm_clone.image import Image
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class Change:
     new_macs: tuple[str, ...] | None = None
     disk_paths: Mapping[str, str] = field(default_factory=dict)
     disk_formats: Mapping[str, str] = field(default_factory=dict)
-    disk_bases: Mapping[str, Base] = field(default_factory=dict)
+    disk_bases: Mapping[str, Image] = field(default_factory=dict)
     new_genid: str | None = None
     host_paths: Mapping[str, str] = field(default_factory=dict)
     pending: Pending | None = None
@@ -139,7 +132,7 @@ def _set_disks(document: Document, domain: Node, change: Change) -> None:
         raise RefusedError(f"The domain has no disk with a file as {', '.join(sorted(missing))}.")
 
 
-def merge_down(xml: str, bases: Mapping[str, Base]) -> str:
+def merge_down(xml: str, bases: Mapping[str, Image]) -> str:
     """Return the definition with each disk whose file is a key of `bases` on that base instead.
 
     Raises RefusedError when `xml` is no domain's.
@@ -166,7 +159,7 @@ def _set_format(document: Document, disk: Node, source: Node, format_: str) -> N
         document.replace(driver, f'<driver{kept} type="{escape(format_)}"/>')
 
 
-def _set_base(document: Document, disk: Node, source: Node, base: Base | None) -> None:
+def _set_base(document: Document, disk: Node, source: Node, base: Image | None) -> None:
     """Say what the disk's image rests on. What was said of it before, which may be that it rests on nothing, goes."""
     for node in disk.children:
         if node.tag == "backingStore":

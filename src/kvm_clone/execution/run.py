@@ -33,8 +33,8 @@ from kvm_clone.hosts.host import LOCK_PATIENCE_SECONDS, Host, once_free
 from kvm_clone.hosts.survey import fingerprints
 from kvm_clone.options import Verify
 from kvm_clone.planning import decide, domain_facts, steps
+from kvm_clone.planning.assets import Asset
 from kvm_clone.planning.clone_xml import clone_xml, planned_mark
-from kvm_clone.planning.placement import PlannedDisk
 from kvm_clone.planning.plan import Plan
 from kvm_clone.progress import Note, OnEvent, Phase, PhaseStarted
 from kvm_clone.transfer.content import Content, Totals, Transfer
@@ -178,7 +178,7 @@ class Run:
 
     def _outcome(self) -> Outcome:
         state, content = self._state, self._content
-        hinted = frozenset(disk.target for disk in self._plan.disks if content.is_hinted(disk))
+        hinted = frozenset(disk.key for disk in self._plan.disks if content.follows_bitmap(disk))
         return Outcome(content.totals, self._backup.taken, hinted, tuple(state.warnings), tuple(state.removed))
 
     async def _stop(self, work: asyncio.Task[None]) -> None:
@@ -219,7 +219,7 @@ class Run:
             case steps.CreateDisk(disk):
                 await self._create(disk)
             case steps.PublishDisk(disk):
-                await self._call("publish", disk=disk.target, final=disk.final)
+                await self._call("publish", disk=disk.key, final=disk.place.path)
             case steps.RemoveExisting():
                 await self._remove_existing()
             case steps.StopDomain():
@@ -252,7 +252,7 @@ class Run:
             case steps.BeginBackup(job, quiesce, stale):
                 patience = LOCK_PATIENCE_SECONDS if self._plan.continues else 0.0
                 guard = Guarding(self._plan.identity.operation, patience)
-                self._content.origins = await self._backup.begin(job, quiesce, stale, guard)
+                self._content.offers = await self._backup.begin(job, quiesce, stale, guard)
             case steps.CopyDisks(disks):
                 self._say(Phase.COPY, f"{self._plan.route} route: {self._plan.route_reason}")
                 await self._content.copy(self._staged(disks))
@@ -299,8 +299,8 @@ class Run:
         name, directories = self._plan.name, sorted({*self._directories, directory})
         return {"directory": directory, "name": name, "operation": operation, "directories": directories}
 
-    def _staged(self, disks: tuple[PlannedDisk, ...]) -> list[tuple[PlannedDisk, str]]:
-        return [(disk, self._state.parts[disk.target]) for disk in disks]
+    def _staged(self, disks: tuple[Asset, ...]) -> list[tuple[Asset, str]]:
+        return [(disk, self._state.parts[disk.key]) for disk in disks]
 
     async def _begin(self, step: steps.BeginStage) -> None:
         plan = self._plan
@@ -358,30 +358,20 @@ class Run:
         self._state.stage = Stage.COMMITTED
         self._fenced = await connections.open_fenced(self._destination)
 
-    async def _create(self, disk: PlannedDisk) -> None:
+    async def _create(self, disk: Asset) -> None:
         if disk.staged is not None:
-            self._state.parts[disk.target] = disk.staged.part
+            self._state.parts[disk.key] = disk.staged.part
             return
-        image = disk.image
-        spec = {
-            "format": disk.format,
-            "size": image.virtual_size,
-            "options": disk.options,
-            "mode": image.mode if disk.base is None else disk.base.mode,
-            "user": image.user if disk.base is None else disk.base.user,
-            "group": image.group if disk.base is None else disk.base.group,
-            "backing": [disk.below.path, disk.below.format] if disk.below is not None else None,
-            "copy_of": disk.base.path if disk.base is not None and disk.shares else None,
-        }
-        self._state.parts[disk.target] = await self._call("create", disk=disk.target, final=disk.final, spec=spec)
+        final, spec = disk.place.path, disk.spec
+        self._state.parts[disk.key] = await self._call("create", disk=disk.key, final=final, spec=spec)
 
-    async def _check_source(self, disks: tuple[PlannedDisk, ...]) -> None:
+    async def _check_source(self, disks: tuple[Asset, ...]) -> None:
         for disk in disks:
-            now = await self._source.call("fingerprint", path=disk.image.path)
-            if fingerprint.content(now) != fingerprint.content(disk.image.fingerprint):
+            now = await self._source.call("fingerprint", path=disk.source.path)
+            if fingerprint.content(now) != fingerprint.content(disk.fingerprint):
                 raise InterruptedTransferError(
-                    f"the source's image {disk.image.path} was changed while it was being copied",
-                    subject=disk.target,
+                    f"the source's image {disk.source.path} was changed while it was being copied",
+                    subject=disk.key,
                     remedy="find out what writes to it",
                 )
 
@@ -397,7 +387,7 @@ class Run:
         xml = self._definition(marks.Pending(self._plan.identity.operation, remove, forget, self._state.contents))
         await self._check_name()
         self._state.stage = Stage.COMMITTING
-        images = {disk.target: [disk.final, await self._fingerprint(disk.final)] for disk in self._plan.disks}
+        images = {disk.key: [disk.final, await self._fingerprint(disk.final)] for disk in self._plan.disks}
         about = {"uuid": self._plan.uuid, "remove": list(remove), "forget": list(forget), "images": images}
         await self._note(records.DEFINE, **about, merge=self._overlays())
         what = f"defining {self._plan.name} on {self._destination.name}"
@@ -419,7 +409,7 @@ class Run:
     def _overlays(self) -> list[dict[str, str]]:
         """The overlays to be merged after the commit, as agent.staging.merge.Overlay has them."""
         return [
-            {"disk": disk.target, "path": disk.final, "base": disk.below.path, "base_format": disk.below.format}
+            {"disk": disk.key, "path": disk.final, "base": disk.below.path, "base_format": disk.below.format}
             for disk in self._plan.disks
             if disk.below is not None
         ]

@@ -23,11 +23,7 @@ def clone_xml(plan: Plan, mark: Provenance, pending: Pending | None = None, name
         new_macs=plan.macs,
         disk_paths={disk.target: disk.final for disk in plan.disks},
         disk_formats={disk.target: disk.format for disk in plan.disks if disk.base is not None},
-        disk_bases={
-            disk.target: rewrite.Base(disk.below.path, disk.below.format)
-            for disk in plan.disks
-            if disk.below is not None
-        },
+        disk_bases={disk.target: disk.below for disk in plan.disks if disk.below is not None},
         new_genid=plan.identity.genid,
         host_paths=plan.host_paths,
         pending=pending if pending is not None and (pending.remove or pending.forget) else None,

@@ -12,6 +12,7 @@ from kvm_clone.agent.disks import fingerprint
 from kvm_clone.definition.domain_xml import DomainXml
 from kvm_clone.definition.marks import Pending, Provenance, Seal, definition_digest, read_pending
 from kvm_clone.definition.references import Reference
+from kvm_clone.image import Image
 from kvm_clone.planning.domain_facts import Abilities, Domain, Live, Pool
 from kvm_clone.planning.identity import HostIdentity, same_host
 from kvm_clone.planning.things import Things
@@ -35,16 +36,15 @@ class HostFacts:
 
 
 @dataclass(frozen=True)
-class ImageFacts:
-    """One disk's image file. Sizes in bytes; `data` is how much of it has to be sent, a guess while a VM writes it.
+class ImageFacts(Image):
+    """What the inspection found out about one disk's image file. Sizes are in bytes.
 
-    `stored`: what a fresh copy of it takes where that is less, since clusters that are compressed stay so; else 0.
-    `error` says why nothing is known; `in_use` that another process writes it.
+    `target`: the guest's name for the disk. `data`: how much has to be sent, which is a guess while a VM writes to it.
+    `stored`: what a fresh copy takes where that is less than `data`, since compressed clusters stay compressed; else 0.
+    `error`: why nothing is known. `in_use`: another process writes to it. `backing`: the file that it rests on.
     """
 
-    target: str
-    path: str
-    format: str
+    target: str = field(kw_only=True)
     error: str = ""
     in_use: bool = False
     regular: bool = True
@@ -339,13 +339,13 @@ def directory_facts(answer: Mapping[str, Any]) -> Directory:
 def image_facts(target: str, path: str, format_: str, answer: Mapping[str, Any]) -> ImageFacts:
     """From the agent's answer to `disk`."""
     if "error" in answer:
-        return ImageFacts(target, path, format_, error=answer["error"], in_use=answer.get("in_use", False))
+        return ImageFacts(path, format_, target=target, error=answer["error"], in_use=answer.get("in_use", False))
     image = answer.get("image", {})
     specific = image.get("format-specific", {}).get("data", {})
     return ImageFacts(
-        target,
         path,
         format_,
+        target=target,
         regular=answer["regular"],
         virtual_size=answer["virtual_size"],
         allocated=answer["allocated"],

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import posixpath
+import re
 from dataclasses import dataclass
+from typing import Any
 
 from kvm_clone.agent.disks.image import QCOW2
 from kvm_clone.agent.names import is_plain
 from kvm_clone.findings import Finding, block
+from kvm_clone.image import Image
 from kvm_clone.options import Options
 from kvm_clone.planning import domain_facts
+from kvm_clone.planning.assets import Place
 from kvm_clone.planning.facts import DestinationFacts, Directory, Facts, ImageFacts, Staged, StagedDisk
-from kvm_clone.planning.file_names import UNKEPT, file_name, home_of, stem_of
+from kvm_clone.planning.file_names import UNKEPT, cut, file_name, home_of, length_of, stem_of
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,16 @@ class PlannedDisk:
     """
 
     image: ImageFacts
-    final: str
+    place: Place
     staged: StagedDisk | None = None
     base: ImageFacts | None = None
     shares: bool = False
     fine: bool = False
+
+    @property
+    def final(self) -> str:
+        """The path that the file gets in the end."""
+        return self.place.path
 
     @property
     def options(self) -> dict[str, str]:
@@ -53,6 +62,52 @@ class PlannedDisk:
         """The guest's name for it, such as vda."""
         return self.image.target
 
+    # What follows is the contract of an Asset: see there.
+
+    @property
+    def key(self) -> str:
+        """The target."""
+        return self.target
+
+    @property
+    def source(self) -> Image:
+        """See Asset."""
+        return self.image
+
+    @property
+    def size(self) -> int:
+        """See Asset."""
+        return self.image.virtual_size
+
+    @property
+    def data(self) -> int:
+        """See Asset."""
+        return self.image.data
+
+    @property
+    def fingerprint(self) -> str:
+        """See Asset."""
+        return self.image.fingerprint
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """As agent.staging.stage.create takes it. A file that takes an image's place gets that one's owner and mode."""
+        owner = self.image if self.base is None else self.base
+        return {
+            "format": self.format,
+            "size": self.size,
+            "options": self.options,
+            "mode": owner.mode,
+            "user": owner.user,
+            "group": owner.group,
+            "backing": [self.below.path, self.below.format] if self.below is not None else None,
+            "copy_of": self.base.path if self.base is not None and self.shares else None,
+        }
+
+    def at(self, path: str) -> Image:
+        """See Asset."""
+        return Image(path, self.format, below=self.below)
+
 
 @dataclass(frozen=True)
 class Names:
@@ -77,16 +132,16 @@ def place(
         kept = staged.disks.get(image.target) if staged is not None else None
         # Nothing durable: nothing to reuse, and the file may be missing or half made.
         if kept is not None and kept.durable and _is_same(kept, image):
-            placed.append(PlannedDisk(image, kept.final, kept))
+            placed.append(PlannedDisk(image, Place.of_file(kept.final), kept))
             continue
         directory, finding = _directory_for(facts.destination, home_of(image.path), options.pool)
         if finding is not None and finding not in findings:
             findings.append(finding)
         if directory is not None:
             others = taken | facts.destination.paths_in_use.keys()
-            path = kept.final if kept else _free_path(directory, image, names, others)
-            taken.add(path)
-            placed.append(PlannedDisk(image, path))
+            free = Place.of_file(kept.final) if kept else _free_place(directory, image, names, others)
+            taken.add(free.path)
+            placed.append(PlannedDisk(image, free))
     return tuple(placed), tuple(findings)
 
 
@@ -140,7 +195,7 @@ def _pool_finding(host: str, name: str, pool: domain_facts.Pool | None, known: l
     return block("pool-type", name, text, f"name a pool of type {', '.join(domain_facts.FILE_POOLS)} with --pool")
 
 
-def _free_path(directory: Directory, image: ImageFacts, names: Names, taken: set[str]) -> str:
+def _free_place(directory: Directory, image: ImageFacts, names: Names, taken: set[str]) -> Place:
     """The source's file name where it is free, with the VM's new name for the old; else one with the disk's target.
 
     Where not every name that is there is known, one with the operation's, which nobody has.
@@ -152,9 +207,9 @@ def _free_path(directory: Directory, image: ImageFacts, names: Names, taken: set
     there = {directory.same(posixpath.join(directory.path, file)) for file in directory.names}
     there |= {directory.same(path) for path in taken}
     for ending in endings if not directory.more else [f"-{image.target}-{names.operation}"]:
-        path = posixpath.join(directory.path, file_name(directory, stem, f"{ending}{extension}"))
-        if directory.same(path) not in there:
-            return path
+        free = Place(directory.path, file_name(directory, stem, f"{ending}{extension}"))
+        if directory.same(free.path) not in there:
+            return free
     raise AssertionError("more candidates than names")
 
 
@@ -163,6 +218,25 @@ def stage_directory(facts: Facts, options: Options, disks: tuple[PlannedDisk, ..
     if staged is not None:
         return staged.directory
     if disks:
-        return posixpath.dirname(disks[0].final)
+        return disks[0].place.container
     directory, _ = _directory_for(facts.destination, "", options.pool)
     return directory.path if directory else "/var/tmp"  # noqa: S108
+
+
+def overlay_place(base: Image, operation: str, target: str) -> Place:
+    """Return the place of the overlay on a replica's image, which has it until both are merged."""
+    return Place.of_file(base.path).beside(f"kvm-clone-{operation}-{target}.qcow2")
+
+
+_OPERATION = re.compile(r"\.[0-9a-f]{12}$")
+
+
+def successor_place(base: Image, operation: str, longest: int) -> Place:
+    """Return the place of the file that succeeds a replica's image: the operation's name before the extension.
+
+    The stem is cut where a file's name of at most `longest` bytes could not hold it.
+    """
+    old = Place.of_file(base.path)
+    stem, extension = posixpath.splitext(old.name)
+    ending = f".{operation}{extension}"
+    return old.beside(cut(_OPERATION.sub("", stem), longest - length_of(ending)) + ending)

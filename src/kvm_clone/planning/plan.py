@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from kvm_clone.errors import DomainExistsError, KvmCloneError, LockedError, RefusedError
 from kvm_clone.findings import EXISTS_CODES, LOCKED, Finding, Severity, block
 from kvm_clone.options import CloneOptions, Options, Retry, Route, Verify
+from kvm_clone.planning.assets import Place
 from kvm_clone.planning.checks import destination_findings, estimate, source_findings
 from kvm_clone.planning.decide import Action, Decision, decide
 from kvm_clone.planning.domain_facts import BackupJob
@@ -232,8 +233,8 @@ def content_steps(plan: Plan) -> list[Step]:
 
 def last_steps(plan: Plan) -> list[Step]:
     """What comes after the commit, whatever was done."""
-    directories = {posixpath.dirname(disk.final) for disk in plan.disks}
-    steps: list[Step] = [SealReplica(), EndStage(tuple(sorted(directories)))]
+    containers = {disk.place.container for disk in plan.disks}
+    steps: list[Step] = [SealReplica(), EndStage(tuple(sorted(containers)))]
     if plan.backup is not None:
         used = plan.backup.incremental
         steps += [DropCheckpoints((used,))] if used else []
@@ -277,9 +278,11 @@ def existing_disks(facts: Facts) -> tuple[PlannedDisk, ...]:
     """The source's disks with the files that the finished clone has for them."""
     existing = facts.destination.existing
     assert existing is not None
-    theirs = {disk.target: ImageFacts(disk.target, disk.path or "", disk.format) for disk in existing.xml.own_disks}
+    theirs = {
+        disk.target: ImageFacts(disk.path or "", disk.format, target=disk.target) for disk in existing.xml.own_disks
+    }
     return tuple(
-        PlannedDisk(image, theirs[image.target].path, base=theirs[image.target], shares=True)
+        PlannedDisk(image, Place.of_file(theirs[image.target].path), base=theirs[image.target], shares=True)
         for image in facts.source.images
         if image.target in theirs
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvm_clone.options import Quiesce, Verify
+from kvm_clone.planning.assets import Asset
 from kvm_clone.planning.domain_facts import BackupJob
-from kvm_clone.planning.placement import PlannedDisk
 
 
 @dataclass(frozen=True)
@@ -61,21 +61,21 @@ class ReleaseLock:
 class CreateDisk:
     """Make the empty staged image. Undo: remove it."""
 
-    disk: PlannedDisk
+    disk: Asset
 
 
 @dataclass(frozen=True)
 class CopyDisks:
     """Send every disk's content. Undo: nothing of its own, the staged images go."""
 
-    disks: tuple[PlannedDisk, ...]
+    disks: tuple[Asset, ...]
 
 
 @dataclass(frozen=True)
 class ProveDisks:
     """Digest the disks at both ends and compare. Undo: nothing."""
 
-    disks: tuple[PlannedDisk, ...]
+    disks: tuple[Asset, ...]
     proof: Verify
 
 
@@ -83,14 +83,14 @@ class ProveDisks:
 class CheckSource:
     """Make sure that the source's images are as they were when the plan was made. Undo: nothing."""
 
-    disks: tuple[PlannedDisk, ...]
+    disks: tuple[Asset, ...]
 
 
 @dataclass(frozen=True)
 class PublishDisk:
     """Give the staged image its final name. Undo: remove it."""
 
-    disk: PlannedDisk
+    disk: Asset
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class DropCheckpoints:
 class VerifyExisting:
     """Digest a finished clone against its source."""
 
-    disks: tuple[PlannedDisk, ...]
+    disks: tuple[Asset, ...]
 
 
 Step = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Iterator
 
 from kvm_clone.agent.disks.image import RAW
@@ -33,7 +32,7 @@ def storage_findings(facts: Facts, disks: tuple[PlannedDisk, ...], *, room: bool
 
 
 def _directory(destination: DestinationFacts, disk: PlannedDisk) -> Directory | None:
-    return destination.directories.get(posixpath.dirname(disk.final))
+    return destination.directories.get(disk.place.container)
 
 
 def _filesystem_findings(host: str, directory: Directory) -> Iterator[Finding]:

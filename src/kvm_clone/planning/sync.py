@@ -7,8 +7,6 @@ and repeated at any time.
 
 from __future__ import annotations
 
-import posixpath
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -17,14 +15,14 @@ from kvm_clone.agent.disks.image import QCOW2
 from kvm_clone.definition.domain_xml import FORMATS
 from kvm_clone.findings import EXISTS, Finding, block
 from kvm_clone.options import Retry, SyncOptions, Verify
+from kvm_clone.planning.assets import Place
 from kvm_clone.planning.checks import has_subclusters, host_findings, source_findings
 from kvm_clone.planning.decide import SYNC, Action, Decision, unfinished
 from kvm_clone.planning.domain_facts import SHUT_OFF
 from kvm_clone.planning.facts import Existing, Facts, ImageFacts, Staged, files_in
-from kvm_clone.planning.file_names import cut
 from kvm_clone.planning.identity_checks import duplicate_findings, identity_findings, replica_findings
 from kvm_clone.planning.live_checks import backup_job, chain_by_uuid, chain_of, live_findings
-from kvm_clone.planning.placement import Names, PlannedDisk, place, stage_directory
+from kvm_clone.planning.placement import Names, PlannedDisk, overlay_place, place, stage_directory, successor_place
 from kvm_clone.planning.plan import (
     DONE_ALREADY,
     Identity,
@@ -212,10 +210,10 @@ def _unusable(base: ImageFacts) -> Iterator[str]:
 
 def _updated(facts: Facts, image: ImageFacts, base: ImageFacts, operation: str, staged: Staged | None) -> PlannedDisk:
     """Where what has changed of a disk goes."""
-    directory = facts.destination.directories.get(posixpath.dirname(base.path))
+    directory = facts.destination.directories.get(Place.of_file(base.path).container)
     shares = directory is not None and directory.reflink
     longest = directory.longest if directory is not None else 0
-    final = _successor(base.path, operation, longest) if shares else _overlay(base.path, operation, image.target)
+    new = successor_place(base, operation, longest) if shares else overlay_place(base, operation, image.target)
     kept = staged.disks.get(image.target) if staged is not None else None
     wanted = ("", base.format) if shares else (base.path, QCOW2)
     if kept is not None and (
@@ -223,25 +221,7 @@ def _updated(facts: Facts, image: ImageFacts, base: ImageFacts, operation: str, 
     ):
         kept = None  # nothing to go on with, or it says nothing of the image as it is now
     fine = not shares and has_subclusters(facts.destination.host.qemu_img)
-    return PlannedDisk(image, kept.final if kept else final, kept, base, shares, fine)
-
-
-def _overlay(path: str, operation: str, target: str) -> str:
-    return posixpath.join(posixpath.dirname(path), f"kvm-clone-{operation}-{target}.qcow2")
-
-
-_OPERATION = re.compile(r"\.[0-9a-f]{12}$")
-
-
-def _successor(path: str, operation: str, longest: int) -> str:
-    """The path of the file that takes the place of this one: the operation's name before the extension.
-
-    The stem is cut where a file's name of at most `longest` bytes could not hold it.
-    """
-    directory, name = posixpath.split(path)
-    stem, extension = posixpath.splitext(name)
-    ending = f".{operation}{extension}"
-    return posixpath.join(directory, cut(_OPERATION.sub("", stem), longest - len(ending.encode())) + ending)
+    return PlannedDisk(image, Place.of_file(kept.final) if kept else new, kept, base, shares, fine)
 
 
 def _since(facts: Facts, name: str) -> tuple[str, str]:

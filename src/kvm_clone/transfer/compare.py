@@ -16,6 +16,7 @@ from kvm_clone.agent.digests.digest import BLOCK, SEGMENT
 from kvm_clone.agent.digests.hashing import KEY_BYTES, SHA256, SIZE
 from kvm_clone.agent.disks.disk import joined, thinned
 from kvm_clone.hosts.host import Host
+from kvm_clone.image import Image
 from kvm_clone.tasks import together
 
 Ranges = tuple[tuple[int, int], ...]
@@ -31,36 +32,54 @@ OnDone = Callable[[int], None]
 """Hears how many bytes have been compared at both ends."""
 
 
-_How = tuple[str, str]
-"""The function that both ends digest by, and a key for it in hexadecimal."""
+_Method = tuple[str, str]
+"""The function that both ends digest by, and its key in hexadecimal."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """A disk's content at one end: a path, or an NBD URI, and its format there."""
+    """An image at one of the two hosts, and what the host's agent finds out about its content.
+
+    Each call raises TransferError and its kinds.
+    """
 
     host: Host
-    path: str
-    format: str
+    image: Image
 
-    async def ask(
-        self, call: str, progress: Callable[[dict[str, Any]], None] | None, how: _How, ranges: Ranges
+    async def digests(
+        self, call: str, progress: Callable[[dict[str, Any]], None] | None, method: _Method, ranges: Ranges
     ) -> dict[int, str]:
-        """The agent's answer, by segment."""
-        pairs = [list(pair) for pair in ranges]
+        """The digests of the ranges, by segment. `call`: `digest` for whole segments, `blocks` for their blocks."""
+        path, format_ = self.image.path, self.image.format
         answer = await self.host.call(
-            call, progress, path=self.path, image_format=self.format, how=list(how), ranges=pairs
+            call, progress, path=path, image_format=format_, how=list(method), ranges=_pairs(ranges)
         )
         return dict(map(tuple, answer))
+
+    async def data_in(self, ranges: Ranges, *, own: bool = False) -> int:
+        """Bytes of content that the image has in the ranges; with `own` those of images below are not counted."""
+        path, format_ = self.image.path, self.image.format
+        return int(await self.host.call("data_in", path=path, image_format=format_, ranges=_pairs(ranges), own=own))
+
+    async def ranges_of(self, *, data: bool) -> Ranges:
+        """Where the image has data, or without `data` where it is known to be zero."""
+        path, format_ = self.image.path, self.image.format
+        answer = await self.host.call("ranges_of", path=path, image_format=format_, data=data)
+        return tuple((start, end) for start, end in answer)
+
+
+def _pairs(ranges: Ranges) -> list[list[int]]:
+    """The ranges as a message can have them."""
+    return [list(pair) for pair in ranges]
 
 
 async def differing(one: Side, other: Side, ranges: Ranges, on_done: OnDone) -> Ranges:
     """The parts of the ranges whose content differs, by whole blocks. Raises TransferError and its kinds."""
     found: list[tuple[int, int]] = []
     done = 0
-    how = await _agreed(one, other) if ranges else ("", "")
+    method = await _agreed(one, other) if ranges else ("", "")
     for window in windows(ranges):
-        more = await _in_window(one, other, how, window, lambda count, before=done: on_done(before + count))  # type: ignore[misc]
+        more = await _in_window(one, other, method, window, lambda count, before=done: on_done(before + count))  # type: ignore[misc]
         for start, end in more:
             add(found, start, end)
         done += total(window)
@@ -69,13 +88,13 @@ async def differing(one: Side, other: Side, ranges: Ranges, on_done: OnDone) -> 
     return tuple(found)
 
 
-async def _agreed(one: Side, other: Side) -> _How:
+async def _agreed(one: Side, other: Side) -> _Method:
     """The fastest function that both ends have, and a new key: what they hold was written before it."""
     ours, theirs = await together(one.host.call("digests"), other.host.call("digests"))
-    return next((method for method in ours if method in theirs), SHA256), secrets.token_hex(KEY_BYTES)
+    return next((name for name in ours if name in theirs), SHA256), secrets.token_hex(KEY_BYTES)
 
 
-async def _in_window(one: Side, other: Side, how: _How, window: Ranges, on_done: OnDone) -> list[tuple[int, int]]:
+async def _in_window(one: Side, other: Side, method: _Method, window: Ranges, on_done: OnDone) -> list[tuple[int, int]]:
     state = [0, 0]
 
     def progress_of(end: int) -> Callable[[dict[str, Any]], None]:
@@ -86,13 +105,15 @@ async def _in_window(one: Side, other: Side, how: _How, window: Ranges, on_done:
         return progress
 
     ours, theirs = await together(
-        one.ask("digest", progress_of(0), how, window), other.ask("digest", progress_of(1), how, window)
+        one.digests("digest", progress_of(0), method, window), other.digests("digest", progress_of(1), method, window)
     )
     segments = sorted(at for at in ours.keys() | theirs.keys() if ours.get(at) != theirs.get(at))
     found: list[tuple[int, int]] = []
     for first in range(0, len(segments), _ASKED):
         wanted = within_segments(window, set(segments[first : first + _ASKED]))
-        ours, theirs = await together(one.ask("blocks", None, how, wanted), other.ask("blocks", None, how, wanted))
+        ours, theirs = await together(
+            one.digests("blocks", None, method, wanted), other.digests("blocks", None, method, wanted)
+        )
         for start, end in differing_blocks(wanted, ours, theirs):
             add(found, start, end)
     return found

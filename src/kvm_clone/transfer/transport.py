@@ -24,6 +24,7 @@ from kvm_clone.hosts import payload
 from kvm_clone.hosts.children import end_process, kill_process, spawn, spawn_options
 from kvm_clone.hosts.host import Host, call_error, read_frame, read_marker
 from kvm_clone.hosts.survey import direct_ssh
+from kvm_clone.image import Image
 from kvm_clone.options import Route
 from kvm_clone.tasks import undisturbed
 
@@ -36,19 +37,15 @@ _STDERR_LIMIT = 64 * 1024
 
 
 @dataclass(frozen=True)
-class End:
-    """A disk at one end: its path, or an NBD URI, and its format there."""
-
-    path: str
-    format: str
-
-
-@dataclass(frozen=True)
 class Job:
-    """One disk's way: see agent.transfer.Job. `fresh`: the other end is known to read as zeros."""
+    """One image's content to send: see agent.transfer.Job.
 
-    source: End
-    staged: End
+    `fresh`: the staged image is known to read as zeros. `ranges`: what to send, None for everything. `durable`: the
+    byte before which everything is durable already.
+    """
+
+    source: Image
+    staged: Image
     fresh: bool = True
     ranges: tuple[tuple[int, int], ...] | None = None
     durable: int = 0
@@ -59,7 +56,7 @@ class Job:
         return {"path": self.source.path, "format": self.source.format, "fresh": self.fresh, "ranges": ranges}
 
     def receiving(self) -> dict[str, Any]:
-        """As the receiver takes it. `durable`: the byte before which everything was durable already."""
+        """As the receiver takes it."""
         return {"path": self.staged.path, "format": self.staged.format, "durable": self.durable}
 
 
