@@ -170,7 +170,7 @@ def test_the_table(row: str, retry: Retry) -> None:
         assert plan.decision == wanted
         assert plan.refusal() is None
         return
-    assert plan.decision.action is Action.STOP
+    assert plan.decision.action is Action.REFUSE
     assert [one.code for one in plan.blocking] == [wanted]
     assert plan.steps == ()
     refusal = plan.refusal()
@@ -206,7 +206,7 @@ def test_what_this_very_run_was_doing_is_continued(retry: Retry) -> None:
     under_way = replace(ATTEMPT, holder="an agent that was cut off")
     assert case(replica(FACTS), under_way).sync(retry=retry, own_operation="earlier").decision == GO_ON
     used = case(written(), ATTEMPT).sync(retry=retry, own_operation="earlier").decision
-    assert used == GO_ON if retry is Retry.FORCE else used.action is Action.STOP
+    assert used == GO_ON if retry is Retry.FORCE else used.action is Action.REFUSE
 
 
 @pytest.mark.parametrize("retry", FLAGS)
@@ -527,8 +527,8 @@ def test_from_which_checkpoint_on_changes_are_known(what: str) -> None:
     plan = replace(given, existing=existing).sync(retry=Retry.FORCE)
     assert plan.refusal() is None
     assert (plan.backup.incremental if plan.backup else "") == since
-    assert bool(plan.hint) == (not since)
-    assert reason in plan.hint
+    assert bool(plan.no_bitmap_reason) == (not since)
+    assert reason in plan.no_bitmap_reason
 
 
 def test_the_checkpoint_that_was_used_goes_after_the_commit_and_stale_ones_before_the_job() -> None:

@@ -128,7 +128,7 @@ class DomainXml:
 
 @dataclass(frozen=True)
 class Remark:
-    """What the user must hear of a definition: a code, a disk's target or the VM's name, and a sentence."""
+    """What is reported of a definition: a code, a disk's target or the VM's name, and a sentence."""
 
     code: str
     subject: str
@@ -140,7 +140,7 @@ class Unsupported(Remark):
 
 
 class HostTied(Remark):
-    """The clone may not start, or not work, on another host because of this."""
+    """The clone may not start or work on another host because of this."""
 
 
 def read_domain(xml: str) -> DomainXml:
@@ -173,7 +173,7 @@ def read_domain(xml: str) -> DomainXml:
 
 
 def unsupported(domain: DomainXml) -> tuple[Unsupported, ...]:
-    """Return every reason for which this VM cannot be cloned: what would not be copied, or copied wrong."""
+    """Return every reason why this VM cannot be cloned: something would not be copied, or copied wrong."""
     found = [
         Unsupported(
             feature.kind,
@@ -208,7 +208,7 @@ def warnings(domain: DomainXml) -> tuple[HostTied, ...]:
 
 
 def parse(xml: str) -> tuple[Document, Node, Node]:
-    """Return the document, its <domain> and that one's <name>."""
+    """Return the document, its <domain> and the <name> in that. Raises RefusedError when `xml` is no domain's."""
     document = Document(xml)
     domain = document.root
     if domain.tag != "domain":
@@ -294,7 +294,7 @@ def _connected_to(domain: Node, kind: str) -> Iterator[str]:
 
 
 def _cpu(document: Document, domain: Node) -> CpuXml | None:
-    """Return the <cpu>, with what libvirt puts for a check that is not said (qemuDomainDefCPUPostParse)."""
+    """Return the <cpu>, with libvirt's default for a missing check (qemuDomainDefCPUPostParse)."""
     cpu = domain.find("cpu")
     if cpu is None:
         return None

@@ -31,7 +31,7 @@ class Change:
 
     `new_macs` has one entry for each of `DomainXml.macs`, in the same order. `disk_paths` maps a disk's
     target ("vda") to the file it gets, `disk_formats` to that one's format where it is not the source's, and
-    `disk_bases` to the image that it rests on. `new_genid` takes the place of a generation ID, where there is one.
+    `disk_bases` to the image that it rests on. `new_genid` replaces a generation ID, where there is one.
     `host_paths`: new paths of logs and sockets by their old ones. `pending`: what the commit leaves to be done.
     """
 
@@ -101,14 +101,14 @@ def _set_macs(document: Document, domain: Node, new: tuple[str, ...]) -> None:
 
 
 def _set_genid(document: Document, domain: Node, new: str) -> None:
-    """Give the guest a new generation, by which it knows that it is a copy; libvirt fills an empty element itself."""
+    """Give the guest a new generation ID, which shows it that it is a copy; libvirt fills an empty element itself."""
     genid = domain.find("genid")
     if genid and genid.text.strip():
         document.set_text(genid, new)
 
 
 def _set_host_paths(document: Document, domain: Node, new: Mapping[str, str]) -> None:
-    """Give the VM's own logs and sockets their new paths, wherever in the definition they are named."""
+    """Give the VM's own logs and sockets their new paths, wherever the definition names them."""
     for place in places(domain) if new else ():
         if place.reference.is_renamed and place.reference.value in new:
             if place.attribute is None:
@@ -160,7 +160,7 @@ def _set_format(document: Document, disk: Node, source: Node, format_: str) -> N
 
 
 def _set_base(document: Document, disk: Node, source: Node, base: Image | None) -> None:
-    """Say what the disk's image rests on. What was said of it before, which may be that it rests on nothing, goes."""
+    """Write what the disk's image rests on, in place of what the definition says of it, if anything."""
     for node in disk.children:
         if node.tag == "backingStore":
             document.replace(node, "")

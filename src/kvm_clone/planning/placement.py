@@ -1,4 +1,4 @@
-"""Where each disk of a clone goes. Pure."""
+"""Where each disk of a clone lands. Pure: the only module of planning that chooses directories and names."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from kvm_clone.planning.file_names import UNKEPT, cut, file_name, home_of, lengt
 
 @dataclass(frozen=True)
 class PlannedDisk:
-    """One disk to copy and the file it becomes; `staged` is what an interrupted attempt has of it.
+    """One disk to copy and the file that it becomes: an Asset.
 
-    `base`: the replica's image that is brought up to date; the file is then an overlay on it, until it is merged, or
-    with `shares` a copy that shares its blocks and takes its place. `fine`: the overlay has subclusters of 2 KiB.
+    `staged`: what an interrupted attempt has of it. `base`: the replica's image that is brought up to date. The file
+    is then an overlay on it until both are merged, or with `shares` a copy that shares its blocks and succeeds it.
+    `fine`: the overlay has subclusters of 2 KiB.
     """
 
     image: ImageFacts
@@ -40,7 +41,7 @@ class PlannedDisk:
 
     @property
     def options(self) -> dict[str, str]:
-        """What `qemu-img create -o` is told of the file: as at the source, of an overlay what fits it."""
+        """The options of `qemu-img create -o`: the source image's own, or those of an overlay."""
         if self.base is None:
             return dict(self.image.options)
         return {"extended_l2": "on"} if self.fine else {}
@@ -54,7 +55,7 @@ class PlannedDisk:
 
     @property
     def below(self) -> ImageFacts | None:
-        """The image that the file is an overlay on."""
+        """The image that the file is an overlay on, None for a file that is none."""
         return None if self.shares else self.base
 
     @property
@@ -121,9 +122,9 @@ class Names:
 def place(
     facts: Facts, options: Options, names: Names, staged: Staged | None, images: tuple[ImageFacts, ...] | None = None
 ) -> tuple[tuple[PlannedDisk, ...], tuple[Finding, ...]]:
-    """Where each disk goes: a directory, and in it a name that nothing has; or where an interrupted attempt put it.
+    """Return each disk with its place: a free name in a directory, or where an interrupted attempt put it.
 
-    `images`: those of the source that become files of their own, None for all.
+    `images`: the source's images that become files of their own, None for all.
     """
     placed: list[PlannedDisk] = []
     findings: list[Finding] = []
@@ -146,7 +147,7 @@ def place(
 
 
 def _is_same(kept: StagedDisk, image: ImageFacts) -> bool:
-    """Whether a staged file can become this disk as it is now."""
+    """Whether a staged file can become this disk as the source has it now."""
     return not kept.backing and (kept.size, kept.format) == (image.virtual_size, image.format)
 
 
@@ -196,12 +197,13 @@ def _pool_finding(host: str, name: str, pool: domain_facts.Pool | None, known: l
 
 
 def _free_place(directory: Directory, image: ImageFacts, names: Names, taken: set[str]) -> Place:
-    """The source's file name where it is free, with the VM's new name for the old; else one with the disk's target.
+    """Return the place with the source's file name, the VM's new name in it for the old one.
 
-    Where not every name that is there is known, one with the operation's, which nobody has.
+    Where that name is taken, the disk's target is added to it; where not every name that is there is known, the target
+    and the operation's name, which nobody else has.
     """
     stem, extension = stem_of(image.path, names.old, names.new)
-    # Names end up in paths that people type: a VM's name may hold what they would have to quote.
+    # People type these paths: an ending has nothing in it that would have to be quoted.
     endings = ["", f"-{image.target}"]
     endings += [f"-{image.target}-{number}" for number in range(1, len(directory.names) + len(taken) + 2)]
     there = {directory.same(posixpath.join(directory.path, file)) for file in directory.names}
@@ -214,7 +216,7 @@ def _free_place(directory: Directory, image: ImageFacts, names: Names, taken: se
 
 
 def stage_directory(facts: Facts, options: Options, disks: tuple[PlannedDisk, ...], staged: Staged | None) -> str:
-    """Where the journal lies: beside the first disk; for a VM without disks, where its disks would be."""
+    """Return the journal's directory: the first disk's; for a VM without disks the one where a disk would land."""
     if staged is not None:
         return staged.directory
     if disks:

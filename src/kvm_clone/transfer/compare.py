@@ -1,7 +1,7 @@
-"""Where the contents of two disks on two hosts differ: segments first, then the blocks of those that do.
+"""Find where two images on two hosts differ: the segments that differ first, then the blocks of these.
 
-The disks are compared a window at a time, so that memory and traffic stay flat for disks of any size, and so that the
-agents still remember the blocks of a window when they are asked for: everything is read once.
+The images are compared a window at a time. Memory and traffic are bounded for images of any size, and the agents still
+have the blocks of a window when they are asked for them: everything is read once.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from kvm_clone.image import Image
 from kvm_clone.tasks import together
 
 Ranges = tuple[tuple[int, int], ...]
-"""[start, end) pairs in bytes, in order and apart."""
+"""[start, end) pairs in bytes, in ascending order and without overlap."""
 
 _WINDOW = 256 * SEGMENT
 """Bytes compared at a time: 16 GiB, whose blocks' digests take 4 MiB at each end."""
 
 _ASKED = 64
-"""Segments whose blocks are asked for in one call: an answer of less than 2 MiB."""
+"""Segments whose blocks one call asks for: the answer takes less than 2 MiB."""
 
 OnDone = Callable[[int], None]
-"""Hears how many bytes have been compared at both ends."""
+"""Receives how many bytes have been compared on both hosts."""
 
 
 _Method = tuple[str, str]
-"""The function that both ends digest by, and its key in hexadecimal."""
+"""The digest function that both hosts use, and its key in hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _pairs(ranges: Ranges) -> list[list[int]]:
 
 
 async def differing(one: Side, other: Side, ranges: Ranges, on_done: OnDone) -> Ranges:
-    """The parts of the ranges whose content differs, by whole blocks. Raises TransferError and its kinds."""
+    """Return the parts of the ranges whose content differs, as whole blocks. Raises TransferError and its kinds."""
     found: list[tuple[int, int]] = []
     done = 0
     method = await _agreed(one, other) if ranges else ("", "")
@@ -89,7 +89,7 @@ async def differing(one: Side, other: Side, ranges: Ranges, on_done: OnDone) -> 
 
 
 async def _agreed(one: Side, other: Side) -> _Method:
-    """The fastest function that both ends have, and a new key: what they hold was written before it."""
+    """Return the fastest digest function that both hosts have, and a new key that no content was chosen for."""
     ours, theirs = await together(one.host.call("digests"), other.host.call("digests"))
     return next((name for name in ours if name in theirs), SHA256), secrets.token_hex(KEY_BYTES)
 
@@ -120,7 +120,7 @@ async def _in_window(one: Side, other: Side, method: _Method, window: Ranges, on
 
 
 def differing_blocks(ranges: Ranges, ours: dict[int, str], theirs: dict[int, str]) -> Iterator[tuple[int, int]]:
-    """The blocks of the ranges, none of which crosses segments, whose digests differ.
+    """Yield the blocks whose digests differ, of ranges that each lie in one segment.
 
     `ours`, `theirs`: by segment, the digests of the blocks that the ranges have in it, joined, in base64.
     """
@@ -137,7 +137,7 @@ def differing_blocks(ranges: Ranges, ours: dict[int, str], theirs: dict[int, str
 
 
 def windows(ranges: Ranges) -> Iterator[Ranges]:
-    """The ranges cut at segments' borders into lists that each span at most a window."""
+    """Yield the ranges in lists that each span at most a window, cut at the borders of segments."""
     window: list[tuple[int, int]] = []
     for start, end in ranges:
         while start < end:
@@ -153,7 +153,7 @@ def windows(ranges: Ranges) -> Iterator[Ranges]:
 
 
 def within_segments(ranges: Ranges, segments: set[int]) -> Ranges:
-    """The parts of the ranges that lie in these segments, cut at the segments' borders."""
+    """Return the parts of the ranges that lie in these segments, cut at the borders of segments."""
     return tuple(
         (max(at, start), min(at + SEGMENT, end))
         for start, end in ranges
@@ -171,23 +171,23 @@ def add(found: list[tuple[int, int]], start: int, end: int) -> None:
 
 
 def aligned(ranges: Sequence[Sequence[int]], size: int) -> Ranges:
-    """The ranges widened to whole blocks of a disk of `size` bytes, and joined where they then touch."""
+    """Return the ranges widened to whole blocks of a disk of `size` bytes, joined where they touch."""
     widened = ((start - start % BLOCK, min(size, -(-end // BLOCK) * BLOCK)) for start, end in ranges)
     return tuple(thinned(joined((low, high) for low, high in widened if low < high), BLOCK))
 
 
 def total(ranges: Sequence[Sequence[int]]) -> int:
-    """Bytes in the ranges."""
+    """Return how many bytes the ranges have."""
     return sum(end - start for start, end in ranges)
 
 
 def union(one: Ranges, other: Ranges) -> Ranges:
-    """Both, which are cut at blocks, joined where they touch."""
+    """Return the ranges of both, joined where they touch."""
     return tuple(joined(sorted((*one, *other))))
 
 
 def common(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> Ranges:
-    """The parts that both have; each is in order and apart."""
+    """Return the parts that both have."""
     found: list[tuple[int, int]] = []
     ours, theirs = iter(one), iter(other)
     a, b = next(ours, None), next(theirs, None)

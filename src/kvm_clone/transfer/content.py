@@ -1,4 +1,4 @@
-"""The disks' content: copied, compared, resumed and proven."""
+"""Copy, compare, resume and prove the content of assets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether there is room for what a sync is about to send, once the comparison has told how much that is."""
+"""Check that there is room for what a sync is about to send, once the comparison has found out how much."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Update:
 
 
 async def check(source: Host, destination: Host, updates: Sequence[Update]) -> None:
-    """Raises RefusedError when the overlays, and then the images below, have no room for what is to be sent.
+    """Raise RefusedError when the overlays, and then the images below, have no room for what is to be sent.
 
-    What is merged after the commit must not be what fills the disk.
+    The merge after the commit must not run out of room.
     """
     by_container: dict[str, list[Update]] = {}
     for update in updates:
@@ -36,7 +36,7 @@ async def check(source: Host, destination: Host, updates: Sequence[Update]) -> N
     for container, those in by_container.items():
         free = int(await destination.call("free", path=container))
         if with_margin(2 * sum(total(one.ranges) for one in those)) <= free:
-            continue  # also if all of it is content, and new in the overlay and below
+            continue  # enough even if all of it is content, and new in the overlay and below
         needed = with_margin(sum(await together(*(_needed(source, destination, one) for one in those))))
         if needed > free:
             raise RefusedError(
@@ -48,17 +48,17 @@ async def check(source: Host, destination: Host, updates: Sequence[Update]) -> N
 
 
 async def _needed(source: Host, destination: Host, update: Update) -> int:
-    """Bytes: what the staged file does not hold yet, and what the image below it does not."""
+    """Return how many bytes the staged image and the image below it still need."""
     asset, ranges = update.asset, update.ranges
     sent = await Side(source, update.source).data_in(ranges)
     if asset.below is None:
-        return sent  # it shares its blocks with an image that stays: what is written is new
+        return sent  # it shares blocks with an image that stays: every write takes new ones
     held: int
     below: int
     held, below = await together(
         Side(destination, update.staged).data_in(ranges, own=True),
         Side(destination, asset.below).data_in(ranges),
     )
-    # Without subclusters an overlay takes whole ones, which the ranges are.
+    # Without subclusters an overlay takes whole clusters, as the ranges are.
     file = sent if asset.fine else total(ranges)
     return max(0, file - held) + max(0, sent - below)
