@@ -262,7 +262,7 @@ def _result(plan: Plan, outcome: Outcome, request: Request, seconds: float) -> R
         frozen_seconds=taken.frozen,
         scratch_bytes=taken.scratch,
         checkpoint=taken.checkpoint,
-        hint=taken.hint or plan.hint,
+        hint=taken.hint or plan.no_bitmap_reason,
         seconds=seconds,
         copy_seconds=totals.copy_seconds,
         prove_seconds=totals.prove_seconds,

@@ -18,9 +18,10 @@ from kvm_clone.hosts import payload
 from kvm_clone.hosts.agent_errors import AgentCallError
 from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.ssh import SshOptions, parse_address
+from kvm_clone.image import Image
 from kvm_clone.options import Route, TransferOptions
 from kvm_clone.transfer import transport
-from kvm_clone.transfer.transport import End, Job, Orders, Stream
+from kvm_clone.transfer.transport import Job, Orders, Stream
 
 from .test_lies import altered
 from .tools import MIB, eventually, make_raw, noise, processes
@@ -32,8 +33,8 @@ pytestmark = pytest.mark.timeout(90)
 async def stream(directory: Path) -> AsyncIterator[tuple[Stream, Orders]]:
     """A relayed stream within this machine, and an order for it."""
     size = 4 * MIB
-    source = End(str(make_raw(directory / "from", size, [(0, noise(size))])), "raw")
-    staged = End(str(make_raw(directory / "to", size)), "raw")
+    source = Image(str(make_raw(directory / "from", size, [(0, noise(size))])), "raw")
+    staged = Image(str(make_raw(directory / "to", size)), "raw")
     host = Host(parse_address("localhost"), SshOptions(), directory, interactive=False)
     async with transport.opened(host, host, Route.RELAY) as opened:
         yield opened, Orders("", [Job(source, staged)], TransferOptions(parallel=1))

@@ -143,7 +143,9 @@ class Case:
         )
 
     def _image(self, disk: DiskXml) -> ImageFacts:
-        plain = ImageFacts(disk.target, disk.path or "", disk.format, virtual_size=GIB, data=1 << 20, fingerprint="1:2")
+        plain = ImageFacts(
+            disk.path or "", disk.format, target=disk.target, virtual_size=GIB, data=1 << 20, fingerprint="1:2"
+        )
         return replace(plain, **self.image)
 
     def plan(self, own_operation: str | None = None) -> Plan:
@@ -210,7 +212,13 @@ def mark_of(facts: Facts, operation: str = "earlier", **changes: Any) -> Provena
 
 
 REPLICA_IMAGE = ImageFacts(
-    "vda", f"{IMAGES}/replica.qcow2", "qcow2", virtual_size=GIB, allocated=1 << 20, mode=0o640, fingerprint="1:2:3:4:5"
+    f"{IMAGES}/replica.qcow2",
+    "qcow2",
+    target="vda",
+    virtual_size=GIB,
+    allocated=1 << 20,
+    mode=0o640,
+    fingerprint="1:2:3:4:5",
 )
 """What the replica's disk is before a sync."""
 

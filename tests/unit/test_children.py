@@ -23,7 +23,7 @@ from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.survey import find_route
 from kvm_clone.options import CloneOptions, Route, TransferOptions
 from kvm_clone.transfer import transport
-from kvm_clone.transfer.content import Content, Prepared
+from kvm_clone.transfer.content import Content, PreparedStream
 
 pytestmark = pytest.mark.sampled
 
@@ -372,7 +372,7 @@ def test_a_stream_that_was_prepared_is_closed_whoever_is_stopped(
                     await cancelled(content.close, steps=1, times=2)
                 else:
                     prepared = waiting.result()
-                    assert isinstance(prepared, Prepared)
+                    assert isinstance(prepared, PreparedStream)
                     await cancelled(prepared.close, steps=1, times=2)
                 assert set(children()) == before
 

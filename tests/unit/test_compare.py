@@ -1,4 +1,4 @@
-"""comparison.py against naive definitions, byte by byte, over small disks."""
+"""compare.py against naive definitions, byte by byte, over small disks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from kvm_clone.agent.disks import disk as agent_disk
 from kvm_clone.hosts.agent_client import AgentClient
 from kvm_clone.hosts.host import Host
+from kvm_clone.image import Image
 from kvm_clone.transfer import compare
 from kvm_clone.transfer.compare import Ranges
 
@@ -198,7 +199,7 @@ class Agent:
 
     @property
     def side(self) -> compare.Side:
-        return compare.Side(cast(Host, self), "/disk", "raw")
+        return compare.Side(cast(Host, self), Image("/disk", "raw"))
 
 
 def compared(one: Agent, other: Agent, ranges: Ranges) -> tuple[Ranges, list[int]]:

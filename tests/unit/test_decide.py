@@ -129,7 +129,7 @@ ROWS: dict[str, tuple[Case, tuple[Decision | str, ...]]] = {
 
 def found(decision: Decision) -> Decision | str:
     """A decision as the table has it."""
-    return decision.finding.code if decision.action is Action.STOP and decision.finding else decision
+    return decision.finding.code if decision.action is Action.REFUSE and decision.finding else decision
 
 
 @pytest.mark.parametrize("retry", FLAGS)
@@ -178,8 +178,8 @@ def test_nothing_but_force_touches_a_vm_that_is_not_shut_off(state: str, attempt
     facts = Case(existing=existing(state=state), staged=attempt).facts()
     for retry in FLAGS:
         decision = decide(facts, retry, "web")
-        assert (decision.action is Action.STOP) != (retry in (Retry.FORCE, Retry.CLEANUP_EXISTING))
-        assert decision.action is Action.STOP or decision.stop
+        assert (decision.action is Action.REFUSE) != (retry in (Retry.FORCE, Retry.CLEANUP_EXISTING))
+        assert decision.action is Action.REFUSE or decision.stop
 
 
 @pytest.mark.parametrize(

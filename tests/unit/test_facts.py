@@ -100,9 +100,9 @@ def test_what_is_known_of_a_plain_image(tmp_path: Path) -> None:
     image = known(path)
     about = path.stat()
     assert image == ImageFacts(
-        "vda",
         str(path),
         "qcow2",
+        target="vda",
         virtual_size=SIZE,
         allocated=about.st_blocks * 512,
         data=192 << 10,
@@ -160,7 +160,7 @@ def test_a_corrupt_image(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     image = known(tmp_path / "missing.qcow2")
-    assert image == ImageFacts("vda", f"{tmp_path}/missing.qcow2", "qcow2", error="No such file or directory")
+    assert image == ImageFacts(f"{tmp_path}/missing.qcow2", "qcow2", target="vda", error="No such file or directory")
 
 
 def test_a_file_of_another_format(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_device(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("answer", "in_use"), [({}, False), ({"in_use": True}, True), ({"in_use": False}, False)])
 def test_an_error_says_whether_the_image_is_in_use(answer: dict[str, Any], in_use: bool) -> None:
     image = image_facts("vda", "/a", "raw", {"error": "locked", **answer})
-    assert image == ImageFacts("vda", "/a", "raw", error="locked", in_use=in_use)
+    assert image == ImageFacts("/a", "raw", target="vda", error="locked", in_use=in_use)
 
 
 def test_host_facts() -> None:

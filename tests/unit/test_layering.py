@@ -61,7 +61,9 @@ def test_nothing_imports_the_command_line() -> None:
     assert not [(name, target) for name, target in found if not within(name, "kvm_clone.cli")]
 
 
-BASE = frozenset({"errors", "findings", "options", "progress", "socket_directory", "tasks", "units", "version"})
+BASE = frozenset(
+    {"errors", "findings", "image", "options", "progress", "socket_directory", "tasks", "units", "version"}
+)
 """Single modules that every floor may import."""
 
 FLOORS: dict[str, frozenset[str]] = {
@@ -101,11 +103,25 @@ def test_every_package_has_a_floor() -> None:
     assert packages - {"cli"} == FLOORS.keys() - {"client", "results"}
 
 
-def test_hosts_know_nothing_of_plans() -> None:
+KNOWN_OF_PLANNING: dict[str, frozenset[str]] = {
+    "hosts": frozenset(PLAIN_FACTS),
+    "transfer": frozenset({"assets", "storage"}),
+}
+"""What of planning these packages may know: hosts the facts, a transfer the assets that it moves; neither a plan."""
+
+
+@pytest.mark.parametrize("package", KNOWN_OF_PLANNING)
+def test_hosts_and_transfer_know_nothing_of_plans(package: str) -> None:
     found = {
-        target.split(".")[2] for name, target in imports_of() if floor(name) == "hosts" and floor(target) == "planning"
+        target.split(".")[2] for name, target in imports_of() if floor(name) == package and floor(target) == "planning"
     }
-    assert found <= {*PLAIN_FACTS}
+    assert found <= KNOWN_OF_PLANNING[package]
+
+
+def test_steps_know_no_kind_of_asset() -> None:
+    found = {target for name, target in imports_of() if name == "kvm_clone.planning.steps"}
+    assert "kvm_clone.planning.assets.Asset" in found
+    assert not {target for target in found if within(target, "kvm_clone.planning.placement")}
 
 
 @pytest.mark.parametrize(

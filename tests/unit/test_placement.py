@@ -69,7 +69,7 @@ def test_every_name_that_a_disk_may_get_was_asked_for(
     for number, path in enumerate(paths * (20 if crowded else 1)):
         here = replace(directory, names=frozenset(map(posixpath.basename, found)), **where)
         facts = replace(Case().facts().destination, directories={IMAGES: here})
-        image = ImageFacts(f"vd{number}", path, "raw")
+        image = ImageFacts(path, "raw", target=f"vd{number}")
         source = replace(Case().facts(), destination=facts)
         placed, _ = place(source, options(pool="default"), names, None, (image,))
         found += [disk.final for disk in placed]

@@ -1026,8 +1026,8 @@ def test_every_step_can_be_told() -> None:
     disks = Case().plan().disks
     given: dict[str, tuple[object, ...]] = {
         "tuple[str, ...]": ((), ("/a", "/b")),
-        "tuple[PlannedDisk, ...]": ((), disks),
-        "PlannedDisk": disks,
+        "tuple[Asset, ...]": ((), disks),
+        "Asset": disks,
         "BackupJob": (backup, replace(backup, incremental="kvm-clone.x")),
         "Quiesce": tuple(Quiesce),
         "Verify": tuple(Verify),

@@ -7,9 +7,10 @@ from cases import OTHER_UUID, UUID, domain_xml
 
 from kvm_clone.definition.domain_xml import read_domain, unsupported
 from kvm_clone.definition.marks import NAMESPACE, SEAL_NAMESPACE, Provenance, read_provenance, read_seal
-from kvm_clone.definition.rewrite import Base, Change, merge_down, rewrite
+from kvm_clone.definition.rewrite import Change, merge_down, rewrite
 from kvm_clone.definition.spans import Document, Node
 from kvm_clone.errors import RefusedError
+from kvm_clone.image import Image
 
 MARK = Provenance("0f", OTHER_UUID, "kc-a", UUID, "web", "f", "1", "t", True)
 AWKWARD = '/pool\'s "own" & <other>/a b.qcow2'
@@ -24,7 +25,7 @@ def xml_of(*disks: str) -> str:
     return domain_xml("\n    ".join(disks)).replace("NAME", "web")
 
 
-def onto_overlay(xml: str, base: Base, overlay: str = "/o.qcow2", target: str = "vda") -> str:
+def onto_overlay(xml: str, base: Image, overlay: str = "/o.qcow2", target: str = "vda") -> str:
     change = Change(
         "web", MARK, disk_paths={target: overlay}, disk_formats={target: "qcow2"}, disk_bases={target: base}
     )
@@ -68,14 +69,14 @@ STORES = {
 @pytest.mark.parametrize("base_format", ["raw", "qcow2"])
 def test_onto_an_overlay_and_back(driver: str, store: str, base_format: str) -> None:
     source = xml_of(disk(DRIVERS[driver] + SOURCE + STORES[store]), disk("<source file='/b.img'/>", "vdb"))
-    overlaid = onto_overlay(source, Base(AWKWARD, base_format))
+    overlaid = onto_overlay(source, Image(AWKWARD, base_format))
     vda, vdb = disks_of(overlaid)
     assert chain_of(vda) == [("qcow2", "/o.qcow2"), (base_format, AWKWARD)]
     assert chain_of(vdb) == [(None, "/b.img")]
     assert read_domain(overlaid).disks[0].format == "qcow2"
     assert [one.code for one in unsupported(read_domain(overlaid))] == ["disk-backing"]
 
-    merged = merge_down(overlaid, {"/o.qcow2": Base(AWKWARD, base_format)})
+    merged = merge_down(overlaid, {"/o.qcow2": Image(AWKWARD, base_format)})
     vda, vdb = disks_of(merged)
     assert chain_of(vda) == [(base_format, AWKWARD)]
     assert [child for child in vda.children if child.tag == "backingStore"] == []
@@ -88,7 +89,7 @@ def test_onto_an_overlay_and_back(driver: str, store: str, base_format: str) -> 
 def test_what_else_the_driver_says_stays(driver: str) -> None:
     source = xml_of(disk(DRIVERS[driver] + SOURCE))
     said = {key: value for key, value in disks_of(source)[0].find_attributes("driver").items() if key != "type"}
-    merged = merge_down(onto_overlay(source, Base("/b.raw", "raw")), {"/o.qcow2": Base("/b.raw", "raw")})
+    merged = merge_down(onto_overlay(source, Image("/b.raw", "raw")), {"/o.qcow2": Image("/b.raw", "raw")})
     assert {key: value for key, value in disks_of(merged)[0].find_attributes("driver").items() if key != "type"} == (
         said or {"name": "qemu"}
     )
@@ -100,8 +101,8 @@ def test_everything_else_stays_byte_for_byte() -> None:
         disk(DRIVERS["qcow2"] + SOURCE + "<address  type='pci'\tslot=\"0x04\" />"),
         "<x:y xmlns:x='urn:x'>&amp;<![CDATA[<disk>]]></x:y>",
     )
-    overlaid = onto_overlay(source, Base("/a.img", "qcow2"), overlay="/a.img.overlay")
-    merged = merge_down(overlaid, {"/a.img.overlay": Base("/a.img", "qcow2")})
+    overlaid = onto_overlay(source, Image("/a.img", "qcow2"), overlay="/a.img.overlay")
+    merged = merge_down(overlaid, {"/a.img.overlay": Image("/a.img", "qcow2")})
     plain = rewrite(source, Change("web", MARK))
     assert merged == plain
 
@@ -109,12 +110,12 @@ def test_everything_else_stays_byte_for_byte() -> None:
 def test_merge_down_without_overlays_changes_nothing() -> None:
     source = xml_of(disk(DRIVERS["qcow2"] + SOURCE + STORES["the end"]))
     assert merge_down(source, {}) == source
-    assert merge_down(source, {"/elsewhere": Base("/b", "raw")}) == source
+    assert merge_down(source, {"/elsewhere": Image("/b", "raw")}) == source
 
 
 def test_merge_down_of_paths_that_xml_has_to_escape() -> None:
     source = xml_of(disk(f'{DRIVERS["qcow2"]}<source file="{ESCAPED}"/>{STORES["an image"]}'))
-    merged = merge_down(source, {AWKWARD: Base("/new & old.raw", "raw")})
+    merged = merge_down(source, {AWKWARD: Image("/new & old.raw", "raw")})
     assert chain_of(disks_of(merged)[0]) == [("raw", "/new & old.raw")]
     assert "/new &amp; old.raw" in merged
 
@@ -127,7 +128,7 @@ def test_merge_down_knows_each_disk_by_its_file() -> None:
         "<disk type='file' device='cdrom'><target dev='sda'/></disk>",
         "<disk type='block' device='disk'><source dev='/dev/x'/><target dev='vdd'/></disk>",
     )
-    merged = merge_down(source, {"/o2": Base("/b2", "qcow2"), "/o1": Base("/b1", "raw")})
+    merged = merge_down(source, {"/o2": Image("/b2", "qcow2"), "/o1": Image("/b1", "raw")})
     assert [one.find_attributes("source").get("file") for one in disks_of(merged)] == ["/b1", "/b2", "/o3", None, None]
     assert [one.find_attributes("driver").get("type") for one in disks_of(merged)[:3]] == ["raw", "qcow2", None]
 
@@ -144,7 +145,7 @@ def test_new_disks_and_overlays_side_by_side() -> None:
         MARK,
         disk_paths={"vda": "/o", "vdb": "/new.qcow2"},
         disk_formats={"vda": "qcow2"},
-        disk_bases={"vda": Base("/base.raw", "raw")},
+        disk_bases={"vda": Image("/base.raw", "raw")},
     )
     vda, vdb = disks_of(rewrite(source, change))
     assert chain_of(vda) == [("qcow2", "/o"), ("raw", "/base.raw")]

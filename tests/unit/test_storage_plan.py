@@ -23,6 +23,7 @@ from cases import (
 
 from kvm_clone.findings import Severity
 from kvm_clone.options import Retry
+from kvm_clone.planning.assets import Place
 from kvm_clone.planning.decide import SYNC
 from kvm_clone.planning.domain_facts import Pool
 from kvm_clone.planning.facts import Directory, FilesystemAbilities, ImageFacts
@@ -156,7 +157,7 @@ def test_each_filesystem_is_counted_for_itself() -> None:
 
 # How much will be written.
 
-IMAGE = ImageFacts("vda", f"{IMAGES}/web", "qcow2", virtual_size=1000, allocated=1, data=400)
+IMAGE = ImageFacts(f"{IMAGES}/web", "qcow2", target="vda", virtual_size=1000, allocated=1, data=400)
 RAW = replace(IMAGE, format="raw")
 COMPRESSED = replace(IMAGE, stored=150)
 BASE = replace(IMAGE, path=f"{IMAGES}/replica", data=300)
@@ -165,7 +166,7 @@ KEPT = staged_disk(data=250, allocated=260, durable=100)
 
 
 def planned(image: ImageFacts, **how: Any) -> PlannedDisk:
-    return PlannedDisk(image, f"{IMAGES}/final", **how)
+    return PlannedDisk(image, Place(IMAGES, "final"), **how)
 
 
 ROOM: dict[str, tuple[PlannedDisk, int, int]] = {

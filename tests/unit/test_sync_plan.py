@@ -33,6 +33,7 @@ from kvm_clone.hosts.domains import STATES
 from kvm_clone.options import CloneOptions, Retry, Route, SyncOptions, Verify
 from kvm_clone.planning import live_checks as running_source
 from kvm_clone.planning import steps, sync
+from kvm_clone.planning.assets import Place
 from kvm_clone.planning.decide import SYNC, Action, Decision
 from kvm_clone.planning.facts import Directory, Existing, ImageFacts, RouteFacts, Staged, StagedDisk
 from kvm_clone.planning.placement import PlannedDisk
@@ -169,7 +170,7 @@ def test_the_table(row: str, retry: Retry) -> None:
         assert plan.decision == wanted
         assert plan.refusal() is None
         return
-    assert plan.decision.action is Action.STOP
+    assert plan.decision.action is Action.REFUSE
     assert [one.code for one in plan.blocking] == [wanted]
     assert plan.steps == ()
     refusal = plan.refusal()
@@ -205,7 +206,7 @@ def test_what_this_very_run_was_doing_is_continued(retry: Retry) -> None:
     under_way = replace(ATTEMPT, holder="an agent that was cut off")
     assert case(replica(FACTS), under_way).sync(retry=retry, own_operation="earlier").decision == GO_ON
     used = case(written(), ATTEMPT).sync(retry=retry, own_operation="earlier").decision
-    assert used == GO_ON if retry is Retry.FORCE else used.action is Action.STOP
+    assert used == GO_ON if retry is Retry.FORCE else used.action is Action.REFUSE
 
 
 @pytest.mark.parametrize("retry", FLAGS)
@@ -394,7 +395,9 @@ def test_what_an_attempt_has_of_an_overlay(kept: StagedDisk, used: bool) -> None
     operation = "earlier"
     assert plan.identity.operation == operation
     final = kept.final if used else f"{IMAGES}/kvm-clone-{operation}-vda.qcow2"
-    assert plan.disks == (PlannedDisk(FACTS.source.images[0], final, kept if used else None, REPLICA_IMAGE, fine=True),)
+    assert plan.disks == (
+        PlannedDisk(FACTS.source.images[0], Place.of_file(final), kept if used else None, REPLICA_IMAGE, fine=True),
+    )
 
 
 def test_an_overlay_that_is_kept_cannot_become_a_whole_disk() -> None:
@@ -524,8 +527,8 @@ def test_from_which_checkpoint_on_changes_are_known(what: str) -> None:
     plan = replace(given, existing=existing).sync(retry=Retry.FORCE)
     assert plan.refusal() is None
     assert (plan.backup.incremental if plan.backup else "") == since
-    assert bool(plan.hint) == (not since)
-    assert reason in plan.hint
+    assert bool(plan.no_bitmap_reason) == (not since)
+    assert reason in plan.no_bitmap_reason
 
 
 def test_the_checkpoint_that_was_used_goes_after_the_commit_and_stale_ones_before_the_job() -> None:

@@ -26,7 +26,7 @@ _PATH = re.compile(r"""/(?:[^,\s"']|,,)+""")
 
 @dataclass(frozen=True)
 class Owner:
-    """The VM that names something; one without UUID is libvirt itself."""
+    """The VM that names something. One without UUID stands for libvirt itself."""
 
     name: str
     uuid: str = ""
@@ -37,7 +37,7 @@ class Owner:
 
 @dataclass(frozen=True)
 class Claim:
-    """A file, an image with what it rests on, or a directory that a VM names; see agent.uses. `by`: whose it is."""
+    """A file, an image with what it rests on, or a directory that a VM names; see agent.host.uses. `by`: the VM."""
 
     by: Owner
     kind: str
@@ -45,13 +45,13 @@ class Claim:
     format: str = ""
 
     def as_list(self) -> list[str]:
-        """As the agent takes it."""
+        """Return the claim as the agent takes it."""
         return [str(self.by), self.kind, self.path, self.format]
 
 
 @dataclass(frozen=True)
 class VolumeClaim:
-    """An image that a VM names by a storage pool and its volume: libvirt there knows where it lies."""
+    """An image that a VM names by a storage pool and a volume: the host's libvirt resolves it to a path."""
 
     by: Owner
     pool: str
@@ -60,7 +60,7 @@ class VolumeClaim:
 
 
 def claims_of(xml: str, by: Owner) -> Iterator[Claim | VolumeClaim]:
-    """Everything that the XML of a domain, a snapshot or a saved state names.
+    """Yield everything that the XML of a domain, a snapshot or a saved state names.
 
     Raises RefusedError when the XML is malformed.
     """
@@ -70,7 +70,7 @@ def claims_of(xml: str, by: Owner) -> Iterator[Claim | VolumeClaim]:
 def _below(node: Node, by: Owner) -> Iterator[Claim | VolumeClaim]:
     for child in node.children:
         if child.tag == "metadata" and node.tag in ("domain", "inactiveDomain"):
-            continue  # other tools' own words
+            continue  # belongs to other tools
         if child.tag == "disk":
             yield from _disk(child, by)
         elif child.tag == "filesystem":
@@ -90,7 +90,7 @@ def _disk(disk: Node, by: Owner) -> Iterator[Claim | VolumeClaim]:
 
 
 def _layer(layer: Node, kind: str, format_: str, by: Owner) -> Iterator[Claim | VolumeClaim]:
-    """One image of a disk, and those that the definition names below it or beside it."""
+    """Yield one image of a disk, and those that the definition names below it or beside it."""
     source = layer.find("source")
     if source is not None:
         yield from _source(source, kind, format_, by)
@@ -121,7 +121,7 @@ def _source(source: Node, kind: str, format_: str, by: Owner) -> Iterator[Claim 
 
 
 def _filesystem(node: Node, by: Owner) -> Iterator[Claim | VolumeClaim]:
-    """A directory of the host that the guest may use whole."""
+    """Yield a directory of the host that is shared with the guest as a whole."""
     shared = node.find_attributes("source").get("dir")
     if shared:
         yield Claim(by, uses.TREE, shared)
@@ -131,14 +131,14 @@ def _filesystem(node: Node, by: Owner) -> Iterator[Claim | VolumeClaim]:
 
 
 def _paths(node: Node, by: Owner) -> Iterator[Claim]:
-    """The absolute paths in an element's attributes and text."""
+    """Yield the absolute paths in an element's attributes and text."""
     for text in (*node.attributes.values(), node.text.strip()):
         if text.startswith("/"):
             yield Claim(by, uses.FILE, text)
 
 
 def _foreign(node: Node, by: Owner) -> Iterator[Claim]:
-    """What an element of another namespace names, in whatever form: QEMU's command line opens images unasked."""
+    """Yield what an element of another namespace names: images on QEMU's command line are unknown to libvirt."""
     for inner in (node, *node.walk()):
         for text in (*inner.attributes.values(), inner.text.strip()):
             for path in sorted(_named_in(text)):
@@ -146,7 +146,7 @@ def _foreign(node: Node, by: Owner) -> Iterator[Claim]:
 
 
 def _named_in(word: str) -> set[str]:
-    """The paths in a word of a command line: after a key, in JSON, or anywhere else."""
+    """Return the paths in a word of a command line: after a key, in JSON, or anywhere else."""
     found = {match.replace(",,", ",") for match in _PATH.findall(word)}
     for part in re.split(r"(?<!,),(?!,)", word):
         value = part.partition("=")[2] if "=" in part else part

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from kvm_clone.definition.spans import Document, Node
 from kvm_clone.errors import RefusedError
+from kvm_clone.image import Image
 from kvm_clone.units import scaled
 
 FORMATS = ("raw", "qcow2")
@@ -28,7 +29,7 @@ _REFUSED_STORAGE = {
 class DiskXml:
     """One <disk>. `path` is its file or device, describes a source that is neither, or is None for no source.
 
-    `backing`: path and format of the image that it rests on, if the definition names one. `storage` names what makes
+    `backing`: the image that it rests on, if the definition names one. `storage` names what makes
     it more than a plain image, among the keys of _REFUSED_STORAGE. `direct`: QEMU opens it past the page cache.
     """
 
@@ -42,7 +43,7 @@ class DiskXml:
     shareable: bool = False
     transient: bool = False
     has_backing: bool = False
-    backing: tuple[str, str] | None = None
+    backing: Image | None = None
     encrypted: bool = False
     storage: tuple[str, ...] = ()
     direct: bool = False
@@ -127,7 +128,7 @@ class DomainXml:
 
 @dataclass(frozen=True)
 class Remark:
-    """What the user must hear of a definition: a code, a disk's target or the VM's name, and a sentence."""
+    """What is reported of a definition: a code, a disk's target or the VM's name, and a sentence."""
 
     code: str
     subject: str
@@ -139,7 +140,7 @@ class Unsupported(Remark):
 
 
 class HostTied(Remark):
-    """The clone may not start, or not work, on another host because of this."""
+    """The clone may not start or work on another host because of this."""
 
 
 def read_domain(xml: str) -> DomainXml:
@@ -172,7 +173,7 @@ def read_domain(xml: str) -> DomainXml:
 
 
 def unsupported(domain: DomainXml) -> tuple[Unsupported, ...]:
-    """Return every reason for which this VM cannot be cloned: what would not be copied, or copied wrong."""
+    """Return every reason why this VM cannot be cloned: something would not be copied, or copied wrong."""
     found = [
         Unsupported(
             feature.kind,
@@ -207,7 +208,7 @@ def warnings(domain: DomainXml) -> tuple[HostTied, ...]:
 
 
 def parse(xml: str) -> tuple[Document, Node, Node]:
-    """Return the document, its <domain> and that one's <name>."""
+    """Return the document, its <domain> and the <name> in that. Raises RefusedError when `xml` is no domain's."""
     document = Document(xml)
     domain = document.root
     if domain.tag != "domain":
@@ -293,7 +294,7 @@ def _connected_to(domain: Node, kind: str) -> Iterator[str]:
 
 
 def _cpu(document: Document, domain: Node) -> CpuXml | None:
-    """Return the <cpu>, with what libvirt puts for a check that is not said (qemuDomainDefCPUPostParse)."""
+    """Return the <cpu>, with libvirt's default for a missing check (qemuDomainDefCPUPostParse)."""
     cpu = domain.find("cpu")
     if cpu is None:
         return None
@@ -342,9 +343,9 @@ def _disk(disk: Node) -> DiskXml:
     )
 
 
-def _backing(disk: Node) -> tuple[str, str] | None:
+def _backing(disk: Node) -> Image | None:
     path = disk.find_attributes("backingStore", "source").get("file")
-    return (path, disk.find_attributes("backingStore", "format").get("type", "raw")) if path else None
+    return Image(path, disk.find_attributes("backingStore", "format").get("type", "raw")) if path else None
 
 
 def _path(kind: str, disk: Node) -> str | None:

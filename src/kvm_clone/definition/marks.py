@@ -1,4 +1,4 @@
-"""Our marks in a domain's <metadata>: where a clone came from, and how it was when we were done with it. Pure."""
+"""Our marks in a domain's <metadata>: where a clone came from, and its state when we had finished. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvm_clone.definition.spans import escape
 NAMESPACE = "https://kvm-clone.org/xmlns/clone/1"
 SEAL_NAMESPACE = "https://kvm-clone.org/xmlns/replica/1"
 PENDING_NAMESPACE = "https://kvm-clone.org/xmlns/pending/1"
-"""A namespace for each: libvirt keeps one element of each, and sets them one by one."""
+"""Each mark has its own namespace: libvirt keeps one element of each, and can set each by itself."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Provenance:
 
     `uuid` is the clone's own: a copy of the clone by another tool carries the mark, but another UUID. `macs`: pairs of
     the source's and the clone's addresses. `consistency`: of the point in time that was copied; `frozen`: seconds that
-    the guest was frozen for it; `scratch`: bytes that its backup job took. `checkpoint`: the source's, from which on a
-    dirty bitmap knows what has changed.
+    the guest was frozen for it; `scratch`: bytes that its backup job took. `checkpoint`: the source's, since which
+    a dirty bitmap names what has changed.
     """
 
     operation: str
@@ -49,12 +49,12 @@ class Provenance:
 
 
 _ALWAYS = frozenset(part.name for part in fields(Provenance) if part.default is MISSING)
-"""What every mark has; half a mark proves nothing."""
+"""What every mark has: an incomplete one proves nothing."""
 
 
 @dataclass(frozen=True)
 class Seal:
-    """How a clone was when it was finished: whether it was used or changed since is known by it.
+    """The state of a clone when it was finished, by which it is known whether it was used or changed since.
 
     `definition`: see `definition_digest`. `images`: each disk's fingerprint, by its target.
     """
@@ -65,11 +65,11 @@ class Seal:
 
 @dataclass(frozen=True)
 class Pending:
-    """What the commit of an operation has left to be done, for whoever finishes it.
+    """What the commit of an operation left to be done, for the run that finishes it.
 
-    It stands in libvirt's definition, where only those can write who may remove anything there: a journal lies where
-    others may. `remove`: files that only the replaced VM had; `contents`: inode, size and mtime of each at the commit,
-    since another file may get its path. `forget`: snapshots and checkpoints that it had.
+    It is kept in libvirt's definition, which only those can write who may remove anything on the host; others may write
+    where a journal lies. `remove`: files that only the replaced VM had. `contents`: inode, size and mtime of each at
+    the commit, since another file may get its path. `forget`: snapshots and checkpoints that it had.
     """
 
     operation: str
@@ -105,7 +105,7 @@ def pending_markup(pending: Pending) -> str:
 
 
 def read_provenance(xml: str) -> Provenance | None:
-    """Return the ownership mark, or None when there is none or it lacks a part: half a mark proves nothing.
+    """Return the ownership mark; None when there is none, or an incomplete one.
 
     Raises RefusedError when `xml` is no domain's.
     """
@@ -133,7 +133,7 @@ def read_seal(xml: str) -> Seal | None:
 
 
 def definition_digest(xml: str) -> str:
-    """A digest of everything in the definition but its name and our own marks.
+    """Return a digest of everything in the definition but its name and our own marks.
 
     Raises RefusedError when `xml` is no domain's.
     """

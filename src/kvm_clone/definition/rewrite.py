@@ -22,14 +22,7 @@ from kvm_clone.definition.marks import (
 from kvm_clone.definition.references.walk import places
 from kvm_clone.definition.spans import Document, Node, escape
 from kvm_clone.errors import RefusedError
-
-
-@dataclass(frozen=True)
-class Base:
-    """An image that another one rests on."""
-
-    path: str
-    format: str
+from kvm_clone.image import Image
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,7 @@ class Change:
 
     `new_macs` has one entry for each of `DomainXml.macs`, in the same order. `disk_paths` maps a disk's
     target ("vda") to the file it gets, `disk_formats` to that one's format where it is not the source's, and
-    `disk_bases` to the image that it rests on. `new_genid` takes the place of a generation ID, where there is one.
+    `disk_bases` to the image that it rests on. `new_genid` replaces a generation ID, where there is one.
     `host_paths`: new paths of logs and sockets by their old ones. `pending`: what the commit leaves to be done.
     """
 
@@ -48,7 +41,7 @@ class Change:
     new_macs: tuple[str, ...] | None = None
     disk_paths: Mapping[str, str] = field(default_factory=dict)
     disk_formats: Mapping[str, str] = field(default_factory=dict)
-    disk_bases: Mapping[str, Base] = field(default_factory=dict)
+    disk_bases: Mapping[str, Image] = field(default_factory=dict)
     new_genid: str | None = None
     host_paths: Mapping[str, str] = field(default_factory=dict)
     pending: Pending | None = None
@@ -108,14 +101,14 @@ def _set_macs(document: Document, domain: Node, new: tuple[str, ...]) -> None:
 
 
 def _set_genid(document: Document, domain: Node, new: str) -> None:
-    """Give the guest a new generation, by which it knows that it is a copy; libvirt fills an empty element itself."""
+    """Give the guest a new generation ID, which shows it that it is a copy; libvirt fills an empty element itself."""
     genid = domain.find("genid")
     if genid and genid.text.strip():
         document.set_text(genid, new)
 
 
 def _set_host_paths(document: Document, domain: Node, new: Mapping[str, str]) -> None:
-    """Give the VM's own logs and sockets their new paths, wherever in the definition they are named."""
+    """Give the VM's own logs and sockets their new paths, wherever the definition names them."""
     for place in places(domain) if new else ():
         if place.reference.is_renamed and place.reference.value in new:
             if place.attribute is None:
@@ -139,7 +132,7 @@ def _set_disks(document: Document, domain: Node, change: Change) -> None:
         raise RefusedError(f"The domain has no disk with a file as {', '.join(sorted(missing))}.")
 
 
-def merge_down(xml: str, bases: Mapping[str, Base]) -> str:
+def merge_down(xml: str, bases: Mapping[str, Image]) -> str:
     """Return the definition with each disk whose file is a key of `bases` on that base instead.
 
     Raises RefusedError when `xml` is no domain's.
@@ -166,8 +159,8 @@ def _set_format(document: Document, disk: Node, source: Node, format_: str) -> N
         document.replace(driver, f'<driver{kept} type="{escape(format_)}"/>')
 
 
-def _set_base(document: Document, disk: Node, source: Node, base: Base | None) -> None:
-    """Say what the disk's image rests on. What was said of it before, which may be that it rests on nothing, goes."""
+def _set_base(document: Document, disk: Node, source: Node, base: Image | None) -> None:
+    """Write what the disk's image rests on, in place of what the definition says of it, if anything."""
     for node in disk.children:
         if node.tag == "backingStore":
             document.replace(node, "")

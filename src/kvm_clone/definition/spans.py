@@ -68,7 +68,7 @@ class Node:
 
 
 class Document:
-    """A parsed document and the edits it is to receive; `result` applies them."""
+    """A parsed document and edits of it; `result` applies them."""
 
     def __init__(self, xml: str) -> None:
         """Parse `xml`.

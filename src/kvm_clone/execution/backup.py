@@ -16,12 +16,14 @@ from typing import Any
 import libvirt
 
 from kvm_clone.agent.disks import nbd
+from kvm_clone.agent.disks.image import NBD
 from kvm_clone.agent.protocol import errors as kinds
 from kvm_clone.errors import InterruptedTransferError, KvmCloneError, RefusedError, TransferError
 from kvm_clone.hosts import domains, live
 from kvm_clone.hosts.agent_errors import AgentCallError
 from kvm_clone.hosts.host import Host, once_free
 from kvm_clone.hosts.libvirt_errors import message_of
+from kvm_clone.image import Image
 from kvm_clone.options import Quiesce
 from kvm_clone.planning import domain_facts
 from kvm_clone.planning.domain_facts import BackupJob
@@ -29,7 +31,7 @@ from kvm_clone.planning.facts import SourceFacts
 from kvm_clone.planning.live_checks import stale_files
 from kvm_clone.progress import Note, OnEvent
 from kvm_clone.transfer.compare import aligned
-from kvm_clone.transfer.content import Origin
+from kvm_clone.transfer.content import Offer
 from kvm_clone.units import format_bytes
 
 _WATCH_SECONDS = 0.5
@@ -87,7 +89,7 @@ class Backup:
 
     async def begin(
         self, job: BackupJob, quiesce: Quiesce, stale: tuple[str, ...], guarding: Guarding
-    ) -> dict[str, Origin]:
+    ) -> dict[str, Offer]:
         """Begin the job; where each disk is read. Raises LockedError, RefusedError, TransferError and its kinds."""
         name = self._source.domain.name
         watched = self._source.domain.uuid, job.socket, guarding.operation
@@ -207,20 +209,21 @@ class Backup:
         self._frozen = False
         await self._host.agent.freezing(frozen=False)
 
-    async def _origin(self, disk: domain_facts.BackupDisk) -> Origin:
+    async def _origin(self, disk: domain_facts.BackupDisk) -> Offer:
         assert self._job is not None
         uri = nbd.uri(self._job.socket, disk.target)
-        image = next(one for one in self._source.images if one.target == disk.target)
+        image = Image(uri, NBD)
+        size = next(one.virtual_size for one in self._source.images if one.target == disk.target)
         if not (self._job.incremental and disk.trackable):
-            return Origin(uri, "nbd")
+            return Offer(image)
         try:
             found = await self._host.agent.dirty(uri=uri, bitmap=f"backup-{disk.target}")
         except AgentCallError as error:
             if error.kind != kinds.MISSING:
                 raise
             self.taken.hint = f"the bitmap of {disk.target} cannot be read: {error}"
-            return Origin(uri, "nbd")
-        return Origin(uri, "nbd", aligned(found, image.virtual_size))
+            return Offer(image)
+        return Offer(image, aligned(found, size))
 
     async def watch(self) -> None:
         """Return never; raise InterruptedTransferError when scratch runs out, before the guest feels it."""

@@ -20,7 +20,7 @@ from kvm_clone.progress import Phase
 
 async def publish(step: steps.PublishDisk, run: Context) -> None:
     """See steps.PublishDisk."""
-    await run.agent.publish(step.disk.target, step.disk.final)
+    await run.agent.publish(step.disk.key, step.disk.place.path)
 
 
 async def define(step: steps.DefineDomain, run: Context) -> None:
@@ -33,7 +33,7 @@ async def define(step: steps.DefineDomain, run: Context) -> None:
     xml = _definition(run, marks.Pending(run.plan.identity.operation, step.remove, step.forget, run.contents))
     await _check_name(run)
     run.stage = Stage.COMMITTING
-    images = {disk.target: [disk.final, await run.agent.fingerprint(disk.final)] for disk in run.plan.disks}
+    images = {disk.key: [disk.final, await run.agent.fingerprint(disk.final)] for disk in run.plan.disks}
     about = {"uuid": run.plan.uuid, "remove": list(step.remove), "forget": list(step.forget), "images": images}
     await run.note(records.DEFINE, **about, merge=_overlays(run))
     await run.on_libvirt(f"defining {name} on {host}", domains.define, run.changing, xml)
@@ -59,7 +59,7 @@ def _definition(run: Context, pending: marks.Pending) -> str:
 def _overlays(run: Context) -> list[dict[str, str]]:
     """The overlays to be merged after the commit, as agent.staging.merge.Overlay has them."""
     return [
-        {"disk": disk.target, "path": disk.final, "base": disk.below.path, "base_format": disk.below.format}
+        {"disk": disk.key, "path": disk.final, "base": disk.below.path, "base_format": disk.below.format}
         for disk in run.plan.disks
         if disk.below is not None
     ]

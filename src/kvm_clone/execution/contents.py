@@ -15,7 +15,7 @@ async def begin_backup(step: steps.BeginBackup, run: Context) -> None:
     """See steps.BeginBackup."""
     patience = LOCK_PATIENCE_SECONDS if run.plan.continues else 0.0
     guard = Guarding(run.plan.identity.operation, patience)
-    run.content.origins = await run.backup.begin(step.job, step.quiesce, step.stale, guard)
+    run.content.offers = await run.backup.begin(step.job, step.quiesce, step.stale, guard)
 
 
 async def copy(step: steps.CopyDisks, run: Context) -> None:
@@ -38,11 +38,11 @@ async def end_backup(_: steps.EndBackup, run: Context) -> None:
 async def check_source(step: steps.CheckSource, run: Context) -> None:
     """See steps.CheckSource. Raises InterruptedTransferError for an image that has changed."""
     for disk in step.disks:
-        now = await run.source.agent.fingerprint(disk.image.path)
-        if fingerprint.content(now) != fingerprint.content(disk.image.fingerprint):
+        now = await run.source.agent.fingerprint(disk.source.path)
+        if fingerprint.content(now) != fingerprint.content(disk.fingerprint):
             raise InterruptedTransferError(
-                f"the source's image {disk.image.path} was changed while it was being copied",
-                subject=disk.target,
+                f"the source's image {disk.source.path} was changed while it was being copied",
+                subject=disk.key,
                 remedy="find out what writes to it",
             )
 

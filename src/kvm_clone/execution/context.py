@@ -16,7 +16,7 @@ from kvm_clone.hosts import connections, domains, vms
 from kvm_clone.hosts.agent_client import AgentClient
 from kvm_clone.hosts.domains import Fenced
 from kvm_clone.hosts.host import Host
-from kvm_clone.planning.placement import PlannedDisk
+from kvm_clone.planning.assets import Asset
 from kvm_clone.planning.plan import Plan
 from kvm_clone.progress import Note, OnEvent, Phase, PhaseStarted
 from kvm_clone.transfer.content import Content
@@ -89,9 +89,9 @@ class Context:
         directories = sorted({*self.plan.facts.destination.directories, directory})
         return {"directory": directory, "name": self.plan.name, "operation": operation, "directories": directories}
 
-    def staged(self, disks: tuple[PlannedDisk, ...]) -> list[tuple[PlannedDisk, str]]:
+    def staged(self, disks: tuple[Asset, ...]) -> list[tuple[Asset, str]]:
         """The disks, each with its staged file."""
-        return [(disk, self.parts[disk.target]) for disk in disks]
+        return [(disk, self.parts[disk.key]) for disk in disks]
 
     def say(self, phase: Phase, text: str) -> None:
         """Report that a phase begins."""

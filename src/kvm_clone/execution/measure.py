@@ -40,17 +40,15 @@ async def _compared(disk: PlannedDisk, source: Host, destination: Host, on_event
     if disk.base is None or not size:
         return disk.image.data
     if disk.staged is not None:
-        theirs = Side(destination, disk.staged.part, disk.format)
+        theirs = Side(destination, disk.at(disk.staged.part))
         end = size
     else:
-        theirs = Side(destination, disk.base.path, disk.base.format)
+        theirs = Side(destination, disk.base)
         end = min(size, disk.base.virtual_size)
-    ours = Side(source, disk.image.path, disk.image.format)
+    ours = Side(source, disk.source)
 
     def on_done(done: int) -> None:
         on_event(DiskProgress(Phase.COMPARE, disk.target, done, end))
 
-    grown = 0
-    if size > end:
-        grown = await source.agent.data_in(disk.image.path, disk.image.format, [[end, size]])
+    grown = await ours.data_in(((end, size),)) if size > end else 0
     return total(await differing(ours, theirs, ((0, end),), on_done)) + grown

@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Mapping
 
 from kvm_clone.definition.domain_xml import DiskXml, read_domain
-from kvm_clone.definition.rewrite import Base, merge_down
+from kvm_clone.definition.rewrite import merge_down
 from kvm_clone.errors import InterruptedTransferError, KvmCloneError
 from kvm_clone.hosts import domains, vms
 from kvm_clone.hosts.domains import Fenced
 from kvm_clone.hosts.host import Host
+from kvm_clone.image import Image
 from kvm_clone.planning import domain_facts
 from kvm_clone.planning.domain_facts import Domain
 
@@ -24,7 +25,7 @@ async def merge(host: Host, fenced: Fenced, name: str) -> None:
     repeated.
     """
     await host.agent.unlock_images()
-    bases = {one.path: Base(one.base, one.base_format) for one in await host.agent.overlays()}
+    bases = {one.path: Image(one.base, one.base_format) for one in await host.agent.overlays()}
     if not bases:
         return
     domain = await _at_rest(host, fenced, name)
@@ -43,17 +44,17 @@ async def merge(host: Host, fenced: Fenced, name: str) -> None:
     await host.agent.merged()
 
 
-def _is_of(disk: DiskXml, overlay: str, base: Base) -> bool:
+def _is_of(disk: DiskXml, overlay: str, base: Image) -> bool:
     """Whether libvirt's definition has the disk on the overlay with this base below, or on the base alone.
 
     What the journal says of it is no reason to write into a file: it lies where others may write.
     """
     if disk.path == overlay:
-        return disk.backing == (base.path, base.format)
+        return disk.backing == base
     return disk.path == base.path and disk.format == base.format and disk.backing is None
 
 
-async def _forget_older_memory(fenced: Fenced, name: str, bases: Mapping[str, Base]) -> None:
+async def _forget_older_memory(fenced: Fenced, name: str, bases: Mapping[str, Image]) -> None:
     """Remove a managed save from before the commit: a VM that is resumed from it writes below the overlays."""
     with domains.failing_as(f"removing the saved state of {name}", name):
         below = tuple(base.path for base in bases.values())
@@ -70,7 +71,7 @@ async def _at_rest(host: Host, fenced: Fenced, name: str) -> Domain:
     return domain
 
 
-async def _check_alone(host: Host, fenced: Fenced, domain: Domain, bases: Mapping[str, Base]) -> None:
+async def _check_alone(host: Host, fenced: Fenced, domain: Domain, bases: Mapping[str, Image]) -> None:
     """What anybody else uses, or a saved state of this VM rests on, must stay as it is."""
     paths = sorted({*bases, *(base.path for base in bases.values())})
     known = await vms.users(host, fenced.connection)

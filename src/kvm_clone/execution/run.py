@@ -119,7 +119,7 @@ class Run:
 
     def _outcome(self) -> Outcome:
         run = self._context
-        hinted = frozenset(disk.target for disk in run.plan.disks if run.content.is_hinted(disk))
+        hinted = frozenset(disk.key for disk in run.plan.disks if run.content.follows_bitmap(disk))
         return Outcome(run.content.totals, run.backup.taken, hinted, tuple(run.warnings), tuple(run.removed))
 
     async def _stop(self, work: asyncio.Task[None]) -> None:

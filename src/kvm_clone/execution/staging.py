@@ -102,20 +102,9 @@ async def create(step: steps.CreateDisk, run: Context) -> None:
     """See steps.CreateDisk."""
     disk = step.disk
     if disk.staged is not None:
-        run.parts[disk.target] = disk.staged.part
+        run.parts[disk.key] = disk.staged.part
         return
-    image = disk.image
-    spec = {
-        "format": disk.format,
-        "size": image.virtual_size,
-        "options": disk.options,
-        "mode": image.mode if disk.base is None else disk.base.mode,
-        "user": image.user if disk.base is None else disk.base.user,
-        "group": image.group if disk.base is None else disk.base.group,
-        "backing": [disk.below.path, disk.below.format] if disk.below is not None else None,
-        "copy_of": disk.base.path if disk.base is not None and disk.shares else None,
-    }
-    run.parts[disk.target] = await run.agent.create(disk.target, disk.final, spec)
+    run.parts[disk.key] = await run.agent.create(disk.key, disk.place.path, disk.spec)
 
 
 async def remove_existing(_: steps.RemoveExisting, run: Context) -> None:

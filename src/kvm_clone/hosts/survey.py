@@ -149,7 +149,7 @@ async def _image(host: Host, disk: domain_xml.DiskXml, state: str) -> ImageFacts
     path, format_ = disk.path or "", disk.format
     running = state in domain_facts.RUNNING
     if disk.type != "file" or format_ not in domain_xml.FORMATS or not (running or state == domain_facts.SHUT_OFF):
-        return ImageFacts(disk.target, path, format_, error="not looked at")
+        return ImageFacts(path, format_, target=disk.target, error="not looked at")
     try:
         if not running:
             await host.agent.lock_image(path=path)

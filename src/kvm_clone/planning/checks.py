@@ -1,4 +1,4 @@
-"""What the facts say against a clone, or of it. Pure."""
+"""Findings about the source and the destination host. Pure."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from kvm_clone.planning.reference_checks import reference_findings
 from kvm_clone.units import format_bytes, format_duration, format_rate
 
 _OLDEST_QEMU = (4, 2)
-"""qemu-nbd with socket activation and the compress filter; qemu-img map with what we read of it."""
+"""The first release whose qemu-nbd has socket activation and the compress filter, and whose map has what we read."""
 
 _SUBCLUSTERS_QEMU = (5, 2)
-"""The first whose qcow2 images can hold less than a cluster: extended_l2."""
+"""The first release whose qcow2 images can hold less than a cluster: extended_l2."""
 
 _CLOCK_SECONDS = 5.0
 
 _LONGEST_NAME = 255 - len(".xml.new")
-"""Bytes of a VM's name: libvirt makes files of names that begin so."""
+"""Bytes of a VM's name: libvirt writes a file NAME.xml.new."""
 
 
 def source_findings(source: SourceFacts) -> Iterator[Finding]:
-    """What the source says against the clone."""
+    """Yield the findings about the source."""
     domain = source.domain
     if domain.state not in (domain_facts.SHUT_OFF, *domain_facts.RUNNING):
         yield block(
@@ -116,7 +116,7 @@ def _tool_findings(host: str, qemu_img: str | None, qemu_nbd: str | None) -> Ite
 
 
 def destination_findings(facts: Facts, options: CloneOptions, name: str, decision: Decision) -> Iterator[Finding]:
-    """What the destination says against the clone."""
+    """Yield the findings about the destination, for a clone."""
     destination, xml = facts.destination, facts.source.xml
     host = destination.host.name
     if not _is_name(name):
@@ -130,7 +130,7 @@ def destination_findings(facts: Facts, options: CloneOptions, name: str, decisio
 
 
 def host_findings(facts: Facts, name: str) -> Iterator[Finding]:
-    """What the destination host says, whatever it has of the VM."""
+    """Yield the findings about the destination host, whether or not it has the VM."""
     destination, xml = facts.destination, facts.source.xml
     host = destination.host.name
     yield from _ability_findings(destination, xml)
@@ -158,7 +158,7 @@ def host_findings(facts: Facts, name: str) -> Iterator[Finding]:
 
 
 def _ability_findings(destination: DestinationFacts, xml: domain_xml.DomainXml) -> Iterator[Finding]:
-    """What the destination's hardware, emulator and networks say."""
+    """Yield the findings about the destination's hardware, emulator and networks."""
     host, can = destination.host.name, destination.abilities
     if can.refusal:
         what = f"emulator {xml.emulator}, machine type {xml.machine}, architecture {xml.arch}"
@@ -199,7 +199,7 @@ def _clock_findings(facts: Facts) -> Iterator[Finding]:
 
 
 def estimate(facts: Facts, options: Options, route: Route, disks: tuple[PlannedDisk, ...]) -> Iterator[Finding]:
-    """How long the copy should take, by what was measured on the route and the limit that was asked for."""
+    """Yield how long the copy should take, by the measured rate of the route and the user's limit."""
     rates = [rate for rate in (facts.route.rate, options.bandwidth_limit) if rate]
     if rates and disks and not any(disk.base for disk in disks):
         left = sum(max(0, disk.image.data - (disk.staged.durable if disk.staged else 0)) for disk in disks)
@@ -212,12 +212,12 @@ def estimate(facts: Facts, options: Options, route: Route, disks: tuple[PlannedD
 
 
 def version(text: str) -> tuple[int, ...]:
-    """A version as numbers that compare."""
+    """Return a version as numbers that compare."""
     return tuple(int(part) for part in text.split(".") if part.isdecimal())
 
 
 def has_subclusters(qemu_img: str | None) -> bool:
-    """Whether that version of QEMU can make an overlay that takes no whole cluster for what is less."""
+    """Whether that version of QEMU makes overlays that hold less than a cluster: see _SUBCLUSTERS_QEMU."""
     return version(qemu_img or "") >= _SUBCLUSTERS_QEMU
 
 
@@ -244,9 +244,9 @@ def _replace_findings(facts: Facts, options: CloneOptions, name: str, decision: 
 
 
 def _is_name(name: str) -> bool:
-    """Whether libvirt and XML take the name and keep it, and a file can have it.
+    """Whether libvirt, XML and a file can have the name unchanged.
 
-    libvirt writes the definition to NAME.xml.new, and a carriage return in it so that it reads a line break.
+    libvirt writes the definition to NAME.xml.new, and reads a carriage return in it back as a line break.
     """
     fits = len(name.encode(errors="surrogatepass")) <= _LONGEST_NAME
     return bool(name.strip()) and name not in (".", "..") and fits and not re.search("[/\r\n]", name) and is_xml(name)

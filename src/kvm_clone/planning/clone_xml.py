@@ -1,4 +1,4 @@
-"""The definition that a plan ends with. Pure: the plan and what the run found out in, libvirt's XML out."""
+"""The clone's definition. Pure: the plan and what the run has found out in, libvirt's XML out."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from kvm_clone.version import __version__
 
 
 def clone_xml(plan: Plan, mark: Provenance, pending: Pending | None = None, name: str | None = None) -> str:
-    """Return the definition of the clone with our mark, and what its commit leaves to be done.
+    """Return the definition of the clone with our mark, and with what its commit leaves to be done.
 
-    `name` stands in for its own.
+    `name`: another name for the clone, None for its own.
 
     Raises RefusedError for a name, or a path, that XML cannot hold.
     """
@@ -23,11 +23,7 @@ def clone_xml(plan: Plan, mark: Provenance, pending: Pending | None = None, name
         new_macs=plan.macs,
         disk_paths={disk.target: disk.final for disk in plan.disks},
         disk_formats={disk.target: disk.format for disk in plan.disks if disk.base is not None},
-        disk_bases={
-            disk.target: rewrite.Base(disk.below.path, disk.below.format)
-            for disk in plan.disks
-            if disk.below is not None
-        },
+        disk_bases={disk.target: disk.below for disk in plan.disks if disk.below is not None},
         new_genid=plan.identity.genid,
         host_paths=plan.host_paths,
         pending=pending if pending is not None and (pending.remove or pending.forget) else None,
@@ -36,7 +32,7 @@ def clone_xml(plan: Plan, mark: Provenance, pending: Pending | None = None, name
 
 
 def planned_mark(plan: Plan) -> Provenance:
-    """Return our mark as far as the plan knows it: when it was made, and how the source was read, is the run's."""
+    """Return our mark as far as the plan knows it. The run adds the time and how the source was read."""
     source = plan.facts.source
     return Provenance(
         operation=plan.identity.operation,

@@ -1,7 +1,7 @@
-"""What the user has agreed to by giving a command: what its first plan stops, replaces, removes or discards. Pure.
+"""What the user has agreed to with a command: what its first plan stops, replaces, removes or discards. Pure.
 
-The command may plan again by itself, after a dropped connection. What was not there when the first plan was made is
-then left alone, whatever the flags: they were given for what was there.
+The command plans again by itself after a dropped connection. What was not there when the first plan was made is then
+left alone, whatever the flags: the user gave them for what was there.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from kvm_clone.planning.plan import Plan
 
 @dataclass(frozen=True)
 class Consent:
-    """The VM that the destination had, by its definition, whether it ran, and the interrupted attempt there."""
+    """What the destination had at the first plan: the VM's definition, whether it ran, and the interrupted attempt."""
 
     existing: str | None
     running: bool
     attempt: str | None
 
     def refusal(self, plan: Plan) -> KvmCloneError | None:
-        """Why a later plan of the same command goes beyond this; None if it does not."""
+        """Return the error for a later plan of the same command that goes beyond this; None if it does not."""
         decision, now = plan.decision, consent_of(plan)
         name, host = plan.name, plan.facts.destination.host.name
         touches = decision.replace or decision.remove_first or decision.action is Action.STOP_REPLICA
@@ -37,7 +37,7 @@ class Consent:
 
 
 def consent_of(plan: Plan) -> Consent:
-    """What a plan finds at the destination."""
+    """Return what the plan has found at the destination."""
     existing, staged = plan.facts.destination.existing, plan.facts.destination.staged
     return Consent(
         existing.domain.xml if existing is not None else None,

@@ -1,4 +1,4 @@
-"""Whether a host can give a VM its CPU, as the VM asks for it. Pure."""
+"""Findings about whether a host can provide a VM's CPU. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvm_clone.planning.domain_facts import CpuFacts
 
 
 def cpu_findings(host: str, cpu: CpuXml, can: CpuFacts) -> Iterator[Finding]:
-    """Whether the VM will run there: what libvirt does not check at a start is no reason to refuse."""
+    """Yield why libvirt there would not start the VM: what it does not check at a start is not refused."""
     what = f"{host} cannot give the VM its CPU, {cpu.model or cpu.mode}"
     if not can.modes.get(cpu.mode, True):
         yield _refused(host, f"{what}: its hypervisor does not support that mode.")
@@ -29,7 +29,7 @@ def cpu_findings(host: str, cpu: CpuXml, can: CpuFacts) -> Iterator[Finding]:
 
 
 def _is_unheard_of(cpu: CpuXml, can: CpuFacts) -> bool:
-    """Whether QEMU has no such model, and libvirt may not, or cannot, put another one in its place."""
+    """Whether QEMU lacks the model, and libvirt must not or cannot replace it by another."""
     known = cpu.model is None or not can.models or cpu.model in can.models
     return not known and (cpu.fallback == "forbid" or bool(can.unknown))
 

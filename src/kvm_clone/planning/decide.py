@@ -1,4 +1,4 @@
-"""What to do with what the destination already has: the table of the retry flags. Pure."""
+"""What a clone does with what the destination already has: the table of the retry flags. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvm_clone.planning.facts import Existing, Facts, Staged
 
 
 class Action(StrEnum):
-    """What a plan comes down to."""
+    """What a plan does as a whole."""
 
     CLONE = "clone"
     RESUME = "resume"
@@ -20,16 +20,16 @@ class Action(StrEnum):
     FINISH = "finish"
     SYNC = "sync"
     STOP_REPLICA = "stop the replica"
-    STOP = "stop here"
+    REFUSE = "stop here"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The action, and what goes with it.
+    """The action and its details.
 
-    `discard`: an interrupted attempt is undone first. `replace`: the existing VM is replaced by the commit;
-    `stop`: and stopped right before it. `remove_first`: it is removed before the copy, as the user asked. `update`: the
-    existing VM is brought up to date, and keeps what is its own.
+    `discard`: an interrupted attempt is undone first. `replace`: the commit replaces the existing VM. `stop`: the
+    existing VM is stopped right before that. `remove_first`: the existing VM is removed before the copy, as the user
+    asked. `update`: the existing VM is brought up to date, and keeps its UUID, formats and MAC addresses.
     """
 
     action: Action
@@ -44,10 +44,10 @@ class Decision:
 def decide(
     facts: Facts, retry: Retry, name: str, own_operation: str | None = None, *, digested: bool = False
 ) -> Decision:
-    """The row and column of the table.
+    """Return what the table says of these facts and this retry flag.
 
-    `digested`: a clone whose source is unchanged is digested, whatever was done to it. `own_operation`: the operation
-    of this very run that a dropped connection has interrupted; it is simply continued.
+    `digested`: a clone whose source is unchanged is digested, whether or not it was used. `own_operation`: the
+    operation of this run that a dropped connection has interrupted; it is resumed whatever the flag.
     """
     existing, staged = facts.destination.existing, facts.destination.staged
     first = unfinished(facts, name, own_operation)
@@ -58,7 +58,7 @@ def decide(
     if staged is not None and staged.kind != CLONE and retry not in (Retry.FORCE, Retry.CLEANUP_EXISTING):
         text = f"An interrupted sync of {name} is kept on {facts.destination.host.name}."
         remedy = "go on with kvm-clone sync --resume, or start over with --force"
-        return _stop("other-attempt", name, text, remedy)
+        return _refuse("other-attempt", name, text, remedy)
     own = staged is not None and staged.operation == own_operation
     if own and (existing is None or retry is Retry.FORCE):
         return Decision(Action.RESUME, replace=existing is not None, stop=_is_running(existing))
@@ -68,30 +68,30 @@ def decide(
         return _with_staged(facts, existing, staged, retry, name)
     if retry is Retry.RESUME:
         text = f"There is no interrupted attempt to clone {name} on {facts.destination.host.name}."
-        return _stop("nothing-to-resume", name, text, "leave out --resume")
+        return _refuse("nothing-to-resume", name, text, "leave out --resume")
     return Decision(Action.CLONE)
 
 
 CLONE, SYNC = "clone", "sync"
-"""Kinds of operation, as journals have them."""
+"""Kinds of operation, as journals name them."""
 
 
 def unfinished(facts: Facts, name: str, own_operation: str | None) -> Decision | None:
-    """What another operation on the same VM, under way or committed but not tidied up, means for any new one."""
+    """Return the decision where another operation on the VM is under way, or committed and unfinished; else None."""
     existing, staged = facts.destination.existing, facts.destination.staged
     if staged is not None and staged.holder and staged.operation != own_operation:
         text = f"Another operation on {name} is under way on {facts.destination.host.name}: {staged.holder}."
-        return _stop(LOCKED, name, text, "wait until it has ended, or let --wait do so")
+        return _refuse(LOCKED, name, text, "wait until it has ended, or let --wait do so")
     if staged is not None and staged.foreign:
         text = f"{staged.directory} has an interrupted attempt at {name} on {staged.foreign}, which sees it too."
         remedy = f"go on with it there, or drop it there (kvm-clone cleanup {staged.foreign}); or name another pool"
-        return _stop("foreign-attempt", name, text, remedy)
+        return _refuse("foreign-attempt", name, text, remedy)
     if staged is not None and staged.defining and _made_by(existing, staged.operation):
         return Decision(Action.FINISH)
     if staged is not None and staged.in_use:  # by the VM that it was defined as, under another name now
         used = ", ".join(staged.in_use)
         text = f"A VM on {facts.destination.host.name} uses what an earlier attempt has left: {used}."
-        return _stop("attempt-in-use", name, text, f"give that VM the name {name} again, or remove it")
+        return _refuse("attempt-in-use", name, text, f"give that VM the name {name} again, or remove it")
     return None
 
 
@@ -104,7 +104,7 @@ def _made_by(existing: Existing | None, operation: str) -> bool:
 
 
 def _is_current(facts: Facts, existing: Existing) -> bool:
-    """Whether it is our finished clone of this very VM, which has not changed since, with all of its disks."""
+    """Whether the VM is our complete clone of this source, and the source has not changed since."""
     source, mark = facts.source, existing.mark
     lacking = {disk.target for disk in source.xml.own_disks} - {disk.target for disk in existing.xml.own_disks}
     ours = mark is not None and mark.source_uuid == source.xml.uuid and not lacking
@@ -112,16 +112,16 @@ def _is_current(facts: Facts, existing: Existing) -> bool:
 
 
 def _with_staged(facts: Facts, existing: Existing | None, staged: Staged, retry: Retry, name: str) -> Decision:
-    """An interrupted attempt is there; and perhaps the VM that it was going to replace."""
+    """Return the decision where there is an interrupted attempt, and perhaps the VM that it was to replace."""
     host = facts.destination.host.name
     if retry in (Retry.FORCE, Retry.CLEANUP_EXISTING):
         return Decision(Action.CLONE, discard=True)
     if retry is Retry.NONE:
         text = f"An interrupted attempt to clone {name} is kept on {host}."
-        return _stop(EXISTS, name, text, "go on with --resume or --idempotent, or start over with --force")
+        return _refuse(EXISTS, name, text, "go on with --resume or --idempotent, or start over with --force")
     if staged.source_uuid != facts.source.xml.uuid:
         text = f"The interrupted attempt to clone {name} on {host} is of another VM, {staged.source_name}."
-        return _stop("other-attempt", name, text, f"drop it: kvm-clone cleanup {host}, or start over with --force")
+        return _refuse("other-attempt", name, text, f"drop it: kvm-clone cleanup {host}, or start over with --force")
     if existing is not None and _is_running(existing):
         return _in_use(existing, name, host)
     return Decision(Action.RESUME, replace=existing is not None)
@@ -137,7 +137,7 @@ def _with_existing(
             ", and an interrupted attempt to replace it." if kept else "."
         )
         remedy = "go on with --resume, or start over with --force" if kept else _REMEDY
-        return _stop(EXISTS, name, text, remedy)
+        return _refuse(EXISTS, name, text, remedy)
     if retry is Retry.CLEANUP_EXISTING:
         return Decision(Action.CLONE, discard=staged is not None, remove_first=True, stop=running)
     if retry is Retry.FORCE:
@@ -159,8 +159,8 @@ _REMEDY = (
 
 def _in_use(existing: Existing, name: str, host: str) -> Decision:
     text = f"VM {name} on {host} is {existing.domain.state}; it is not replaced while it is in use."
-    return _stop("existing-running", name, text, "shut it down, or let --force stop and replace it")
+    return _refuse("existing-running", name, text, "shut it down, or let --force stop and replace it")
 
 
-def _stop(code: str, subject: str, text: str, remedy: str) -> Decision:
-    return Decision(Action.STOP, finding=Finding(code, Severity.BLOCKING, subject, text, remedy))
+def _refuse(code: str, subject: str, text: str, remedy: str) -> Decision:
+    return Decision(Action.REFUSE, finding=Finding(code, Severity.BLOCKING, subject, text, remedy))

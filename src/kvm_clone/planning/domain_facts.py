@@ -1,4 +1,4 @@
-"""What libvirt says of a host's domains, pools and abilities, as plain data; and a backup job to begin."""
+"""What libvirt says of a host's domains, pools and abilities, and a backup job to begin. Plain data."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ FILE_POOLS = ("dir", "fs", "netfs")
 """Kinds of storage pool whose volumes are files in a directory."""
 
 OURS = "kvm-clone-"
-"""Begins the name of our sockets' files; a backup job with another one is another tool's."""
+"""The beginning of our sockets' names; a backup job with another socket belongs to another tool."""
 
 CHECKPOINTS = "kvm-clone."
-"""Begins the names of our checkpoints."""
+"""The beginning of our checkpoints' names."""
 
 
 @dataclass(frozen=True)
 class CpuFacts:
     """What a host's libvirt says of a VM's CPU.
 
-    `modes`: whether each is supported; `models`: whether each is usable as it is, for the emulator. `refusal`: why the
-    host's CPU is not compatible. `unknown`: why that could not be found out. `blockers`: the features that keep the
-    model from being usable, where libvirt names them.
+    `modes`: whether the emulator supports each. `models`: whether each is usable unchanged. `refusal`: why the host's
+    CPU is not compatible. `unknown`: why the CPUs could not be compared. `blockers`: the features that the host lacks
+    for the model, where libvirt names them.
     """
 
     modes: Mapping[str, bool] = field(default_factory=dict)
@@ -64,10 +64,10 @@ class Pool:
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a host can give a VM: memory in bytes, CPUs, its CPU, networks (whether active).
+    """What a host offers to VMs: memory in bytes, the number of CPUs, their features, networks (whether active).
 
-    `refusal`: why libvirt there cannot run the VM's emulator, machine type or architecture. `version`: libvirt's own,
-    as major * 1,000,000 + minor * 1,000 + release. `uuid`: the host's own.
+    `refusal`: why libvirt there cannot run the VM's emulator, machine type or architecture. `version`: libvirt's, as
+    major * 1,000,000 + minor * 1,000 + release. `uuid`: the host's.
     """
 
     memory: int = 0
@@ -94,13 +94,13 @@ class Live:
 
     @property
     def backup_is_ours(self) -> bool:
-        """Whether the backup job was begun by this program."""
+        """Whether this program began the backup job."""
         return self.backup.startswith(f"{SOCKETS}/{OURS}")
 
 
 @dataclass(frozen=True)
 class BackupDisk:
-    """One disk of a backup job: its file for scratch, and whether a checkpoint can be kept of it (qcow2 only)."""
+    """One disk of a backup job: its scratch file, and whether it can have a checkpoint (qcow2 only)."""
 
     target: str
     scratch: str
@@ -111,7 +111,7 @@ class BackupDisk:
 class BackupJob:
     """A backup job to begin.
 
-    `incremental`: the checkpoint from which on a dirty bitmap is wanted, `checkpoint`: the one to make; both may be
+    `incremental`: the checkpoint since which a dirty bitmap is wanted. `checkpoint`: the one to make. Both may be
     empty.
     """
 

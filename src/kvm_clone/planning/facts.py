@@ -1,4 +1,4 @@
-"""What a plan rests on: both hosts as they are before anything is written."""
+"""What a plan is made from: both hosts as they are before anything is written. Pure."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kvm_clone.agent.disks import fingerprint
 from kvm_clone.definition.domain_xml import DomainXml
 from kvm_clone.definition.marks import Pending, Provenance, Seal, definition_digest, read_pending
 from kvm_clone.definition.references import Reference
+from kvm_clone.image import Image
 from kvm_clone.planning.domain_facts import Abilities, Domain, Live, Pool
 from kvm_clone.planning.identity import HostIdentity, same_host
 from kvm_clone.planning.things import Things
@@ -19,7 +20,7 @@ from kvm_clone.planning.things import Things
 
 @dataclass(frozen=True)
 class HostFacts:
-    """A host's tools; None for one that is missing. `clock`: its time less ours, in seconds.
+    """A host and its tools' versions, None for a tool that it lacks. `clock`: its time less ours, in seconds.
 
     `locks`: why operations cannot be locked there, nothing where they can.
     """
@@ -35,16 +36,15 @@ class HostFacts:
 
 
 @dataclass(frozen=True)
-class ImageFacts:
-    """One disk's image file. Sizes in bytes; `data` is how much of it has to be sent, a guess while a VM writes it.
+class ImageFacts(Image):
+    """What the inspection found out about one disk's image file. Sizes are in bytes.
 
-    `stored`: what a fresh copy of it takes where that is less, since clusters that are compressed stay so; else 0.
-    `error` says why nothing is known; `in_use` that another process writes it.
+    `target`: the guest's name for the disk. `data`: how much has to be sent, which is a guess while a VM writes to it.
+    `stored`: what a fresh copy takes where that is less than `data`, since compressed clusters stay compressed; else 0.
+    `error`: why nothing is known. `in_use`: another process writes to it. `backing`: the file that it rests on.
     """
 
-    target: str
-    path: str
-    format: str
+    target: str = field(kw_only=True)
     error: str = ""
     in_use: bool = False
     regular: bool = True
@@ -71,11 +71,11 @@ class ImageFacts:
 
 @dataclass(frozen=True)
 class FilesystemAbilities:
-    """What files in a directory can be, as it was tried there; see agent/disks/filesystem.py.
+    """What the filesystem of a directory can do, as it was tried there: see agent/disks/filesystem.py.
 
-    `naming`: how a file gets its final name, nothing where it cannot without replacing what is there. `largest`: bytes
-    that a file can have. `direct`: whether files can be opened past the page cache. `any_name`: whether names may hold
-    anything; `folds`: whether names that differ in case alone are one. `trouble`: why no file can be made there.
+    `naming`: how a file gets its final name without replacing another, nothing where there is no way. `largest`: the
+    most bytes of a file. `direct`: whether files can be opened past the page cache. `any_name`: whether a name may have
+    any character. `folds`: whether names that differ in case alone are the same. `trouble`: why no file can be made.
     """
 
     naming: str = "link"
@@ -91,11 +91,11 @@ class FilesystemAbilities:
 
 @dataclass(frozen=True)
 class Directory:
-    """A directory where disks or scratch may land.
+    """A directory where disks or scratch files may land.
 
-    `names`: its entries that begin as was asked for, `more`: there are too many such to tell them all.
-    `free`: bytes, `inodes`: files that its filesystem has room for, `filesystem`: which one it is, `reflink`: whether
-    files there can share their blocks. `longest`: bytes of a name.
+    `names`: its entries with the beginnings that were asked for. `more`: there are too many of them to list. `free`:
+    bytes. `inodes`: how many files its filesystem has room for. `filesystem`: the device's number. `reflink`: whether
+    files there can share blocks. `longest`: the most bytes of a name.
     """
 
     path: str
@@ -111,7 +111,7 @@ class Directory:
     abilities: FilesystemAbilities = field(default_factory=FilesystemAbilities)
 
     def same(self, path: str) -> str:
-        """The same text for paths of one file here, whose names may differ in case."""
+        """Return the same text for all paths of one file here, where names that differ in case may be the same."""
         return path.casefold() if self.abilities.folds else path
 
 
@@ -119,10 +119,10 @@ class Directory:
 class SourceFacts:
     """The VM at the source.
 
-    `live`: what is known of it while it runs, None when it does not. `directories`: where a backup job's scratch may
-    lie. `reader`: who else copies it by a backup job. `libvirt`: its version there, see Abilities. `files`: the
-    fingerprints of all files that it uses as disks or media, by their paths. `references`: what the definition refers
-    to, its own disks left out; `things`: what of that the source has.
+    `live`: its running state, None when it does not run. `directories`: where a backup job's scratch files may lie.
+    `reader`: the operation that copies it by a backup job, if there is one. `libvirt`: the version, see Abilities.
+    `files`: the fingerprints of all files that it uses as disks or media, by path. `references`: what the definition
+    refers to, its own disks left out. `things`: what the source has of these.
     """
 
     host: HostFacts
@@ -139,13 +139,13 @@ class SourceFacts:
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the definition or a disk may have changed; a hint, compared without reading any disk."""
+        """A text that changes whenever the definition or a disk may have changed; no disk is read for it."""
         xml = hashlib.sha256(self.domain.xml.encode()).hexdigest()[:16]
         return ";".join([f"xml={xml}", *(f"{image.target}={image.fingerprint}" for image in self.images)])
 
 
 def files_in(fingerprint: str) -> dict[str, str]:
-    """The files' own fingerprints in a source's, by the disks' targets."""
+    """Return the files' fingerprints that a source's fingerprint has, by the disks' targets."""
     return dict(part.split("=", 1) for part in fingerprint.split(";")[1:] if "=" in part)
 
 
@@ -154,9 +154,9 @@ class Existing:
     """The VM of the wanted name that the destination has.
 
     `mark`: our mark, if it is this VM's own. `whole`: its disks are there. `removable`: the files that are known to be
-    its alone; `kept`: the others, each with the reason why it is not. `seal`: how it was when an operation of ours was
-    done with it. `images`: its disks' files, where a sync asks. `files`: the fingerprints of its own disks' files, by
-    their paths. `pending`: what an operation that has committed it left to be done.
+    its alone. `kept`: its other files, each with the reason why it is not removed. `seal`: its state when our last
+    operation had finished. `images`: its disks' files, for a sync only. `files`: the fingerprints of its own disks'
+    files, by path.
     """
 
     domain: Domain
@@ -171,7 +171,7 @@ class Existing:
 
     @property
     def pending(self) -> Pending | None:
-        """What the operation that committed it has left to be done."""
+        """What the operation that committed it left to be done."""
         return read_pending(self.domain.xml)
 
     @property
@@ -181,22 +181,22 @@ class Existing:
 
     @property
     def unused(self) -> bool:
-        """Whether nobody has used or changed it since an operation of ours was done with it, as far as can be told."""
+        """Whether nobody has used or changed it since our last operation had finished, as far as the seal shows."""
         if self.seal is None or self.domain.managed_save:
             return False
         return self.disks_untouched and definition_digest(self.domain.xml) == self.seal.definition
 
     @property
     def disks_untouched(self) -> bool:
-        """Whether nothing was done to its disks since an operation of ours was done with it, as far as can be told.
+        """Whether its disks are as they were when our last operation had finished, as far as the seal shows.
 
-        The ctime counts too: it changes when a file is written and its mtime is then set back, and when a VM is started
-        on it.
+        The ctime counts too: it changes when a file is written and its mtime then set back, and when a VM is started on
+        the file.
         """
         if self.seal is None or not self.whole:
             return False
         prints = {disk.target: self.files.get(disk.path or "", "") for disk in self.xml.own_disks}
-        prints.update({image.target: image.fingerprint for image in self.images})  # those that nobody can write now
+        prints.update({image.target: image.fingerprint for image in self.images})  # taken under a lock
         now = {target: fingerprint.whole(text) for target, text in prints.items()}
         return all(now.values()) and now == {
             target: fingerprint.whole(text) for target, text in self.seal.images.items()
@@ -205,9 +205,10 @@ class Existing:
 
 @dataclass(frozen=True)
 class StagedDisk:
-    """One disk of an interrupted attempt; sizes in bytes, `durable` the bytes whose content is durable.
+    """One disk of an interrupted attempt. Sizes are in bytes.
 
-    `data`: how much content the file has of its own. `ranges`: which those durable bytes are, the first ones if empty.
+    `durable`: how much content is durable. `data`: how much content the file itself has. `ranges`: which those durable
+    bytes are; empty for the first ones.
     """
 
     part: str
@@ -230,10 +231,10 @@ class StagedDisk:
 class Staged:
     """An interrupted or running attempt to make the VM of the wanted name, from its journal.
 
-    `holder`: who is at it, nothing for an interrupted one.
-    `defining`: libvirt may have the definition. `remove`, `forget`: files and snapshots of the VM that it replaces.
-    `kind`: clone or sync. `published`: the files that have their final names already; `in_use`: those that something
-    uses. `foreign`: the other host that it belongs to, which sees the same directory.
+    `holder`: the process that runs it, nothing for an interrupted one. `defining`: libvirt may have the definition.
+    `remove`, `forget`: files and snapshots of the VM that it replaces. `kind`: clone or sync. `published`: the files
+    that have their final names already. `in_use`: the published files that something uses. `foreign`: the other host
+    that it belongs to, which sees the same directory.
     """
 
     directory: str
@@ -256,9 +257,9 @@ class Staged:
 class DestinationFacts:
     """The destination.
 
-    `domains`: its VMs' UUIDs by name. `directories`: those that disks may land in, by path. `present`: whether each
-    path that the definition refers to is there. `paths_in_use`: what VMs there refer to, with their names.
-    `staged_error`: why the journal of an earlier attempt cannot be read. `things`: what it has of all that the
+    `domains`: its VMs' UUIDs by name. `directories`: where disks may land, by path. `present`: whether each path that
+    the definition refers to is there. `paths_in_use`: the paths that VMs there refer to, with the VMs' names.
+    `staged_error`: why the journal of an earlier attempt cannot be read. `things`: what it has of everything that the
     definition refers to.
     """
 
@@ -277,9 +278,9 @@ class DestinationFacts:
 
 @dataclass(frozen=True)
 class RouteFacts:
-    """Whether the source host can reach the destination itself, and if not, why.
+    """Whether the source host can connect to the destination itself, and the reason.
 
-    `rate`: what was measured on the route that `auto` takes, bytes a second; 0 where nothing was.
+    `rate`: bytes a second that were measured on the route that `auto` takes; 0 where nothing was measured.
     """
 
     direct: bool
@@ -289,7 +290,7 @@ class RouteFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything a plan looks at."""
+    """Everything that a plan is made from."""
 
     source: SourceFacts
     destination: DestinationFacts
@@ -297,12 +298,12 @@ class Facts:
 
     @property
     def one_host(self) -> bool:
-        """Whether source and destination are the same host, whatever they were called."""
+        """Whether source and destination are the same host, whatever their addresses."""
         return same_host(self.source.host.identity, self.destination.host.identity)
 
     @property
     def digest(self) -> str:
-        """Of what a plan rests on. Free space and the like may move without harm, so that they have no part in it."""
+        """A digest of what a plan depends on. Free space and the like may change without harm and are left out."""
         there = self.destination
         parts = (
             self.source.fingerprint,
@@ -323,35 +324,35 @@ _QCOW2_OPTIONS = {
     "lazy-refcounts": "lazy_refcounts",
     "refcount-bits": "refcount_bits",
 }
-"""What `qemu-img info` calls a qcow2 feature, and what `qemu-img create -o` calls it."""
+"""The names of qcow2 features in `qemu-img info`, and in `qemu-img create -o`."""
 
 _DEFAULTS = {"compression_type": "zlib", "extended_l2": "off", "lazy_refcounts": "off"}
-"""Left out of `-o`: older images and tools do not know these options."""
+"""Values that are left out of `-o`: older tools do not know these options."""
 
 
 def host_facts(name: str, answer: Mapping[str, Any], uuid: str = "") -> HostFacts:
-    """From the agent's answer to `host`, and the host's UUID by its libvirt."""
+    """Return the facts in the agent's answer to `host`; `uuid` is the host's by its libvirt."""
     clock = answer["time"] - time.time()
     tools = (answer["hostname"], answer["python"], answer["qemu_img"], answer["qemu_nbd"])
     return HostFacts(name, *tools, clock, HostIdentity(**answer["identity"], uuid=uuid), answer["locks"])
 
 
 def directory_facts(answer: Mapping[str, Any]) -> Directory:
-    """From the agent's answer to `directory`."""
+    """Return the facts in the agent's answer to `directory`."""
     abilities = FilesystemAbilities(**answer["abilities"])
     return Directory(**{**answer, "names": frozenset(answer["names"]), "abilities": abilities})
 
 
 def image_facts(target: str, path: str, format_: str, answer: Mapping[str, Any]) -> ImageFacts:
-    """From the agent's answer to `disk`."""
+    """Return the facts in the agent's answer to `disk`."""
     if "error" in answer:
-        return ImageFacts(target, path, format_, error=answer["error"], in_use=answer.get("in_use", False))
+        return ImageFacts(path, format_, target=target, error=answer["error"], in_use=answer.get("in_use", False))
     image = answer.get("image", {})
     specific = image.get("format-specific", {}).get("data", {})
     return ImageFacts(
-        target,
         path,
         format_,
+        target=target,
         regular=answer["regular"],
         virtual_size=answer["virtual_size"],
         allocated=answer["allocated"],
@@ -384,7 +385,7 @@ def _options(image: Mapping[str, Any], specific: Mapping[str, Any]) -> dict[str,
 
 
 def staged_facts(answer: Mapping[str, Any]) -> Staged:
-    """From one of the agent's answers to `staged`."""
+    """Return the facts in one of the agent's answers to `staged`."""
     source = answer.get("source", {})
     return Staged(
         answer["directory"],

@@ -1,4 +1,4 @@
-"""New names for what two VMs of one host cannot share: the files and sockets that come with a VM's start. Pure."""
+"""New paths for what two VMs of one host cannot share: logs and sockets that a VM's start makes. Pure."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _SOCKET_MAX = 107
 
 
 def renames(facts: Facts, name: str) -> dict[str, str]:
-    """Return the new path of each that libvirt or QEMU makes for the VM and another VM of the destination has.
+    """Return the new path of each log and socket that another VM of the destination has already.
 
-    `name` is the clone's. A path for which no free name fits is left out.
+    `name`: the clone's. A path for which there is no free name is left out.
     """
     claimed = (*facts.destination.things.objects.used.items(), *facts.destination.paths_in_use.items())
     used = {plain_path(path) for path, names in claimed if path.startswith("/") and names - {name}}
@@ -48,8 +48,8 @@ def _free(reference: Reference, old: str, new: str, taken: set[str]) -> str | No
 
 
 def _candidates(file: str, old: str, new: str) -> Iterator[str]:
-    """Yield names with the new VM's in place of the old one's, or before the extension; then numbered ones."""
-    new = re.sub(r"[\t\r\n]", "_", new)  # of which libvirt keeps none in an attribute
+    """Yield the name with the new VM's name for the old one's, else before the extension; then numbered ones."""
+    new = re.sub(r"[\t\r\n]", "_", new)  # libvirt keeps none of these in an attribute
     pattern = rf"(?<![0-9A-Za-z]){re.escape(old)}(?![0-9A-Za-z])"
     renamed = re.sub(pattern, lambda _: new, file, count=1)
     stem, extension = posixpath.splitext(renamed)

@@ -1,4 +1,4 @@
-"""Whether two hosts are one, and whether two files are: established, and not taken from their names. Pure."""
+"""Whether two hosts, or two files, are the same one, whatever their names. Pure."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from kvm_clone.agent.disks import fingerprint
 
 @dataclass(frozen=True)
 class HostIdentity:
-    """What a host says of itself; empty where it does not.
+    """What a host says of itself; empty where it says nothing.
 
-    `boot`: of the running kernel, which draws it anew at each start. `libvirt`: the file of libvirt's socket.
+    `boot`: the boot id of the running kernel. `libvirt`: device, inode and ctime of libvirt's socket.
     `machine`: /etc/machine-id. `uuid`: the host's UUID by libvirt, which comes from the firmware and repeats, or is
-    made up anew at libvirt's every start.
+    temporary: libvirt draws a new one at each start.
     """
 
     boot: str = ""
@@ -24,15 +24,15 @@ class HostIdentity:
 
     @property
     def lasting(self) -> str:
-        """What stays over a restart, to tell one host's things from another's."""
+        """What identifies the host and stays the same over a restart."""
         return self.machine or self.uuid
 
 
 def same_host(one: HostIdentity, other: HostIdentity) -> bool:
-    """Whether both are one host, whatever the addresses were.
+    """Whether both are one host, whatever their addresses.
 
-    Two kernels are two hosts. Under one kernel, what counts is whether libvirt is the same, by its socket: containers
-    have one each. Where neither is known, machine-id and UUID have to agree.
+    Two kernels are two hosts. Under one kernel libvirt's socket decides: each container has its own. Where neither is
+    known, machine-id and UUID have to be equal.
     """
     if one.boot and other.boot and one.boot != other.boot:
         return False
@@ -44,12 +44,12 @@ def same_host(one: HostIdentity, other: HostIdentity) -> bool:
 def same_file(ours: str, theirs: str, *, one_host: bool) -> bool:
     """Whether two fingerprints are of one file.
 
-    On one host device and inode say so. Two hosts that see one filesystem number its device in their own ways; inode,
-    size, mtime and ctime, in nanoseconds, are the file's own.
+    On one host device and inode decide. Two hosts that see one filesystem give its device different numbers; inode,
+    size, mtime and ctime in nanoseconds are the same on both.
     """
     if not ours or not theirs:
         return False
-    if one_host and fingerprint.file_id(ours)[1:] != ("0",):  # an inode of 0 tells nothing
+    if one_host and fingerprint.file_id(ours)[1:] != ("0",):  # an inode of 0 identifies nothing
         return fingerprint.file_id(ours) == fingerprint.file_id(theirs)
     if one_host:
         return ours == theirs
@@ -57,7 +57,7 @@ def same_file(ours: str, theirs: str, *, one_host: bool) -> bool:
 
 
 def shared(ours: Mapping[str, str], theirs: Mapping[str, str], *, one_host: bool) -> list[tuple[str, str]]:
-    """The pairs of paths, one of each side, whose fingerprints are of one file."""
+    """Return the pairs of paths, one of each side, whose fingerprints are of one file."""
     return [
         (mine, other)
         for mine, own in ours.items()

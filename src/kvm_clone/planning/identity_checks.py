@@ -1,4 +1,4 @@
-"""What speaks against an operation because two things are one: hosts, VMs, or disks. Pure."""
+"""Findings about two hosts, VMs or disks that are the same one. Pure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SAME_VM = "same-vm"
 
 
 def identity_findings(facts: Facts, name: str) -> Iterator[Finding]:
-    """Why the VM of that name at the destination must not be touched: it is the source, or has its disks.
+    """Yield why the VM of that name at the destination must not be changed: it is the source, or has its disks.
 
-    No flag helps against these.
+    No flag overrides these.
     """
     source, there = facts.source, facts.destination
     if facts.one_host and name == source.domain.name:
@@ -32,7 +32,7 @@ def identity_findings(facts: Facts, name: str) -> Iterator[Finding]:
 
 
 def duplicate_findings(facts: Facts) -> Iterator[Finding]:
-    """Disks of the source that are one file under several names: in the copy each would have one of its own."""
+    """Yield the disks of the source that are one file under several names: in the copy each would get its own file."""
     source = facts.source
     disks = [disk for disk in source.xml.disks if disk.path and disk.path in source.files]
     for index, disk in enumerate(disks):
@@ -45,7 +45,7 @@ def duplicate_findings(facts: Facts) -> Iterator[Finding]:
 
 
 def replica_findings(facts: Facts) -> Iterator[Finding]:
-    """Disks of the replica that are one file: what is merged into one would be merged into the other."""
+    """Yield the disks of the replica that are one file: both overlays would be merged into it."""
     images = facts.destination.existing.images if facts.destination.existing is not None else ()
     for index, image in enumerate(images):
         for other in images[index + 1 :]:
@@ -56,7 +56,7 @@ def replica_findings(facts: Facts) -> Iterator[Finding]:
 
 
 def kept_findings(facts: Facts) -> Iterator[Finding]:
-    """The files of a VM that is replaced which stay, and why."""
+    """Yield the files of the replaced VM that are not removed, and why."""
     existing = facts.destination.existing
     for path, why in existing.kept if existing is not None else ():
         text = f"{path}, a disk of the VM that is replaced, stays on {facts.destination.host.name}: {why}."

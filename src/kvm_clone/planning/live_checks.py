@@ -1,4 +1,4 @@
-"""A source that runs: what speaks against a backup job, and the job to begin. Pure."""
+"""Findings about a running source, and the backup job that is to be begun. Pure."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from kvm_clone.planning.file_names import scratch_prefix
 from kvm_clone.units import format_bytes
 
 _OLDEST_LIBVIRT = 7_002_000
-"""The first with pull-mode backups that need no opting in, as major * 1,000,000 + minor * 1,000 + release."""
+"""The first release whose pull-mode backups need no configuration: major * 1,000,000 + minor * 1,000 + release."""
 
 _LEAST_SCRATCH_PERCENT = 10
 _LEAST_SCRATCH = 64 << 20
-"""Of what the disk takes, and in bytes: what has to be free for what the guest writes meanwhile."""
+"""The least free room for what the guest writes during the copy: a share of the disk's data, and bytes."""
 
 
 def live_findings(source: SourceFacts, options: Options, own_operation: str | None = None) -> Iterator[Finding]:
-    """What speaks against copying a running source, or is to be known of it.
+    """Yield the findings about copying a running source.
 
-    `own_operation`: the operation of this very run, whose agent may not have ended yet.
+    `own_operation`: the operation of this run, whose agent may not have ended yet.
     """
     name, running = source.domain.name, source.live
     if running is None:
@@ -71,7 +71,7 @@ def _agent_findings(source: SourceFacts, quiesce: Quiesce) -> Iterator[Finding]:
 
 
 def _changes(source: SourceFacts) -> Iterator[Finding]:
-    """How the running VM differs from its persistent definition, which is the one that is copied."""
+    """Yield how the running VM differs from its persistent definition, which is the one that is copied."""
     assert source.live is not None
     name = source.domain.name
     persistent = {disk.target: disk.path for disk in source.xml.own_disks}
@@ -88,7 +88,7 @@ def _changes(source: SourceFacts) -> Iterator[Finding]:
 
 
 def _scratch(source: SourceFacts) -> tuple[dict[str, str], list[Finding]]:
-    """A file for each disk's scratch, where there is room."""
+    """Return the scratch file of each disk that has room for one, by target, and the findings about room."""
     usable = [one for one in source.directories.values() if one.exists and one.writable]
     free = {one.filesystem: one.free for one in usable}
     placed: dict[str, str] = {}
@@ -120,7 +120,7 @@ def _socket(source: SourceFacts) -> str:
 
 
 def stale_files(source: SourceFacts) -> list[str]:
-    """What the domain's earlier backup jobs may have left: a host without power, or a killed QEMU, removes nothing."""
+    """Return the files that earlier backup jobs may have left: a killed QEMU or a power cut removes nothing."""
     scratch = [
         posixpath.join(directory.path, name)
         for directory in source.directories.values()
@@ -131,7 +131,7 @@ def stale_files(source: SourceFacts) -> list[str]:
 
 
 def _roomiest(usable: list[Directory], free: dict[int, int], own: str, wanted: int) -> Directory | None:
-    """The disk's own directory if there is room for everything, else the one with the most."""
+    """Return the disk's own directory if it has room for everything, else the one with the most room."""
     for directory in usable:
         if directory.path == own and free[directory.filesystem] >= wanted:
             return directory
@@ -139,12 +139,12 @@ def _roomiest(usable: list[Directory], free: dict[int, int], own: str, wanted: i
 
 
 def chain_of(facts: Facts, name: str) -> str:
-    """How the names of the checkpoints for the replica of that name at the destination begin."""
+    """Return the beginning of the names of checkpoints for the replica of that name at the destination."""
     return _chain(facts.destination.host.identity.lasting, name)
 
 
 def chain_by_uuid(facts: Facts, name: str) -> str:
-    """How they began in version 0.1, by the host's UUID, which some hosts have in common: nobody's for certain."""
+    """Return how they began in version 0.1: by the host's UUID, which several hosts may have in common."""
     return _chain(facts.destination.abilities.uuid, name)
 
 
@@ -153,9 +153,9 @@ def _chain(host: str, name: str) -> str:
 
 
 def backup_job(facts: Facts, options: Options, name: str, operation: str, since: str) -> BackupJob | None:
-    """The job that offers a running source's disks; None for one that is shut off.
+    """Return the job that offers a running source's disks; None for a source that is shut off.
 
-    `since`: the checkpoint from which on the changes are wanted.
+    `since`: the checkpoint since which the changes are wanted.
     """
     if facts.source.live is None:
         return None
@@ -180,6 +180,6 @@ def _is_trackable(image: ImageFacts) -> bool:
 
 
 def stale_checkpoints(facts: Facts, name: str, since: str) -> tuple[str, ...]:
-    """Checkpoints for this replica that earlier runs have left and that nothing rests on."""
+    """Return the checkpoints for this replica that earlier runs have left, but for `since`: nothing rests on them."""
     chain = chain_of(facts, name)
     return tuple(one for one in facts.source.domain.checkpoints if one.startswith(chain) and one != since)

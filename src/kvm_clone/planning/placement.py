@@ -1,37 +1,47 @@
-"""Where each disk of a clone goes. Pure."""
+"""Where each disk of a clone lands. Pure: the only module of planning that chooses directories and names."""
 
 from __future__ import annotations
 
 import posixpath
+import re
 from dataclasses import dataclass
+from typing import Any
 
 from kvm_clone.agent.disks.image import QCOW2
 from kvm_clone.agent.names import is_plain
 from kvm_clone.findings import Finding, block
+from kvm_clone.image import Image
 from kvm_clone.options import Options
 from kvm_clone.planning import domain_facts
+from kvm_clone.planning.assets import Place
 from kvm_clone.planning.facts import DestinationFacts, Directory, Facts, ImageFacts, Staged, StagedDisk
-from kvm_clone.planning.file_names import UNKEPT, file_name, home_of, stem_of
+from kvm_clone.planning.file_names import UNKEPT, cut, file_name, home_of, length_of, stem_of
 
 
 @dataclass(frozen=True)
 class PlannedDisk:
-    """One disk to copy and the file it becomes; `staged` is what an interrupted attempt has of it.
+    """One disk to copy and the file that it becomes: an Asset.
 
-    `base`: the replica's image that is brought up to date; the file is then an overlay on it, until it is merged, or
-    with `shares` a copy that shares its blocks and takes its place. `fine`: the overlay has subclusters of 2 KiB.
+    `staged`: what an interrupted attempt has of it. `base`: the replica's image that is brought up to date. The file
+    is then an overlay on it until both are merged, or with `shares` a copy that shares its blocks and succeeds it.
+    `fine`: the overlay has subclusters of 2 KiB.
     """
 
     image: ImageFacts
-    final: str
+    place: Place
     staged: StagedDisk | None = None
     base: ImageFacts | None = None
     shares: bool = False
     fine: bool = False
 
     @property
+    def final(self) -> str:
+        """The path that the file gets in the end."""
+        return self.place.path
+
+    @property
     def options(self) -> dict[str, str]:
-        """What `qemu-img create -o` is told of the file: as at the source, of an overlay what fits it."""
+        """The options of `qemu-img create -o`: the source image's own, or those of an overlay."""
         if self.base is None:
             return dict(self.image.options)
         return {"extended_l2": "on"} if self.fine else {}
@@ -45,13 +55,59 @@ class PlannedDisk:
 
     @property
     def below(self) -> ImageFacts | None:
-        """The image that the file is an overlay on."""
+        """The image that the file is an overlay on, None for a file that is none."""
         return None if self.shares else self.base
 
     @property
     def target(self) -> str:
         """The guest's name for it, such as vda."""
         return self.image.target
+
+    # What follows is the contract of an Asset: see there.
+
+    @property
+    def key(self) -> str:
+        """The target."""
+        return self.target
+
+    @property
+    def source(self) -> Image:
+        """See Asset."""
+        return self.image
+
+    @property
+    def size(self) -> int:
+        """See Asset."""
+        return self.image.virtual_size
+
+    @property
+    def data(self) -> int:
+        """See Asset."""
+        return self.image.data
+
+    @property
+    def fingerprint(self) -> str:
+        """See Asset."""
+        return self.image.fingerprint
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """As agent.staging.stage.create takes it. A file that takes an image's place gets that one's owner and mode."""
+        owner = self.image if self.base is None else self.base
+        return {
+            "format": self.format,
+            "size": self.size,
+            "options": self.options,
+            "mode": owner.mode,
+            "user": owner.user,
+            "group": owner.group,
+            "backing": [self.below.path, self.below.format] if self.below is not None else None,
+            "copy_of": self.base.path if self.base is not None and self.shares else None,
+        }
+
+    def at(self, path: str) -> Image:
+        """See Asset."""
+        return Image(path, self.format, below=self.below)
 
 
 @dataclass(frozen=True)
@@ -66,9 +122,9 @@ class Names:
 def place(
     facts: Facts, options: Options, names: Names, staged: Staged | None, images: tuple[ImageFacts, ...] | None = None
 ) -> tuple[tuple[PlannedDisk, ...], tuple[Finding, ...]]:
-    """Where each disk goes: a directory, and in it a name that nothing has; or where an interrupted attempt put it.
+    """Return each disk with its place: a free name in a directory, or where an interrupted attempt put it.
 
-    `images`: those of the source that become files of their own, None for all.
+    `images`: the source's images that become files of their own, None for all.
     """
     placed: list[PlannedDisk] = []
     findings: list[Finding] = []
@@ -77,21 +133,21 @@ def place(
         kept = staged.disks.get(image.target) if staged is not None else None
         # Nothing durable: nothing to reuse, and the file may be missing or half made.
         if kept is not None and kept.durable and _is_same(kept, image):
-            placed.append(PlannedDisk(image, kept.final, kept))
+            placed.append(PlannedDisk(image, Place.of_file(kept.final), kept))
             continue
         directory, finding = _directory_for(facts.destination, home_of(image.path), options.pool)
         if finding is not None and finding not in findings:
             findings.append(finding)
         if directory is not None:
             others = taken | facts.destination.paths_in_use.keys()
-            path = kept.final if kept else _free_path(directory, image, names, others)
-            taken.add(path)
-            placed.append(PlannedDisk(image, path))
+            free = Place.of_file(kept.final) if kept else _free_place(directory, image, names, others)
+            taken.add(free.path)
+            placed.append(PlannedDisk(image, free))
     return tuple(placed), tuple(findings)
 
 
 def _is_same(kept: StagedDisk, image: ImageFacts) -> bool:
-    """Whether a staged file can become this disk as it is now."""
+    """Whether a staged file can become this disk as the source has it now."""
     return not kept.backing and (kept.size, kept.format) == (image.virtual_size, image.format)
 
 
@@ -140,29 +196,49 @@ def _pool_finding(host: str, name: str, pool: domain_facts.Pool | None, known: l
     return block("pool-type", name, text, f"name a pool of type {', '.join(domain_facts.FILE_POOLS)} with --pool")
 
 
-def _free_path(directory: Directory, image: ImageFacts, names: Names, taken: set[str]) -> str:
-    """The source's file name where it is free, with the VM's new name for the old; else one with the disk's target.
+def _free_place(directory: Directory, image: ImageFacts, names: Names, taken: set[str]) -> Place:
+    """Return the place with the source's file name, the VM's new name in it for the old one.
 
-    Where not every name that is there is known, one with the operation's, which nobody has.
+    Where that name is taken, the disk's target is added to it; where not every name that is there is known, the target
+    and the operation's name, which nobody else has.
     """
     stem, extension = stem_of(image.path, names.old, names.new)
-    # Names end up in paths that people type: a VM's name may hold what they would have to quote.
+    # People type these paths: an ending has nothing in it that would have to be quoted.
     endings = ["", f"-{image.target}"]
     endings += [f"-{image.target}-{number}" for number in range(1, len(directory.names) + len(taken) + 2)]
     there = {directory.same(posixpath.join(directory.path, file)) for file in directory.names}
     there |= {directory.same(path) for path in taken}
     for ending in endings if not directory.more else [f"-{image.target}-{names.operation}"]:
-        path = posixpath.join(directory.path, file_name(directory, stem, f"{ending}{extension}"))
-        if directory.same(path) not in there:
-            return path
+        free = Place(directory.path, file_name(directory, stem, f"{ending}{extension}"))
+        if directory.same(free.path) not in there:
+            return free
     raise AssertionError("more candidates than names")
 
 
 def stage_directory(facts: Facts, options: Options, disks: tuple[PlannedDisk, ...], staged: Staged | None) -> str:
-    """Where the journal lies: beside the first disk; for a VM without disks, where its disks would be."""
+    """Return the journal's directory: the first disk's; for a VM without disks the one where a disk would land."""
     if staged is not None:
         return staged.directory
     if disks:
-        return posixpath.dirname(disks[0].final)
+        return disks[0].place.container
     directory, _ = _directory_for(facts.destination, "", options.pool)
     return directory.path if directory else "/var/tmp"  # noqa: S108
+
+
+def overlay_place(base: Image, operation: str, target: str) -> Place:
+    """Return the place of the overlay on a replica's image, which has it until both are merged."""
+    return Place.of_file(base.path).beside(f"kvm-clone-{operation}-{target}.qcow2")
+
+
+_OPERATION = re.compile(r"\.[0-9a-f]{12}$")
+
+
+def successor_place(base: Image, operation: str, longest: int) -> Place:
+    """Return the place of the file that succeeds a replica's image: the operation's name before the extension.
+
+    The stem is cut where a file's name of at most `longest` bytes could not hold it.
+    """
+    old = Place.of_file(base.path)
+    stem, extension = posixpath.splitext(old.name)
+    ending = f".{operation}{extension}"
+    return old.beside(cut(_OPERATION.sub("", stem), longest - length_of(ending)) + ending)

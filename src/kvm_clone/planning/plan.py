@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from kvm_clone.errors import DomainExistsError, KvmCloneError, LockedError, RefusedError
 from kvm_clone.findings import EXISTS_CODES, LOCKED, Finding, Severity, block
 from kvm_clone.options import CloneOptions, Options, Retry, Route, Verify
+from kvm_clone.planning.assets import Place
 from kvm_clone.planning.checks import destination_findings, estimate, source_findings
 from kvm_clone.planning.decide import Action, Decision, decide
 from kvm_clone.planning.domain_facts import BackupJob
@@ -44,7 +45,7 @@ from kvm_clone.planning.storage import storage_findings
 
 @dataclass(frozen=True)
 class Identity:
-    """What chance decides, decided before planning: the operation's name; the clone's UUID, MACs and generation ID."""
+    """What is random, drawn before planning: the operation's name; the clone's UUID, MACs and generation ID."""
 
     operation: str
     uuid: str
@@ -54,10 +55,10 @@ class Identity:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done, in order, and what there is to say about it.
+    """The findings about an operation, and its steps in order; none where a finding blocks it.
 
-    `continues`: it takes up what this very run was doing when a connection dropped. `backup`: the job that offers a
-    running source's disks. `hint`: why a dirty bitmap is not used, where one was to be expected.
+    `continues`: it resumes what this run was doing when a connection dropped. `backup`: the job that offers a running
+    source's disks. `no_bitmap_reason`: why no dirty bitmap is used, nothing where one is.
     """
 
     name: str
@@ -72,7 +73,7 @@ class Plan:
     steps: tuple[Step, ...]
     continues: bool = False
     backup: BackupJob | None = None
-    hint: str = ""
+    no_bitmap_reason: str = ""
 
     @property
     def uuid(self) -> str:
@@ -100,17 +101,17 @@ class Plan:
 
     @property
     def blocking(self) -> tuple[Finding, ...]:
-        """The findings that keep the plan from being run."""
+        """The findings for which the plan is not run."""
         return tuple(finding for finding in self.findings if finding.severity is Severity.BLOCKING)
 
     def refusal(self) -> KvmCloneError | None:
-        """The error that a plan with blocking findings ends with, None for one that can be run."""
+        """Return the error that a plan with blocking findings ends with; None for a plan that can be run."""
         if not self.blocking:
             return None
         codes = {finding.code for finding in self.blocking}
-        asked = self.options.retry is not Retry.NONE  # else it is there, as any VM of that name would be
+        asked = self.options.retry is not Retry.NONE  # without a flag the VM only has the name that was wanted
         exists = DomainExistsError if codes <= EXISTS_CODES | (set() if asked else {SAME_VM}) else RefusedError
-        kind = LockedError if LOCKED in codes else exists  # what else there is may be that operation's doing
+        kind = LockedError if LOCKED in codes else exists  # the other findings may come from that operation
         text = "; ".join(finding.text.rstrip(".") for finding in self.blocking)
         remedies = dict.fromkeys(finding.remedy for finding in self.blocking if finding.remedy)
         return kind(text, subject=self.name, remedy="; ".join(remedies), findings=self.blocking)
@@ -122,7 +123,7 @@ DONE_ALREADY = (Action.NOTHING, Action.FINISH)
 def make_plan(facts: Facts, options: CloneOptions, identity: Identity, own_operation: str | None = None) -> Plan:
     """Plan a clone. Every finding is reported, not only the first.
 
-    `own_operation`: the operation of this very run that a dropped connection has interrupted.
+    `own_operation`: the operation of this run that a dropped connection has interrupted.
     """
     name = options.name_for(facts.source.domain.name)
     decision = decide(facts, options.retry, name, own_operation, digested=options.verify_existing)
@@ -166,12 +167,12 @@ def make_plan(facts: Facts, options: CloneOptions, identity: Identity, own_opera
 
 
 def route_of(facts: Facts, options: Options) -> Route:
-    """The way that the data takes."""
+    """Return the route that the data takes."""
     return Route.DIRECT if facts.route.direct and options.route is not Route.RELAY else Route.RELAY
 
 
 def route_findings(facts: Facts, options: Options) -> list[Finding]:
-    """Why the route that was asked for cannot be taken."""
+    """Return a finding where the route that the user asked for cannot be taken."""
     if options.route is not Route.DIRECT or facts.route.direct:
         return []
     text = f"The direct route cannot be taken: {facts.route.reason}"
@@ -203,7 +204,7 @@ def _steps(plan: Plan, options: CloneOptions, directory: str) -> tuple[Step, ...
 
 
 def begin_step(plan: Plan, directory: str) -> BeginStage:
-    """The beginning of a stage; what is undone by it is the attempt that the plan has looked at, and no other."""
+    """Return the step that begins the stage. It discards the attempt that the plan has seen, and no other."""
     staged, decision = plan.facts.destination.staged, plan.decision
     here = staged is not None and staged.directory == directory
     discards = staged.operation if staged is not None and here and decision.discard else ""
@@ -214,7 +215,7 @@ def begin_step(plan: Plan, directory: str) -> BeginStage:
 
 
 def content_steps(plan: Plan) -> list[Step]:
-    """The copy and its proof, and what makes sure that one state of the source is copied."""
+    """Return the steps that copy and prove, and those that make sure that one state of the source is copied."""
     disks, backup = plan.disks, plan.backup
     steps: list[Step] = []
     if disks and backup is not None:
@@ -231,9 +232,9 @@ def content_steps(plan: Plan) -> list[Step]:
 
 
 def last_steps(plan: Plan) -> list[Step]:
-    """What comes after the commit, whatever was done."""
-    directories = {posixpath.dirname(disk.final) for disk in plan.disks}
-    steps: list[Step] = [SealReplica(), EndStage(tuple(sorted(directories)))]
+    """Return the last steps of every operation, after its commit."""
+    containers = {disk.place.container for disk in plan.disks}
+    steps: list[Step] = [SealReplica(), EndStage(tuple(sorted(containers)))]
     if plan.backup is not None:
         used = plan.backup.incremental
         steps += [DropCheckpoints((used,))] if used else []
@@ -241,7 +242,7 @@ def last_steps(plan: Plan) -> list[Step]:
 
 
 def finishing_steps(facts: Facts) -> tuple[Step, ...]:
-    """What an earlier run that has committed left to do."""
+    """Return the steps that finish an earlier run, which has committed."""
     staged = facts.destination.staged
     assert staged is not None
     return (
@@ -255,7 +256,7 @@ def finishing_steps(facts: Facts) -> tuple[Step, ...]:
 
 
 def _pending(facts: Facts) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What the commit left to be removed, by libvirt's own word: a journal alone is no reason to remove anything."""
+    """Return what the commit left to be removed, by libvirt's definition: nothing is removed for a journal alone."""
     existing, staged = facts.destination.existing, facts.destination.staged
     pending = existing.pending if existing is not None else None
     if pending is None or staged is None or pending.operation != staged.operation:
@@ -264,7 +265,7 @@ def _pending(facts: Facts) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def before(staged: Staged | None, decision: Decision, directory: str) -> list[Step]:
-    """What an earlier attempt leaves to do."""
+    """Return the steps that an earlier attempt requires first."""
     steps: list[Step] = []
     if staged is not None and staged.defining:
         steps.append(SettleStage(staged.directory, staged.operation, committed=False))
@@ -274,12 +275,14 @@ def before(staged: Staged | None, decision: Decision, directory: str) -> list[St
 
 
 def existing_disks(facts: Facts) -> tuple[PlannedDisk, ...]:
-    """The source's disks with the files that the finished clone has for them."""
+    """Return the source's disks with the files that the finished clone has for them."""
     existing = facts.destination.existing
     assert existing is not None
-    theirs = {disk.target: ImageFacts(disk.target, disk.path or "", disk.format) for disk in existing.xml.own_disks}
+    theirs = {
+        disk.target: ImageFacts(disk.path or "", disk.format, target=disk.target) for disk in existing.xml.own_disks
+    }
     return tuple(
-        PlannedDisk(image, theirs[image.target].path, base=theirs[image.target], shares=True)
+        PlannedDisk(image, Place.of_file(theirs[image.target].path), base=theirs[image.target], shares=True)
         for image in facts.source.images
         if image.target in theirs
     )

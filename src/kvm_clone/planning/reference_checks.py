@@ -1,7 +1,7 @@
-"""What a definition refers to on its host, and whether the destination has it. Pure.
+"""Findings about what a definition refers to on its host: whether the destination has it. Pure.
 
-What the destination lacks is a warning that says what to do: libvirt defines the VM all the same. Content that would be
-left behind is refused. What is not known is said, and never taken for there or absent.
+What the destination lacks is a warning that says what to do, since libvirt defines the VM all the same. Content that
+would be left behind is refused. What cannot be found out is reported as such, and taken neither for present nor absent.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from kvm_clone.planning.things import MISSING, UNKNOWN
 from kvm_clone.units import format_bytes
 
 _SOFTWARE = ("/usr/", "/lib", "/bin/", "/sbin/", "/boot/", "/etc/", "/proc/", "/sys/", "/dev/")
-"""Where files come from packages and the kernel: none of them is a VM's own data."""
+"""Directories whose files come from packages and the kernel: none of them is a VM's own data."""
 
 _REFUSED_ALREADY = ("nvram", "tpm", "memory", "mirror", "data file")
-"""Kinds whose data are refused by their own code (definition.unsupported)."""
+"""Kinds whose data definition.domain_xml.unsupported refuses."""
 
 _BOOT_FILE = "boot file"
-"""The kind whose absence is refused by checks.py."""
+"""The kind whose absence checks.py refuses."""
 
 Check = Callable[[Facts, str, Reference], Iterator[Finding]]
 
 
 def reference_findings(facts: Facts, name: str) -> Iterator[Finding]:
-    """What there is to say of everything that the definition refers to; `name` is the clone's."""
+    """Yield the findings about everything that the definition refers to. `name`: the clone's."""
     yield from disk_findings(facts.destination, facts.source.xml)
     seen: set[tuple[Role, str, bool]] = set()
     for reference in facts.source.references:
@@ -49,7 +49,7 @@ def _warn(code: str, subject: str, text: str, remedy: str = "") -> Finding:
 
 
 def _missing(facts: Facts, reference: Reference, what: str, remedy: str, code: str = "") -> Finding:
-    """The finding for what the destination lacks, or has otherwise than the VM wants it."""
+    """Return the finding about a thing that the destination lacks, or has otherwise than the VM wants it."""
     host, vm = facts.destination.host.name, facts.source.domain.name
     text = f"{host} {what}, which VM {vm} refers to ({reference.where}); the VM may not start."
     return _warn(code or f"{reference.role}-missing", reference.value, text, remedy)
@@ -65,7 +65,7 @@ def _unclear(facts: Facts, reference: Reference, why: str) -> Finding:
 
 
 def _path(facts: Facts, _name: str, reference: Reference) -> Iterator[Finding]:
-    """A path that has to be there: nothing of it is copied."""
+    """Yield the findings about a path that has to be there: nothing of it is copied."""
     if not reference.is_path or reference.kind == "emulator":
         return
     host = facts.destination.host.name
@@ -84,7 +84,7 @@ _PATH_MISSING = "path-missing"
 
 
 def _made(facts: Facts, name: str, reference: Reference) -> Iterator[Finding]:
-    """A file or socket that comes with the VM's start: its directory has to be there, and it must not be another's."""
+    """Yield the findings about a file or socket that the VM's start makes: it needs a directory and no other owner."""
     if not reference.is_path:
         return
     destination, host = facts.destination, facts.destination.host.name
@@ -114,7 +114,7 @@ def _is_overwritten(facts: Facts, reference: Reference) -> bool:
 
 
 def _data(facts: Facts, name: str, reference: Reference) -> Iterator[Finding]:
-    """Content: what the VM writes to has to be copied, and is not."""
+    """Yield the findings about content that is no disk: what the VM writes to is refused, since it is not copied."""
     here = facts.source.things.path(reference.value)
     source = facts.source.host.name
     if reference.kind in _REFUSED_ALREADY:
@@ -142,7 +142,7 @@ def _data(facts: Facts, name: str, reference: Reference) -> Iterator[Finding]:
 
 
 def _unknown(facts: Facts, name: str, reference: Reference) -> Iterator[Finding]:
-    """What no rule names: data if it looks like that, else a warning in any case."""
+    """Yield the findings about what no rule names: a file is treated as data, the rest is a warning."""
     here = facts.source.things.path(reference.value) if reference.is_path else UNKNOWN
     if here == "file" and not reference.value.startswith(_SOFTWARE):
         yield from _data(facts, name, reference)
@@ -162,7 +162,7 @@ def _article(kind: str) -> str:
 
 
 def _kernel(facts: Facts, _name: str, reference: Reference) -> Iterator[Finding]:
-    """What the kernel shows at one of some paths."""
+    """Yield a finding about a thing that the kernel shows at any of several paths."""
     paths = things.kernel_paths(reference)
     found = {facts.destination.things.path(path) for path in paths}
     host = facts.destination.host.name
@@ -183,19 +183,19 @@ def _host_device(facts: Facts, name: str, reference: Reference) -> Iterator[Find
 
 
 def _partition(facts: Facts, name: str, reference: Reference) -> Iterator[Finding]:
-    if reference.value.strip("/") != "machine":  # libvirt makes this one itself
+    if reference.value.strip("/") != "machine":  # libvirt makes that partition itself
         yield from _kernel(facts, name, reference)
 
 
 def _network(facts: Facts, _name: str, reference: Reference) -> Iterator[Finding]:
-    """A network of something else than an interface: those are checked in checks.py, which refuses."""
+    """Yield a finding about a network that no interface names: checks.py refuses those of interfaces."""
     if reference.kind != "interface" and reference.value not in facts.destination.abilities.networks:
         host = facts.destination.host.name
         yield _missing(facts, reference, f"has no libvirt network {reference.value}", f"virsh net-define on {host}")
 
 
 def _listed_object(role: Role, remedy: str) -> Check:
-    """Something that libvirt at the destination lists, or cannot list."""
+    """Return the check of things that libvirt at the destination lists, or cannot list."""
 
     def check(facts: Facts, _name: str, reference: Reference) -> Iterator[Finding]:
         objects = facts.destination.things.objects
@@ -246,7 +246,7 @@ def _exclusive(facts: Facts, name: str, reference: Reference) -> Iterator[Findin
 
 
 def _pipe(facts: Facts, name: str, reference: Reference) -> Iterator[Finding]:
-    """QEMU opens PATH.in and PATH.out, or PATH itself, and makes none of them."""
+    """Yield the findings about a pipe: QEMU opens PATH.in and PATH.out, or PATH itself, and makes none of them."""
     yield from _exclusive(facts, name, reference)
     yield from _path(facts, name, reference)
 
@@ -261,7 +261,7 @@ def _shared(facts: Facts, reference: Reference, others: frozenset[str]) -> Findi
 
 
 def _others(facts: Facts, name: str, reference: Reference) -> frozenset[str]:
-    """The VMs of the destination that claim the same thing, the one that the clone becomes left out."""
+    """Return the VMs of the destination that claim the same thing, but for the one that the clone becomes."""
     used = facts.destination.things.objects.used.get(things.claim(reference), frozenset())
     return used - {name}
 
@@ -276,9 +276,8 @@ def _listed(names: frozenset[str]) -> str:
 def _huge_pages(facts: Facts, _name: str, reference: Reference) -> Iterator[Finding]:
     have = facts.destination.things.resources
     kinds = [one for one in facts.source.references if one.role is Role.HUGEPAGES]
-    memory = (
-        facts.source.xml.memory if len(kinds) == 1 and reference.kind == "memoryBacking" else 1
-    )  # of one kind a part
+    # Pages of one kind back all of the memory; of several kinds, each backs an unknown part.
+    memory = facts.source.xml.memory if len(kinds) == 1 and reference.kind == "memoryBacking" else 1
     size = int(reference.value) or have.default_hugepage
     pages = have.hugepages.get(size)
     shown = format_bytes(size * 1024)
@@ -293,7 +292,7 @@ def _huge_pages(facts: Facts, _name: str, reference: Reference) -> Iterator[Find
 
 
 def _numbered(what: str, online: Callable[[things.Resources], frozenset[int] | None]) -> Check:
-    """A set of the host's CPUs or NUMA nodes, all of which have to be online."""
+    """Return the check of a set of the host's CPUs or NUMA nodes, all of which have to be online."""
 
     def check(facts: Facts, _name: str, reference: Reference) -> Iterator[Finding]:
         have, wanted = online(facts.destination.things.resources), things.parse_set(reference.value)
@@ -306,7 +305,7 @@ def _numbered(what: str, online: Callable[[things.Resources], frozenset[int] | N
     return check
 
 
-# What is only told.
+# What is only reported.
 
 
 def _tied(facts: Facts, _name: str, reference: Reference) -> Iterator[Finding]:
@@ -329,7 +328,7 @@ def _server(facts: Facts, _name: str, reference: Reference) -> Iterator[Finding]
 
 
 def _nothing(_facts: Facts, _name: str, _reference: Reference) -> Iterator[Finding]:
-    """What is checked elsewhere, or names nothing of the host."""
+    """Yield nothing: it is checked elsewhere, or names nothing of the host."""
     yield from ()
 
 
@@ -374,7 +373,7 @@ _CHECKS: Mapping[Role, Check] = {
 
 
 def disk_findings(destination: DestinationFacts, xml: DomainXml) -> Iterator[Finding]:
-    """Whether the media are there (a warning), and the disks that are not copied (refused)."""
+    """Yield a warning for each medium that is missing, and a refusal for each missing disk that is not copied."""
     host = destination.host.name
     for disk in xml.media:
         if disk.path and (why := _absent(destination, disk)):
@@ -395,7 +394,7 @@ def disk_findings(destination: DestinationFacts, xml: DomainXml) -> Iterator[Fin
 
 
 def _absent(destination: DestinationFacts, disk: DiskXml) -> str:
-    """Why the destination cannot use a disk that is not copied; nothing where it can, or where that is not known."""
+    """Return why the destination cannot use a disk that is not copied; nothing where it can or may."""
     path = disk.path or ""
     if disk.type == "file":
         return "" if destination.present.get(path, False) else f"lacks {disk.path}"
@@ -407,7 +406,7 @@ def _absent(destination: DestinationFacts, disk: DiskXml) -> str:
 
 
 def _disk_parts(facts: Facts, name: str) -> Iterator[Finding]:
-    """What kept disks need beside their own content: what they rest on, secrets, sockets, servers."""
+    """Yield the findings about what kept disks need beside their file: backing images, secrets, sockets, servers."""
     disks = dict(enumerate(facts.source.xml.disks))
     for reference in facts.source.references:
         number = re.fullmatch(r"devices/disk\[(\d+)\]", reference.owner)
@@ -418,14 +417,14 @@ def _disk_parts(facts: Facts, name: str) -> Iterator[Finding]:
 
 
 def _is_said(disk: DiskXml, reference: Reference) -> bool:
-    """Whether disk_findings speaks of it: of the disk's source; and of a disk that is not copied as a whole."""
+    """Whether other findings cover the reference: disk_findings the disk's own source, the refusal a network disk."""
     if reference.role is Role.SERVER:
         return disk.device == "disk"
     return reference.kind == "disk" and (reference.role is Role.VOLUME or reference.value == disk.path)
 
 
 def _unseen(facts: Facts) -> Iterator[Finding]:
-    """The kept disks of which the destination cannot say whether it has them."""
+    """Yield a finding for each kept disk of which it is not known whether the destination has it."""
     for reference in facts.source.references:
         unseen = facts.destination.things.path(reference.value) == UNKNOWN
         if reference.kind == "disk" and reference.is_path and unseen:

@@ -9,8 +9,8 @@ import posixpath
 from dataclasses import dataclass
 
 from kvm_clone.options import Quiesce, Verify
+from kvm_clone.planning.assets import Asset
 from kvm_clone.planning.domain_facts import BackupJob
-from kvm_clone.planning.placement import PlannedDisk
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,19 @@ class ReleaseLock:
 class CreateDisk:
     """Make the empty staged image. Undo: remove it."""
 
-    disk: PlannedDisk
+    disk: Asset
 
     def describe(self) -> str:
         """What the step does, for people."""
         disk = self.disk
-        return f"{'take up' if disk.staged else 'make'} the staged image of {disk.target} ({disk.image.format})"
+        return f"{'take up' if disk.staged else 'make'} the staged image of {disk.key} ({disk.source.format})"
 
 
 @dataclass(frozen=True)
 class CopyDisks:
     """Send every disk's content. Undo: nothing of its own, the staged images go."""
 
-    disks: tuple[PlannedDisk, ...]
+    disks: tuple[Asset, ...]
 
     def describe(self) -> str:
         """What the step does, for people."""
@@ -112,7 +112,7 @@ class CopyDisks:
 class ProveDisks:
     """Digest the disks at both ends and compare. Undo: nothing."""
 
-    disks: tuple[PlannedDisk, ...]
+    disks: tuple[Asset, ...]
     proof: Verify
 
     def describe(self) -> str:
@@ -125,7 +125,7 @@ class ProveDisks:
 class CheckSource:
     """Make sure that the source's images are as they were when the plan was made. Undo: nothing."""
 
-    disks: tuple[PlannedDisk, ...]
+    disks: tuple[Asset, ...]
 
     def describe(self) -> str:
         """What the step does, for people."""
@@ -136,11 +136,11 @@ class CheckSource:
 class PublishDisk:
     """Give the staged image its final name. Undo: remove it."""
 
-    disk: PlannedDisk
+    disk: Asset
 
     def describe(self) -> str:
         """What the step does, for people."""
-        return f"give {self.disk.target} its final name, {self.disk.final}"
+        return f"give {self.disk.key} its final name, {self.disk.place.path}"
 
 
 @dataclass(frozen=True)
@@ -266,15 +266,15 @@ class DropCheckpoints:
 class VerifyExisting:
     """Digest a finished clone against its source."""
 
-    disks: tuple[PlannedDisk, ...]
+    disks: tuple[Asset, ...]
 
     def describe(self) -> str:
         """What the step does, for people."""
         return f"digest {_targets(self.disks)} on both hosts and compare"
 
 
-def _targets(disks: tuple[PlannedDisk, ...]) -> str:
-    return ", ".join(disk.target for disk in disks)
+def _targets(disks: tuple[Asset, ...]) -> str:
+    return ", ".join(disk.key for disk in disks)
 
 
 def _listed(paths: tuple[str, ...]) -> str:

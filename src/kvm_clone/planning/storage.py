@@ -1,8 +1,7 @@
-"""What the filesystems that a clone's disks land on can hold, and what they lack. Pure."""
+"""Findings about the filesystems on which a clone's disks land: room, and what they cannot do. Pure."""
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Iterator
 
 from kvm_clone.agent.disks.image import RAW
@@ -13,13 +12,13 @@ from kvm_clone.planning.placement import PlannedDisk
 from kvm_clone.units import format_bytes
 
 _MARGIN_PERCENT = 115
-"""Of what is to be written, that must be free: metadata, and what others write meanwhile."""
+"""How much has to be free, of what is to be written: metadata and other writers need room as well."""
 
 _ELSEWHERE = "name another pool with --pool"
 
 
 def storage_findings(facts: Facts, disks: tuple[PlannedDisk, ...], *, room: bool = True) -> Iterator[Finding]:
-    """What speaks against the filesystems where the disks land, or is to be known of them. `room`: free space too."""
+    """Yield the findings about the filesystems where the disks land. `room`: about free space as well."""
     destination = facts.destination
     landing = [(disk, found) for disk in disks if (found := _directory(destination, disk)) is not None]
     for directory in dict.fromkeys(directory for _, directory in landing):
@@ -33,7 +32,7 @@ def storage_findings(facts: Facts, disks: tuple[PlannedDisk, ...], *, room: bool
 
 
 def _directory(destination: DestinationFacts, disk: PlannedDisk) -> Directory | None:
-    return destination.directories.get(posixpath.dirname(disk.final))
+    return destination.directories.get(disk.place.container)
 
 
 def _filesystem_findings(host: str, directory: Directory) -> Iterator[Finding]:
@@ -57,7 +56,7 @@ def _filesystem_findings(host: str, directory: Directory) -> Iterator[Finding]:
 
 
 def _size_findings(host: str, directory: Directory, disk: PlannedDisk) -> Iterator[Finding]:
-    """Of the file that the disk becomes, or is in the end: a raw one is as large as the disk, whatever it holds."""
+    """Yield the findings about the size of the disk's file in the end: a raw one is as large as the disk."""
     largest, image = directory.abilities.largest, disk.image
     format_ = image.format if disk.base is None else disk.base.format
     if (image.virtual_size if format_ == RAW else image.data) > largest:
@@ -82,7 +81,7 @@ def _direct_findings(host: str, directory: Directory, disk: PlannedDisk, xml: Do
 
 
 def space_findings(destination: DestinationFacts, disks: tuple[PlannedDisk, ...]) -> Iterator[Finding]:
-    """Room for what is still to be written and 15 % more, on every filesystem where disks land."""
+    """Yield a finding for each filesystem without room for what is still to be written and 15 % more."""
     host = destination.host.name
     needed: dict[int, int] = {}
     files: dict[int, int] = {}
@@ -106,28 +105,28 @@ def space_findings(destination: DestinationFacts, disks: tuple[PlannedDisk, ...]
 
 
 def with_margin(size: int) -> int:
-    """As many bytes have to be free for so many that are to be written."""
+    """Return how many bytes have to be free for `size` bytes that are to be written."""
     return size * _MARGIN_PERCENT // 100
 
 
 def to_write(disk: PlannedDisk, directory: Directory) -> int:
-    """Bytes that the disk will take beyond what is there, by its content: what the source's blocks take says little.
+    """Return how many more bytes the disk will take, by its content.
 
-    The source's filesystem may compress, or share blocks; the destination's may not.
+    The blocks that the source's file takes say little: its filesystem may compress or share blocks.
     """
     if disk.base is not None:
         return _to_update(disk, directory)
     image, kept = disk.image, disk.staged
     if image.format == RAW and not directory.abilities.sparse:
         return max(0, image.virtual_size - (kept.allocated if kept else 0))
-    # What is gone on with is stored uncompressed from there on, also where the source's image is compressed.
+    # A resumed copy is stored uncompressed, also where the source's image is compressed.
     return max(0, image.data - kept.data) if kept else image.fresh
 
 
 def _to_update(disk: PlannedDisk, directory: Directory) -> int:
-    """At least what the replica's image grows by: how much has changed is known when both have been compared.
+    """Return at least what the replica's image grows by: only the comparison finds out how much has changed.
 
-    An overlay has it first, and then the image below as well, before the overlay goes.
+    The overlay needs it first, then the image below as well, before the overlay is removed.
     """
     assert disk.base is not None
     growth = max(0, disk.image.data - disk.base.data)

@@ -7,8 +7,6 @@ and repeated at any time.
 
 from __future__ import annotations
 
-import posixpath
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -17,14 +15,14 @@ from kvm_clone.agent.disks.image import QCOW2
 from kvm_clone.definition.domain_xml import FORMATS
 from kvm_clone.findings import EXISTS, Finding, block
 from kvm_clone.options import Retry, SyncOptions, Verify
+from kvm_clone.planning.assets import Place
 from kvm_clone.planning.checks import has_subclusters, host_findings, source_findings
 from kvm_clone.planning.decide import SYNC, Action, Decision, unfinished
 from kvm_clone.planning.domain_facts import SHUT_OFF
 from kvm_clone.planning.facts import Existing, Facts, ImageFacts, Staged, files_in
-from kvm_clone.planning.file_names import cut
 from kvm_clone.planning.identity_checks import duplicate_findings, identity_findings, replica_findings
 from kvm_clone.planning.live_checks import backup_job, chain_by_uuid, chain_of, live_findings
-from kvm_clone.planning.placement import Names, PlannedDisk, place, stage_directory
+from kvm_clone.planning.placement import Names, PlannedDisk, overlay_place, place, stage_directory, successor_place
 from kvm_clone.planning.plan import (
     DONE_ALREADY,
     Identity,
@@ -58,30 +56,30 @@ from kvm_clone.units import format_bytes
 def make_sync_plan(facts: Facts, options: SyncOptions, identity: Identity, own_operation: str | None = None) -> Plan:
     """Plan a sync. Every finding is reported, not only the first.
 
-    `own_operation`: the operation of this very run that a dropped connection has interrupted.
+    `own_operation`: the operation of this run that a dropped connection has interrupted.
     """
     name = options.name_for(facts.source.domain.name)
     staged = facts.destination.staged
     if facts.destination.existing is None and (options.create or (staged is not None and staged.kind != SYNC)):
         return make_plan(facts, options.as_clone, identity, own_operation)
     decision = _decide(facts, options, name, own_operation)
-    going_on = staged if decision.action is Action.RESUME else None
-    if going_on is not None:
-        identity = replace(identity, operation=going_on.operation)
-    disks, findings = _disks(facts, options, name, identity, going_on)
+    resumed = staged if decision.action is Action.RESUME else None
+    if resumed is not None:
+        identity = replace(identity, operation=resumed.operation)
+    disks, findings = _disks(facts, options, name, identity, resumed)
     if decision.action in DONE_ALREADY:
         disks, findings = existing_disks(facts), []
     found = [*([decision.finding] if decision.finding else [])]
     same = [*identity_findings(facts, name)]
     if same:
         found = same  # nothing else matters
-    elif decision.action in (Action.SYNC, Action.RESUME, Action.STOP, Action.STOP_REPLICA):
+    elif decision.action in (Action.SYNC, Action.RESUME, Action.REFUSE, Action.STOP_REPLICA):
         found += [*source_findings(facts.source), *duplicate_findings(facts), *replica_findings(facts)]
         found += [*live_findings(facts.source, options, own_operation)]
         found += [*host_findings(facts, name), *storage_findings(facts, disks)]
-        found += findings if decision.action is not Action.STOP else []
+        found += findings if decision.action is not Action.REFUSE else []
         found += route_findings(facts, options)
-    since, hint = _since(facts, name)
+    since, no_bitmap_reason = _since(facts, name)
     plan = Plan(
         name,
         facts,
@@ -95,9 +93,9 @@ def make_sync_plan(facts: Facts, options: SyncOptions, identity: Identity, own_o
         (),
         continues=own_operation is not None,
         backup=backup_job(facts, options, name, identity.operation, since),
-        hint=hint,
+        no_bitmap_reason=no_bitmap_reason,
     )
-    directory = stage_directory(facts, options, disks, going_on)
+    directory = stage_directory(facts, options, disks, resumed)
     return plan if plan.blocking else replace(plan, steps=_steps(plan, directory))
 
 
@@ -115,9 +113,9 @@ def _decide(facts: Facts, options: SyncOptions, name: str, own_operation: str | 
     if existing.mark is None or existing.mark.source_uuid != facts.source.xml.uuid:
         text = f"VM {name} on {host} is no replica of {vm}: kvm-clone did not make it from that VM."
         return _refuse("not-a-replica", name, text, "choose another --target-name, or replace it with clone --force")
-    guarded = _guard(existing, options, name, host)
-    if guarded is not None:
-        return guarded
+    refused = _refuse_used_replica(existing, options, name, host)
+    if refused is not None:
+        return refused
     if staged is not None:
         return _with_staged(facts, staged, options, name, own_operation)
     if options.retry is Retry.RESUME:
@@ -130,8 +128,8 @@ def _decide(facts: Facts, options: SyncOptions, name: str, own_operation: str | 
     return Decision(Action.SYNC, replace=True, update=True)
 
 
-def _guard(existing: Existing, options: SyncOptions, name: str, host: str) -> Decision | None:
-    """A replica that somebody uses, or has used, is overwritten only by force."""
+def _refuse_used_replica(existing: Existing, options: SyncOptions, name: str, host: str) -> Decision | None:
+    """Return the refusal of a replica that somebody uses or has used, or what --force does with it; else None."""
     forced = options.retry is Retry.FORCE
     if existing.domain.state != SHUT_OFF:
         if forced:
@@ -147,9 +145,9 @@ def _guard(existing: Existing, options: SyncOptions, name: str, host: str) -> De
 
 def _with_staged(facts: Facts, staged: Staged, options: SyncOptions, name: str, own_operation: str | None) -> Decision:
     host = facts.destination.host.name
-    going_on = Decision(Action.RESUME, replace=True, update=True)
+    resume = Decision(Action.RESUME, replace=True, update=True)
     if staged.operation == own_operation:
-        return going_on
+        return resume
     if options.retry is Retry.FORCE:
         return Decision(Action.SYNC, discard=True, replace=True, update=True)
     if staged.kind != SYNC:
@@ -162,17 +160,17 @@ def _with_staged(facts: Facts, staged: Staged, options: SyncOptions, name: str, 
     if options.retry is Retry.NONE:
         text = f"An interrupted sync of {name} is kept on {host}."
         return _refuse(EXISTS, name, text, "go on with --resume or --idempotent, or start over with --force")
-    return going_on
+    return resume
 
 
 def _refuse(code: str, subject: str, text: str, remedy: str) -> Decision:
-    return Decision(Action.STOP, finding=block(code, subject, text, remedy))
+    return Decision(Action.REFUSE, finding=block(code, subject, text, remedy))
 
 
 def _disks(
     facts: Facts, options: SyncOptions, name: str, identity: Identity, staged: Staged | None
 ) -> tuple[tuple[PlannedDisk, ...], list[Finding]]:
-    """An overlay for each image that the replica has, and files for the others, in the source's order."""
+    """Return an overlay for each image that the replica has and a whole file for each other, in the source's order."""
     existing = facts.destination.existing
     bases = {image.target: image for image in existing.images} if existing is not None else {}
     findings: list[Finding] = []
@@ -201,7 +199,7 @@ def _disks(
 
 
 def _unusable(base: ImageFacts) -> Iterator[str]:
-    """Why an image of the replica cannot be brought up to date."""
+    """Yield why an image of the replica cannot be brought up to date."""
     if base.error:
         yield f"cannot be read: {base.error}"
     elif not base.regular or base.format not in FORMATS:
@@ -211,41 +209,23 @@ def _unusable(base: ImageFacts) -> Iterator[str]:
 
 
 def _updated(facts: Facts, image: ImageFacts, base: ImageFacts, operation: str, staged: Staged | None) -> PlannedDisk:
-    """Where what has changed of a disk goes."""
-    directory = facts.destination.directories.get(posixpath.dirname(base.path))
+    """Return the disk whose changes go into an overlay on the replica's image, or into a copy that shares blocks."""
+    directory = facts.destination.directories.get(Place.of_file(base.path).container)
     shares = directory is not None and directory.reflink
     longest = directory.longest if directory is not None else 0
-    final = _successor(base.path, operation, longest) if shares else _overlay(base.path, operation, image.target)
+    new = successor_place(base, operation, longest) if shares else overlay_place(base, operation, image.target)
     kept = staged.disks.get(image.target) if staged is not None else None
     wanted = ("", base.format) if shares else (base.path, QCOW2)
     if kept is not None and (
         not kept.durable or (kept.backing, kept.format) != wanted or kept.size != image.virtual_size
     ):
-        kept = None  # nothing to go on with, or it says nothing of the image as it is now
+        kept = None  # nothing to resume, or it was made for another image
     fine = not shares and has_subclusters(facts.destination.host.qemu_img)
-    return PlannedDisk(image, kept.final if kept else final, kept, base, shares, fine)
-
-
-def _overlay(path: str, operation: str, target: str) -> str:
-    return posixpath.join(posixpath.dirname(path), f"kvm-clone-{operation}-{target}.qcow2")
-
-
-_OPERATION = re.compile(r"\.[0-9a-f]{12}$")
-
-
-def _successor(path: str, operation: str, longest: int) -> str:
-    """The path of the file that takes the place of this one: the operation's name before the extension.
-
-    The stem is cut where a file's name of at most `longest` bytes could not hold it.
-    """
-    directory, name = posixpath.split(path)
-    stem, extension = posixpath.splitext(name)
-    ending = f".{operation}{extension}"
-    return posixpath.join(directory, cut(_OPERATION.sub("", stem), longest - len(ending.encode())) + ending)
+    return PlannedDisk(image, Place.of_file(kept.final) if kept else new, kept, base, shares, fine)
 
 
 def _since(facts: Facts, name: str) -> tuple[str, str]:
-    """The checkpoint from which on a bitmap is good for the replica, or why there is none."""
+    """Return the checkpoint since which a dirty bitmap names what the replica lacks, or why there is none."""
     existing = facts.destination.existing
     mark = existing.mark if existing is not None else None
     if mark is None or existing is None or not mark.checkpoint:
@@ -266,9 +246,9 @@ def _since(facts: Facts, name: str) -> tuple[str, str]:
 
 
 def _moved(facts: Facts, existing: Existing, source: str) -> str:
-    """The first disk of the replica that the source has in another file by now; nothing when there is none.
+    """Return the first disk of the replica that the source now has in another file; nothing when there is none.
 
-    A bitmap goes with its file: what it says of one disk is nothing that the replica of another one lacks.
+    A bitmap belongs to its file: it does not say what the replica of another file lacks.
     """
     then = files_in(source)
     ours = {image.target for image in existing.images}
@@ -277,9 +257,9 @@ def _moved(facts: Facts, existing: Existing, source: str) -> str:
 
 
 def _is_same(image: ImageFacts, then: Mapping[str, str]) -> bool:
-    """Whether the image is in the same file, by its inode: a device's number is another one after some reboots.
+    """Whether the image is in the same file, by its inode: a device may get another number at a reboot.
 
-    An inode of 0 tells nothing: see agent/disks/filesystem.py.
+    An inode of 0 identifies nothing: see agent/disks/filesystem.py.
     """
     inode = fingerprint.content(image.fingerprint)[:1]
     return inode not in ((), ("0",)) and fingerprint.content(then.get(image.target, ""))[:1] == inode

@@ -1,4 +1,4 @@
-"""What two hosts have of the things that a definition refers to: facts, and what is to be asked for. Pure."""
+"""What hosts have of the things that a definition refers to, and what to ask them. Pure."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from kvm_clone.definition.domain_xml import DomainXml
 from kvm_clone.definition.references import Reference, Role
 
 MISSING, UNKNOWN = "missing", "unknown"
-"""Of a path, as agent/host/things.py has them, beside file, directory, socket, fifo, char and block."""
+"""What a path is beside file, directory, socket, fifo, char and block: see agent/host/things.py."""
 
 
 @dataclass(frozen=True)
 class HugePages:
-    """Pages of one size: all, and those that nobody uses."""
+    """How many pages of one size a host has, and how many of them are free."""
 
     total: int
     free: int
@@ -25,10 +25,10 @@ class HugePages:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a host has beside its files. `nodes`, `cpus`: those online, None where that is not known.
+    """What a host has beside its files. `nodes`, `cpus`: those online, None where the host does not tell.
 
-    `hugepages`: by the size in KiB. `hugetlbfs`: whether libvirt has a mount to take them from. `usb`: VENDOR:PRODUCT
-    and BUS/DEVICE of each device. `addresses`: whether an IP address is the host's own, None where it is a name.
+    `hugepages`: by size in KiB. `hugetlbfs`: whether it is mounted, so that libvirt can use them. `usb`: VENDOR:PRODUCT
+    and BUS/DEVICE of each device. `addresses`: whether each IP address is the host's own, None for a name.
     """
 
     hugepages: Mapping[int, HugePages] = field(default_factory=dict)
@@ -42,10 +42,10 @@ class Resources:
 
 @dataclass(frozen=True)
 class Objects:
-    """What libvirt on a host has of what a definition names; None where libvirt cannot say.
+    """What libvirt on a host has of the objects that a definition names; None where libvirt cannot list them.
 
     `secrets`: by UUID and by USAGE-TYPE/USAGE. `volumes`: why POOL/VOLUME cannot be used, nothing for one that can.
-    `portgroups`: NETWORK/PORTGROUP. `used`: the VMs that have a path or number which two cannot share, by `claim`.
+    `portgroups`: NETWORK/PORTGROUP. `used`: the VMs that claim a path or number which two cannot share, by `claim`.
     """
 
     filters: frozenset[str] | None = None
@@ -58,14 +58,14 @@ class Objects:
 
 @dataclass(frozen=True)
 class Things:
-    """What a host has: `paths` says what each path is."""
+    """What a host has of all these. `paths`: what each path is there."""
 
     paths: Mapping[str, str] = field(default_factory=dict)
     resources: Resources = field(default_factory=Resources)
     objects: Objects = field(default_factory=Objects)
 
     def path(self, path: str) -> str:
-        """What the path is; one that was not asked for is not known."""
+        """Return what the path is; UNKNOWN for one that was not asked for."""
         return self.paths.get(path, UNKNOWN)
 
 
@@ -76,7 +76,7 @@ def kept(references: Iterable[Reference], xml: DomainXml) -> tuple[Reference, ..
 
 
 def paths_of(references: Iterable[Reference]) -> tuple[str, ...]:
-    """Return every path that has to be looked at, those of devices in sysfs and of directories to write in too."""
+    """Return every path to look at, including those of devices in sysfs and of directories to write in."""
     found: set[str] = set()
     for reference in references:
         if reference.is_path:
@@ -88,7 +88,7 @@ def paths_of(references: Iterable[Reference]) -> tuple[str, ...]:
 
 
 def kernel_paths(reference: Reference) -> tuple[str, ...]:
-    """Return where the kernel shows what is no file: any one of these will do. Nothing for what it does not show."""
+    """Return the paths at which the kernel shows the thing: it is there if any of them is. Nothing for other things."""
     value = reference.value
     bus, _, address = value.partition(":")
     if reference.role in (Role.INTERFACE, Role.BRIDGE):
@@ -103,7 +103,7 @@ def kernel_paths(reference: Reference) -> tuple[str, ...]:
 
 
 def _cgroups(partition: str) -> Iterable[str]:
-    """Yield where a resource partition may be: with systemd a slice, without it a directory (docs/cgroups.rst)."""
+    """Yield where a resource partition may be: a slice with systemd, else a directory (libvirt's docs/cgroups.rst)."""
     parts = [part for part in partition.split("/") if part]
     slices = ["-".join(parts[: number + 1]) + ".slice" for number in range(len(parts))]
     plain = [f"{part}.partition" for part in parts]
@@ -112,7 +112,7 @@ def _cgroups(partition: str) -> Iterable[str]:
 
 
 def claim(reference: Reference) -> str:
-    """Return what tells one thing that two VMs of a host cannot share from every other."""
+    """Return the text that identifies a thing which two VMs of a host cannot share."""
     if reference.is_path:
         return plain_path(reference.value)
     return f"{reference.kind} {reference.value}"
@@ -124,7 +124,7 @@ def is_claim(reference: Reference) -> bool:
 
 
 def plain_path(path: str) -> str:
-    """Return the path without what does not count: /var/run is /run everywhere."""
+    """Return the path normalised: /var/run is /run everywhere."""
     plain = posixpath.normpath(path)
     for old, new in (("/var/run/", "/run/"), ("/var/lock/", "/run/lock/")):
         if plain.startswith(old):
@@ -133,7 +133,7 @@ def plain_path(path: str) -> str:
 
 
 def parse_set(text: str | None) -> frozenset[int] | None:
-    """Return the numbers of a set such as 0-3,5,^2; None for what is none."""
+    """Return the numbers of a set such as 0-3,5,^2; None for a text that is no set."""
     if text is None:
         return None
     found: set[int] = set()
@@ -147,7 +147,7 @@ def parse_set(text: str | None) -> frozenset[int] | None:
 
 
 def resources(answer: Mapping[str, Any]) -> Resources:
-    """From the agent's answer to `resources`."""
+    """Return what the agent's answer to `resources` says."""
     return Resources(
         {int(size): HugePages(*counts) for size, counts in answer["hugepages"].items()},
         answer["default_hugepage"],

@@ -1,1 +1,1 @@
-"""Content between two hosts: streams, digests, and the copy of each disk."""
+"""Content between two hosts: streams, digests, and the copy of each asset."""

@@ -1,7 +1,7 @@
-"""Where the contents of two disks on two hosts differ: segments first, then the blocks of those that do.
+"""Find where two images on two hosts differ: the segments that differ first, then the blocks of these.
 
-The disks are compared a window at a time, so that memory and traffic stay flat for disks of any size, and so that the
-agents still remember the blocks of a window when they are asked for: everything is read once.
+The images are compared a window at a time. Memory and traffic are bounded for images of any size, and the agents still
+have the blocks of a window when they are asked for them: everything is read once.
 """
 
 from __future__ import annotations
@@ -16,49 +16,69 @@ from kvm_clone.agent.digests.digest import BLOCK, SEGMENT
 from kvm_clone.agent.digests.hashing import KEY_BYTES, SHA256, SIZE
 from kvm_clone.agent.disks.disk import joined, thinned
 from kvm_clone.hosts.host import Host
+from kvm_clone.image import Image
 from kvm_clone.tasks import together
 
 Ranges = tuple[tuple[int, int], ...]
-"""[start, end) pairs in bytes, in order and apart."""
+"""[start, end) pairs in bytes, in ascending order and without overlap."""
 
 _WINDOW = 256 * SEGMENT
 """Bytes compared at a time: 16 GiB, whose blocks' digests take 4 MiB at each end."""
 
 _ASKED = 64
-"""Segments whose blocks are asked for in one call: an answer of less than 2 MiB."""
+"""Segments whose blocks one call asks for: the answer takes less than 2 MiB."""
 
 OnDone = Callable[[int], None]
-"""Hears how many bytes have been compared at both ends."""
+"""Receives how many bytes have been compared on both hosts."""
 
 
-_How = tuple[str, str]
-"""The function that both ends digest by, and a key for it in hexadecimal."""
+_Method = tuple[str, str]
+"""The digest function that both hosts use, and its key in hexadecimal."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """A disk's content at one end: a path, or an NBD URI, and its format there."""
+    """An image at one of the two hosts, and what the host's agent finds out about its content.
+
+    Each call raises TransferError and its kinds.
+    """
 
     host: Host
-    path: str
-    format: str
+    image: Image
 
-    async def digest(self, how: _How, ranges: Ranges, progress: Callable[[dict[str, Any]], None]) -> dict[int, str]:
-        """The segments' digests."""
-        return await self.host.agent.digest(self.path, self.format, how, ranges, progress)
+    async def digest(
+        self, method: _Method, ranges: Ranges, progress: Callable[[dict[str, Any]], None]
+    ) -> dict[int, str]:
+        """The digests of the ranges, by segment."""
+        return await self.host.agent.digest(self.image.path, self.image.format, method, ranges, progress)
 
-    async def blocks(self, how: _How, ranges: Ranges) -> dict[int, str]:
-        """The blocks' digests, by segment."""
-        return await self.host.agent.blocks(self.path, self.format, how, ranges)
+    async def blocks(self, method: _Method, ranges: Ranges) -> dict[int, str]:
+        """The digests of the ranges' blocks, by segment."""
+        return await self.host.agent.blocks(self.image.path, self.image.format, method, ranges)
+
+    async def data_in(self, ranges: Ranges, *, own: bool = False) -> int:
+        """Bytes of content that the image has in the ranges; with `own` those of images below are not counted."""
+        path, format_ = self.image.path, self.image.format
+        return await self.host.agent.data_in(path, format_, ranges, own=own)
+
+    async def ranges_of(self, *, data: bool) -> Ranges:
+        """Where the image has data, or without `data` where it is known to be zero."""
+        path, format_ = self.image.path, self.image.format
+        return tuple(await self.host.agent.ranges_of(path, format_, data=data))
+
+
+def _pairs(ranges: Ranges) -> list[list[int]]:
+    """The ranges as a message can have them."""
+    return [list(pair) for pair in ranges]
 
 
 async def differing(one: Side, other: Side, ranges: Ranges, on_done: OnDone) -> Ranges:
-    """The parts of the ranges whose content differs, by whole blocks. Raises TransferError and its kinds."""
+    """Return the parts of the ranges whose content differs, as whole blocks. Raises TransferError and its kinds."""
     found: list[tuple[int, int]] = []
     done = 0
-    how = await _agreed(one, other) if ranges else ("", "")
+    method = await _agreed(one, other) if ranges else ("", "")
     for window in windows(ranges):
-        more = await _in_window(one, other, how, window, lambda count, before=done: on_done(before + count))  # type: ignore[misc]
+        more = await _in_window(one, other, method, window, lambda count, before=done: on_done(before + count))  # type: ignore[misc]
         for start, end in more:
             add(found, start, end)
         done += total(window)
@@ -67,13 +87,13 @@ async def differing(one: Side, other: Side, ranges: Ranges, on_done: OnDone) -> 
     return tuple(found)
 
 
-async def _agreed(one: Side, other: Side) -> _How:
-    """The fastest function that both ends have, and a new key: what they hold was written before it."""
+async def _agreed(one: Side, other: Side) -> _Method:
+    """Return the fastest digest function that both hosts have, and a new key that no content was chosen for."""
     ours, theirs = await together(one.host.agent.digests(), other.host.agent.digests())
-    return next((method for method in ours if method in theirs), SHA256), secrets.token_hex(KEY_BYTES)
+    return next((name for name in ours if name in theirs), SHA256), secrets.token_hex(KEY_BYTES)
 
 
-async def _in_window(one: Side, other: Side, how: _How, window: Ranges, on_done: OnDone) -> list[tuple[int, int]]:
+async def _in_window(one: Side, other: Side, method: _Method, window: Ranges, on_done: OnDone) -> list[tuple[int, int]]:
     state = [0, 0]
 
     def progress_of(end: int) -> Callable[[dict[str, Any]], None]:
@@ -83,19 +103,21 @@ async def _in_window(one: Side, other: Side, how: _How, window: Ranges, on_done:
 
         return progress
 
-    ours, theirs = await together(one.digest(how, window, progress_of(0)), other.digest(how, window, progress_of(1)))
+    ours, theirs = await together(
+        one.digest(method, window, progress_of(0)), other.digest(method, window, progress_of(1))
+    )
     segments = sorted(at for at in ours.keys() | theirs.keys() if ours.get(at) != theirs.get(at))
     found: list[tuple[int, int]] = []
     for first in range(0, len(segments), _ASKED):
         wanted = within_segments(window, set(segments[first : first + _ASKED]))
-        ours, theirs = await together(one.blocks(how, wanted), other.blocks(how, wanted))
+        ours, theirs = await together(one.blocks(method, wanted), other.blocks(method, wanted))
         for start, end in differing_blocks(wanted, ours, theirs):
             add(found, start, end)
     return found
 
 
 def differing_blocks(ranges: Ranges, ours: dict[int, str], theirs: dict[int, str]) -> Iterator[tuple[int, int]]:
-    """The blocks of the ranges, none of which crosses segments, whose digests differ.
+    """Yield the blocks whose digests differ, of ranges that each lie in one segment.
 
     `ours`, `theirs`: by segment, the digests of the blocks that the ranges have in it, joined, in base64.
     """
@@ -112,7 +134,7 @@ def differing_blocks(ranges: Ranges, ours: dict[int, str], theirs: dict[int, str
 
 
 def windows(ranges: Ranges) -> Iterator[Ranges]:
-    """The ranges cut at segments' borders into lists that each span at most a window."""
+    """Yield the ranges in lists that each span at most a window, cut at the borders of segments."""
     window: list[tuple[int, int]] = []
     for start, end in ranges:
         while start < end:
@@ -128,7 +150,7 @@ def windows(ranges: Ranges) -> Iterator[Ranges]:
 
 
 def within_segments(ranges: Ranges, segments: set[int]) -> Ranges:
-    """The parts of the ranges that lie in these segments, cut at the segments' borders."""
+    """Return the parts of the ranges that lie in these segments, cut at the borders of segments."""
     return tuple(
         (max(at, start), min(at + SEGMENT, end))
         for start, end in ranges
@@ -146,18 +168,18 @@ def add(found: list[tuple[int, int]], start: int, end: int) -> None:
 
 
 def aligned(ranges: Sequence[Sequence[int]], size: int) -> Ranges:
-    """The ranges widened to whole blocks of a disk of `size` bytes, and joined where they then touch."""
+    """Return the ranges widened to whole blocks of a disk of `size` bytes, joined where they touch."""
     widened = ((start - start % BLOCK, min(size, -(-end // BLOCK) * BLOCK)) for start, end in ranges)
     return tuple(thinned(joined((low, high) for low, high in widened if low < high), BLOCK))
 
 
 def total(ranges: Sequence[Sequence[int]]) -> int:
-    """Bytes in the ranges."""
+    """Return how many bytes the ranges have."""
     return sum(end - start for start, end in ranges)
 
 
 def union(one: Ranges, other: Ranges) -> Ranges:
-    """Both, which are cut at blocks, joined where they touch."""
+    """Return the ranges of both, joined where they touch."""
     return tuple(joined(sorted((*one, *other))))
 
 
@@ -174,7 +196,7 @@ def whole_blocks(ranges: Ranges, size: int) -> Ranges:
 
 
 def common(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> Ranges:
-    """The parts that both have; each is in order and apart."""
+    """Return the parts that both have."""
     found: list[tuple[int, int]] = []
     ours, theirs = iter(one), iter(other)
     a, b = next(ours, None), next(theirs, None)

@@ -1,4 +1,4 @@
-"""The disks' content: copied, compared, resumed and proven."""
+"""Copy, compare, resume and prove the content of assets."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import Any
 from kvm_clone.agent.staging import records
 from kvm_clone.errors import VerificationError
 from kvm_clone.hosts.host import Host
+from kvm_clone.image import Image
 from kvm_clone.options import TransferOptions, Verify
-from kvm_clone.planning.placement import PlannedDisk
+from kvm_clone.planning.assets import Asset
 from kvm_clone.progress import DiskProgress, OnEvent, Phase
 from kvm_clone.tasks import together, undisturbed
 from kvm_clone.transfer import room, transport
@@ -26,10 +27,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Totals:
-    """Bytes of content: `sent` in this run, of them `resent` because they differed; `reused` from an earlier one.
+    """Bytes of content: `sent` in this run, `resent` of them because they differed, `reused` from an earlier run.
 
-    `sent_by_disk`: of the copy, by the disk's target. `compared`: bytes whose digests were compared to find what
-    differs. `proof`: how much of the result was proven equal.
+    `sent_by_disk`: what the copy sent, by the asset's key. `compared`: bytes whose digests were compared to find the
+    differences. `proof`: how much of the result was proven equal.
     """
 
     sent: int = 0
@@ -43,47 +44,51 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a disk's content is read at the source. `hint`: what a dirty bitmap names, None without one."""
+class Offer:
+    """How a backup job offers an asset's content. `dirty_ranges`: what a dirty bitmap names, None without a bitmap."""
 
-    path: str
-    format: str
-    hint: Ranges | None = None
+    image: Image
+    dirty_ranges: Ranges | None = None
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be sent of one disk. `ranges` None is the whole disk, onto an image known to be all zeros."""
+    """What is to be sent of one asset, from the source's image to the staged one.
 
-    disk: PlannedDisk
-    origin: Origin
-    part: str
+    `ranges`: None for everything, onto an image that is known to be all zeros. `durable`: what is
+    durable already. `left`: bytes of content that are still to be sent.
+    """
+
+    asset: Asset
+    source: Image
+    staged: Image
     ranges: Ranges | None = None
     durable: Ranges = ()
     left: int = 0
 
     @property
     def job(self) -> transport.Job:
-        """As the data path takes it."""
-        sending = transport.End(self.origin.path, self.origin.format)
-        receiving = transport.End(self.part, self.disk.format)
-        return transport.Job(sending, receiving, self.ranges is None, self.ranges, self.durable)
+        """The same as the data path takes it."""
+        return transport.Job(self.source, self.staged, self.ranges is None, self.ranges, self.durable)
 
 
-class Prepared:
-    """A stream that is being set up in the background; an asynchronous context manager like the stream's own."""
+class PreparedStream:
+    """A stream that is set up in the background: an asynchronous context manager like the stream's own."""
 
     def __init__(self, opening: contextlib.AbstractAsyncContextManager[transport.Stream]) -> None:
         self._opening = opening
         self._task = asyncio.create_task(opening.__aenter__())
 
     async def is_good(self) -> bool:
-        """Whether it is there and waits for its orders. What failed in the background fails again when it matters."""
+        """Whether the stream is ready and waits for its orders.
+
+        A failure in the background is not raised: setting up a new stream fails again if the cause is still there.
+        """
         await asyncio.wait([self._task])
         return not self._task.cancelled() and self._task.exception() is None and self._task.result().fresh
 
     async def close(self) -> None:
-        """End it, ready or not."""
+        """End the stream, whether it is ready or not."""
         await undisturbed(self._close())
 
     async def _close(self) -> None:
@@ -103,7 +108,10 @@ class Prepared:
 
 @dataclass
 class Content:
-    """Moves and proves content between two hosts. `vm`: the destination's."""
+    """Moves and proves content between two hosts.
+
+    `vm`: the destination's. `offers`: what a backup job offers of a running VM, by key.
+    """
 
     source: Host
     destination: Host
@@ -111,92 +119,83 @@ class Content:
     transfer: TransferOptions
     on_event: OnEvent
     totals: Totals = field(default_factory=Totals)
-    origins: dict[str, Origin] = field(default_factory=dict)
+    offers: dict[str, Offer] = field(default_factory=dict)
     _sent: dict[str, Ranges] = field(default_factory=dict)
-    _prepared: Prepared | None = None
+    _prepared: PreparedStream | None = None
 
-    def origin(self, disk: PlannedDisk) -> Origin:
-        """Where the disk is read: the image itself, unless a backup job offers it."""
-        return self.origins.get(disk.target, Origin(disk.image.path, disk.image.format))
+    def offer(self, asset: Asset) -> Offer:
+        """Return where the asset is read: what a backup job offers, else the image itself."""
+        return self.offers.get(asset.key, Offer(asset.source))
 
-    async def copy(self, disks: Sequence[tuple[PlannedDisk, str]]) -> None:
-        """Bring every (disk, staged path) to the source's content, sending what is not there yet.
+    async def copy(self, assets: Sequence[tuple[Asset, str]]) -> None:
+        """Bring every (asset, staged path) to the source's content, and send only what is not there yet.
 
-        Raises TransferError and its kinds.
+        Raises RefusedError where there is no room for what a sync would send, TransferError and its kinds.
         """
         started = time.monotonic()
-        work = await self._each(disks, self._work)
+        work = await self._each(assets, self._work)
         await self._check_room(work)
         await self._send([one for one in work if one.ranges is None or one.ranges])
         self.totals.copy_seconds = time.monotonic() - started
-        for disk, _ in disks:
-            await self._note(records.COPIED, disk=disk.target, bytes=disk.image.data)
+        for asset, _ in assets:
+            await self._note(records.COPIED, disk=asset.key, bytes=asset.data)
 
     async def _check_room(self, work: Sequence[Work]) -> None:
         updates = [
-            room.Update(one.disk, (one.origin.path, one.origin.format), one.part, one.ranges)
+            room.Update(one.asset, one.source, one.staged, one.ranges)
             for one in work
-            if one.disk.base is not None and one.ranges
+            if one.asset.base is not None and one.ranges
         ]
         await room.check(self.source, self.destination, updates)
 
-    async def _work(self, disk: PlannedDisk, part: str) -> Work:
-        """What is left to do for one disk."""
-        origin = self.origin(disk)
-        if disk.base is not None:
-            ranges = await self._delta(disk, part)
-            self._sent[disk.target] = ranges
-            if disk.staged is not None and disk.below is not None:
-                await self._count_kept(disk, part, ranges)
-            return Work(disk, origin, part, ranges, left=total(ranges))
-        if disk.staged is not None:
-            return await self._resumed(disk, part)
-        return Work(disk, origin, part, left=disk.image.data)
+    async def _work(self, asset: Asset, staged: Image) -> Work:
+        """Return what is left to be sent of one asset."""
+        source = self.offer(asset).image
+        if asset.base is not None:
+            ranges = await self._delta(asset, staged)
+            self._sent[asset.key] = ranges
+            if asset.staged is not None and asset.below is not None:
+                await self._count_kept(asset, staged, ranges)
+            return Work(asset, source, staged, ranges, left=total(ranges))
+        if asset.staged is not None:
+            return await self._resumed(asset, staged)
+        return Work(asset, source, staged, left=asset.data)
 
-    async def _delta(self, disk: PlannedDisk, part: str) -> Ranges:
-        """Where an overlay on an older state differs from the source: by a bitmap, else by comparing everything."""
-        hint = self.origin(disk).hint
-        if hint is not None and self.is_hinted(disk):
-            doubtful = await self._without_a_bit(disk, part)
-            return union(hint, await self._differing(disk, part, disk.format, doubtful, Phase.COMPARE))
-        return await self._differing(disk, part, disk.format, _whole(disk), Phase.COMPARE)
+    async def _delta(self, asset: Asset, staged: Image) -> Ranges:
+        """Return where an older state differs from the source: by a dirty bitmap, else by comparing everything."""
+        dirty = self.offer(asset).dirty_ranges
+        if dirty is not None and self.follows_bitmap(asset):
+            doubtful = await self._without_a_bit(asset, staged)
+            return union(dirty, await self._differing(asset, staged, doubtful, Phase.COMPARE))
+        return await self._differing(asset, staged, _whole(asset), Phase.COMPARE)
 
-    async def _count_kept(self, disk: PlannedDisk, part: str, ranges: Ranges) -> None:
-        """Count what an interrupted attempt has brought into the overlay; `ranges` is what remains to be sent."""
-
-        async def held(ranges: Ranges) -> int:
-            return await self.destination.agent.data_in(part, disk.format, ranges, own=True)
-
-        everything, again = await together(held(_whole(disk)), held(ranges))
+    async def _count_kept(self, asset: Asset, staged: Image, ranges: Ranges) -> None:
+        """Count what an interrupted attempt wrote into the overlay; `ranges` is what remains to be sent."""
+        overlay = Side(self.destination, staged)
+        everything, again = await together(overlay.data_in(_whole(asset), own=True), overlay.data_in(ranges, own=True))
         self.totals.resent += again
         self.totals.reused += everything - again
 
-    async def _without_a_bit(self, disk: PlannedDisk, part: str) -> Ranges:
-        """Where the source is known to be zero and the replica is not.
+    async def _without_a_bit(self, asset: Asset, staged: Image) -> Ranges:
+        """Return where the source is known to be zero and the replica is not.
 
         QEMU sets no bit for what an image loses when it is made smaller, nor when it then grows again.
         """
-        origin = self.origin(disk)
-        zero, data = await together(
-            self.source.agent.ranges_of(path=origin.path, image_format=origin.format, data=False),
-            self.destination.agent.ranges_of(path=part, image_format=disk.format, data=True),
-        )
-        return aligned(common(zero, data), disk.image.virtual_size)
+        ours, theirs = Side(self.source, self.offer(asset).image), Side(self.destination, staged)
+        zero, data = await together(ours.ranges_of(data=False), theirs.ranges_of(data=True))
+        return aligned(common(zero, data), asset.size)
 
-    async def _resumed(self, disk: PlannedDisk, part: str) -> Work:
-        """Digest what is there on both hosts, and plan to send the rest and what differs."""
-        assert disk.staged is not None
-        durable = whole_blocks(disk.staged.durable_ranges, disk.image.virtual_size)
-        mend = await self._differing(disk, part, disk.format, durable, Phase.COMPARE)
-        rest = complement(durable, disk.image.virtual_size)
-        data, again = await together(self._data_in(disk, union(mend, rest)), self._data_in(disk, mend))
+    async def _resumed(self, asset: Asset, staged: Image) -> Work:
+        """Digest the durable part on both hosts; what differs and the rest are left to be sent."""
+        assert asset.staged is not None
+        durable = whole_blocks(asset.staged.durable_ranges, asset.size)
+        differs = await self._differing(asset, staged, durable, Phase.COMPARE)
+        rest = complement(durable, asset.size)
+        source = Side(self.source, self.offer(asset).image)
+        data, again = await together(source.data_in(union(differs, rest)), source.data_in(differs))
         self.totals.resent += again
-        self.totals.reused += max(0, disk.image.data - data)
-        return Work(disk, self.origin(disk), part, union(mend, rest), durable, data)
-
-    async def _data_in(self, disk: PlannedDisk, ranges: Ranges) -> int:
-        origin = self.origin(disk)
-        return await self.source.agent.data_in(origin.path, origin.format, ranges)
+        self.totals.reused += max(0, asset.data - data)
+        return Work(asset, source.image, staged, union(differs, rest), durable, data)
 
     async def _send(self, work: Sequence[Work]) -> None:
         if not work:
@@ -208,15 +207,15 @@ class Content:
         def on_written(written: list[int]) -> None:
             self.totals.sent = before + sum(written)
             for one, done in zip(work, written, strict=True):
-                target, whole = one.disk.target, max(one.disk.image.data, one.left)
-                self.totals.sent_by_disk[target] = sent_before.get(target, 0) + done
-                everything = one.left if one.disk.base is not None else whole
-                self.on_event(DiskProgress(Phase.COPY, target, everything - one.left + done, everything))
+                key, whole = one.asset.key, max(one.asset.data, one.left)
+                self.totals.sent_by_disk[key] = sent_before.get(key, 0) + done
+                everything = one.left if one.asset.base is not None else whole
+                self.on_event(DiskProgress(Phase.COPY, key, everything - one.left + done, everything))
 
         def on_durable(said: list[list[list[int]] | None]) -> None:
             for one, ranges in zip(work, said, strict=True):
                 if ranges is not None:
-                    fields = records.durable(one.disk.target, ranges)
+                    fields = records.durable(one.asset.key, ranges)
                     tasks.add(asyncio.create_task(self._note(records.DURABLE, **fields)))
 
         on_written([0] * len(work))
@@ -228,17 +227,17 @@ class Content:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def prepare(self) -> None:
-        """Begin to set up the stream that `copy` will need."""
-        self._prepared = Prepared(transport.opened(self.source, self.destination, self.transfer.route))
+        """Begin to set up the stream that `copy` will use."""
+        self._prepared = PreparedStream(transport.opened(self.source, self.destination, self.transfer.route))
 
     async def close(self) -> None:
-        """Let go of a stream that was prepared and not used."""
+        """End a stream that was prepared and not used."""
         if self._prepared is not None:
             prepared, self._prepared = self._prepared, None
             await prepared.close()
 
     async def _stream(self) -> contextlib.AbstractAsyncContextManager[transport.Stream]:
-        """The stream that was prepared if it is still good, else a new one."""
+        """Return the stream that was prepared if it is still good, else a new one."""
         if self._prepared is not None:
             good = await self._prepared.is_good()  # cancelled meanwhile, it is still there to be closed
             prepared, self._prepared = self._prepared, None
@@ -247,97 +246,98 @@ class Content:
             await prepared.close()
         return transport.opened(self.source, self.destination, self.transfer.route)
 
-    async def prove(self, disks: Sequence[tuple[PlannedDisk, str]], proof: Verify) -> None:
-        """Digest the disks at both ends; what differs is sent once more. Raises VerificationError if it still does.
+    async def prove(self, assets: Sequence[tuple[Asset, str]], proof: Verify) -> None:
+        """Digest every (asset, staged path) on both hosts, and send once more what differs.
 
-        `proof`: of disks that were brought up to date, what was sent, or everything.
+        `proof`: of what was brought up to date, prove what was sent, or everything. Raises VerificationError where
+        something still differs, TransferError and its kinds.
         """
         started = time.monotonic()
-        wanted = {disk.target: self._to_prove(disk, proof) for disk, _ in disks}
+        wanted = {asset.key: self._to_prove(asset, proof) for asset, _ in assets}
 
-        async def one(disk: PlannedDisk, part: str) -> Work:
-            ranges = await self._differing(disk, part, disk.format, wanted[disk.target], Phase.PROVE)
-            return Work(disk, self.origin(disk), part, ranges, left=total(ranges))
+        async def one(asset: Asset, staged: Image) -> Work:
+            ranges = await self._differing(asset, staged, wanted[asset.key], Phase.PROVE)
+            return Work(asset, self.offer(asset).image, staged, ranges, left=total(ranges))
 
-        again = [work for work in await self._each(disks, one) if work.ranges]
+        again = [work for work in await self._each(assets, one) if work.ranges]
         if again:
-            log.warning("%s differ after the copy, sending them again", ", ".join(one.disk.target for one in again))
+            log.warning("%s differ after the copy, sending them again", ", ".join(one.asset.key for one in again))
             before = self.totals.sent
             await self._send(again)
             self.totals.resent += self.totals.sent - before
             await self._prove_again(again)
-        for disk, _ in disks:
-            await self._note(records.PROVEN, disk=disk.target)
-        self.totals.proof = proof if any(self.is_hinted(disk) for disk, _ in disks) else Verify.FULL
+        for asset, _ in assets:
+            await self._note(records.PROVEN, disk=asset.key)
+        self.totals.proof = proof if any(self.follows_bitmap(asset) for asset, _ in assets) else Verify.FULL
         self.totals.prove_seconds = time.monotonic() - started
 
-    def is_hinted(self, disk: PlannedDisk) -> bool:
-        """Whether a bitmap says what is sent, and the rest is not compared.
+    def follows_bitmap(self, asset: Asset) -> bool:
+        """Whether a dirty bitmap says what is sent, and the rest is not compared.
 
-        It says what the replica lacks, and not what an interrupted attempt has written beside it: the source may have
-        gone back to an older state since.
+        A bitmap says what the replica lacks, and not what an interrupted attempt has written beside it: the source may
+        have gone back to an older state since.
         """
-        return disk.base is not None and disk.staged is None and self.origin(disk).hint is not None
+        return asset.base is not None and asset.staged is None and self.offer(asset).dirty_ranges is not None
 
-    def _to_prove(self, disk: PlannedDisk, proof: Verify) -> Ranges:
-        return self._sent[disk.target] if disk.base is not None and proof is Verify.SENT else _whole(disk)
+    def _to_prove(self, asset: Asset, proof: Verify) -> Ranges:
+        return self._sent[asset.key] if asset.base is not None and proof is Verify.SENT else _whole(asset)
 
     async def _prove_again(self, again: Sequence[Work]) -> None:
         for one in again:
             assert one.ranges is not None
-            found = await self._differing(one.disk, one.part, one.disk.format, one.ranges, Phase.PROVE)
+            found = await self._differing(one.asset, one.staged, one.ranges, Phase.PROVE)
             if found:
                 raise VerificationError(
-                    f"disk {one.disk.target} differs after the copy, and still after the differing parts were sent "
+                    f"disk {one.asset.key} differs after the copy, and still after the differing parts were sent "
                     f"again, the first one at byte {found[0][0]}",
-                    subject=one.disk.image.path,
+                    subject=one.asset.source.path,
                     remedy="check the memory and storage of both hosts; then run the command again",
                 )
 
-    async def verify(self, disks: Sequence[PlannedDisk]) -> None:
-        """Digest a finished clone's disks against the source's. Raises VerificationError."""
-        for disk in disks:
-            why = await self._other_size(disk)
-            if not why and await self._differing(disk, disk.final, disk.format, _whole(disk), Phase.PROVE):
+    async def verify(self, assets: Sequence[Asset]) -> None:
+        """Digest a finished clone against its source. Raises VerificationError, TransferError and its kinds."""
+        for asset in assets:
+            finished = asset.at(asset.place.path)
+            why = await self._other_size(asset, finished)
+            if not why and await self._differing(asset, finished, _whole(asset), Phase.PROVE):
                 why = "differs from the source's"
             if why:
                 raise VerificationError(
-                    f"disk {disk.target} of the clone {why}",
-                    subject=disk.final,
+                    f"disk {asset.key} of the clone {why}",
+                    subject=finished.path,
                     remedy="replace the clone with --force",
                 )
         self.totals.proof = Verify.FULL
 
-    async def _other_size(self, disk: PlannedDisk) -> str:
-        """Why the finished clone's disk cannot be equal whatever it holds, nothing when it has the source's size."""
-        found = await self.destination.agent.disk(path=disk.final, image_format=disk.format, live=True)
+    async def _other_size(self, asset: Asset, finished: Image) -> str:
+        """Return why the finished image cannot be equal whatever it holds; nothing when it has the source's size."""
+        found = await self.destination.agent.disk(finished.path, finished.format, live=True)
         if "error" in found or not found["regular"]:
             return f"cannot be read: {found.get('error', 'it is no regular file')}"
-        size, wanted = found["virtual_size"], disk.image.virtual_size
+        size, wanted = found["virtual_size"], asset.size
         return f"has {size} bytes, the source's {wanted}" if size != wanted else ""
 
     async def _each(
-        self, disks: Sequence[tuple[PlannedDisk, str]], work: Callable[[PlannedDisk, str], Awaitable[Any]]
+        self, assets: Sequence[tuple[Asset, str]], work: Callable[[Asset, Image], Awaitable[Any]]
     ) -> list[Any]:
-        """Do it for every disk, as many at once as were asked for."""
-        room = asyncio.Semaphore(self.transfer.parallel)
+        """Do the work for every asset and its staged image, `parallel` of them at once."""
+        turns = asyncio.Semaphore(self.transfer.parallel)
 
-        async def one(disk: PlannedDisk, part: str) -> Any:
-            async with room:
-                return await work(disk, part)
+        async def one(asset: Asset, path: str) -> Any:
+            async with turns:
+                return await work(asset, asset.at(path))
 
-        return await together(*(one(disk, part) for disk, part in disks))
+        return await together(*(one(asset, path) for asset, path in assets))
 
-    async def _differing(self, disk: PlannedDisk, path: str, format_: str, ranges: Ranges, phase: Phase) -> Ranges:
-        """Where the disk's content differs between the two hosts."""
-        origin, whole = self.origin(disk), total(ranges)
+    async def _differing(self, asset: Asset, theirs: Image, ranges: Ranges, phase: Phase) -> Ranges:
+        """Return where the asset's content differs between the source and an image at the destination."""
+        ours, whole = self.offer(asset).image, total(ranges)
 
         def on_done(done: int) -> None:
-            self.on_event(DiskProgress(phase, disk.target, done, whole))
+            self.on_event(DiskProgress(phase, asset.key, done, whole))
 
         on_done(0)
-        ours, theirs = Side(self.source, origin.path, origin.format), Side(self.destination, path, format_)
-        found = await differing(ours, theirs, ranges, on_done)
+        found = await differing(Side(self.source, ours), Side(self.destination, theirs), ranges, on_done)
         self.totals.compared += whole if phase is Phase.COMPARE else 0
         return found
 
@@ -345,5 +345,5 @@ class Content:
         await self.destination.agent.note(record=record, fields=fields)
 
 
-def _whole(disk: PlannedDisk) -> Ranges:
-    return ((0, disk.image.virtual_size),) if disk.image.virtual_size else ()
+def _whole(asset: Asset) -> Ranges:
+    return ((0, asset.size),) if asset.size else ()

@@ -1,69 +1,64 @@
-"""Whether there is room for what a sync is about to send, once the comparison has told how much that is."""
+"""Check that there is room for what a sync is about to send, once the comparison has found out how much."""
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvm_clone.errors import RefusedError
 from kvm_clone.hosts.host import Host
-from kvm_clone.planning.placement import PlannedDisk
+from kvm_clone.image import Image
+from kvm_clone.planning.assets import Asset
 from kvm_clone.planning.storage import with_margin
 from kvm_clone.tasks import together
-from kvm_clone.transfer.compare import Ranges, total
+from kvm_clone.transfer.compare import Ranges, Side, total
 from kvm_clone.units import format_bytes
 
 
 @dataclass(frozen=True)
 class Update:
-    """What is to be sent of a disk of a replica: where it is read (path or URI, and format), and the staged file."""
+    """What is to be sent of an asset of a replica: the image that is read, the staged one, and the ranges."""
 
-    disk: PlannedDisk
-    origin: tuple[str, str]
-    part: str
+    asset: Asset
+    source: Image
+    staged: Image
     ranges: Ranges
 
 
 async def check(source: Host, destination: Host, updates: Sequence[Update]) -> None:
-    """Raises RefusedError when the overlays, and then the images below, have no room for what is to be sent.
+    """Raise RefusedError when the overlays, and then the images below, have no room for what is to be sent.
 
-    What is merged after the commit must not be what fills the disk.
+    The merge after the commit must not run out of room.
     """
-    by_directory: dict[str, list[Update]] = {}
+    by_container: dict[str, list[Update]] = {}
     for update in updates:
-        by_directory.setdefault(posixpath.dirname(update.part), []).append(update)
-    for directory, those in by_directory.items():
-        free = await destination.agent.free(path=directory)
+        by_container.setdefault(update.asset.place.container, []).append(update)
+    for container, those in by_container.items():
+        free = await destination.agent.free(container)
         if with_margin(2 * sum(total(one.ranges) for one in those)) <= free:
-            continue  # also if all of it is content, and new in the overlay and below
+            continue  # enough even if all of it is content, and new in the overlay and below
         needed = with_margin(sum(await together(*(_needed(source, destination, one) for one in those))))
         if needed > free:
             raise RefusedError(
-                f"{directory} on {destination.name} has {format_bytes(free)} free, {format_bytes(needed)} are needed "
+                f"{container} on {destination.name} has {format_bytes(free)} free, {format_bytes(needed)} are needed "
                 "for what has changed",
-                subject=directory,
+                subject=container,
                 remedy="make room there; the replica is as it was",
             )
 
 
 async def _needed(source: Host, destination: Host, update: Update) -> int:
-    """Bytes: what the staged file does not hold yet, and what the image below it does not."""
-    disk, ranges = update.disk, [list(one) for one in update.ranges]
-
-    async def content(host: Host, path: str, format_: str, *, own: bool = False) -> int:
-        return await host.agent.data_in(path, format_, ranges, own=own)
-
-    path, format_ = update.origin
-    sent = await content(source, path, format_)
-    if disk.below is None:
-        return sent  # it shares its blocks with an image that stays: what is written is new
+    """Return how many bytes the staged image and the image below it still need."""
+    asset, ranges = update.asset, update.ranges
+    sent = await Side(source, update.source).data_in(ranges)
+    if asset.below is None:
+        return sent  # it shares blocks with an image that stays: every write takes new ones
     held: int
     below: int
     held, below = await together(
-        content(destination, update.part, disk.format, own=True),
-        content(destination, disk.below.path, disk.below.format),
+        Side(destination, update.staged).data_in(ranges, own=True),
+        Side(destination, asset.below).data_in(ranges),
     )
-    # Without subclusters an overlay takes whole ones, which the ranges are.
-    file = sent if disk.fine else total(update.ranges)
+    # Without subclusters an overlay takes whole clusters, as the ranges are.
+    file = sent if asset.fine else total(ranges)
     return max(0, file - held) + max(0, sent - below)

@@ -1,9 +1,9 @@
 """The data path: a sender on the source, a receiver on the destination, and one pipe between them.
 
 Direct: the source's agent runs ssh to the destination, whose answers come back through the source's output.
-Relay: both agents are reached from here, and the kernel's pipe joins the one's output to the other's input.
-In both the controller hears the receiver's frames, and tells both what to do once they are ready: they can be set up
-while it is still being found out what there is to send.
+Relay: the controller reaches both agents, and a pipe joins the output of one to the input of the other.
+In both the controller reads the receiver's frames, and gives both agents their orders once they are ready. They can be
+set up while the comparison is still finding out what there is to send.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from kvm_clone.hosts.agent_errors import call_error
 from kvm_clone.hosts.children import end_process, kill_process, spawn, spawn_options
 from kvm_clone.hosts.host import Host, read_frame, read_marker
 from kvm_clone.hosts.survey import direct_ssh
+from kvm_clone.image import Image
 from kvm_clone.options import Route, TransferOptions
 from kvm_clone.tasks import undisturbed
 
@@ -38,36 +39,32 @@ _STDERR_LIMIT = 64 * 1024
 
 
 @dataclass(frozen=True)
-class End:
-    """A disk at one end: its path, or an NBD URI, and its format there."""
-
-    path: str
-    format: str
-
-
-@dataclass(frozen=True)
 class Job:
-    """One disk's way: see agent.transfer.Job. `fresh`: the other end is known to read as zeros."""
+    """One image's content to send: see agent.transfer.Job.
 
-    source: End
-    staged: End
+    `fresh`: the staged image is known to read as zeros. `ranges`: what to send, None for everything. `durable`: the
+    ranges that are durable already.
+    """
+
+    source: Image
+    staged: Image
     fresh: bool = True
     ranges: tuple[tuple[int, int], ...] | None = None
     durable: tuple[tuple[int, int], ...] = ()
 
     def sending(self) -> dict[str, Any]:
-        """As the sender takes it."""
+        """Return the sender's part of the job, as its agent takes it."""
         ranges = None if self.ranges is None else [list(pair) for pair in self.ranges]
         return {"path": self.source.path, "format": self.source.format, "fresh": self.fresh, "ranges": ranges}
 
     def receiving(self) -> dict[str, Any]:
-        """As the receiver takes it. `durable`: the ranges that were durable already."""
+        """Return the receiver's part of the job, as its agent takes it."""
         durable = [list(pair) for pair in self.durable]
         return {"path": self.staged.path, "format": self.staged.format, "durable": durable}
 
 
 OnBytes = Callable[[list[int]], None]
-"""Hears a number of bytes for each job, in their order."""
+"""Receives a number of bytes for each job, in the jobs' order."""
 
 OnDurable = Callable[[list[list[list[int]] | None]], None]
 """Hears which ranges of each job's disk are durable, in the jobs' order; None where nothing is new."""
@@ -77,7 +74,7 @@ OnDurable = Callable[[list[list[list[int]] | None]], None]
 class Orders:
     """What a stream moves, and how.
 
-    `vm`: the destination VM, whose operation's agent the receiver shall not outlive.
+    `vm`: the destination VM. The receiver ends when the agent of the VM's operation ends.
     """
 
     vm: str
@@ -86,12 +83,12 @@ class Orders:
 
 
 class Stream:
-    """A sender and a receiver that are ready, and the pipe between them. It serves one order."""
+    """A sender and a receiver that are ready, and the pipe between them. It carries out one order."""
 
     def __init__(
         self, sender: _Child, receiver: _Child | None, answers: asyncio.StreamReader, into: int | None = None
     ) -> None:
-        """`into`: the end of the pipe to the receiver that we hold, for its request; None where the sender tells it."""
+        """`into`: our end of the pipe to the receiver, for its request; None where the sender forwards that."""
         self._sender = sender
         self._receiver = receiver
         self._answers = answers
@@ -100,14 +97,14 @@ class Stream:
 
     @property
     def fresh(self) -> bool:
-        """Whether the agents still wait to be told what to do."""
+        """Whether the agents still wait for orders."""
         return time.monotonic() - self._since < READY_SECONDS and self._sender.process.returncode is None
 
     async def run(self, orders: Orders, on_written: OnBytes, on_durable: OnDurable) -> None:
         """Copy every disk; returns when all content is durable at the destination.
 
-        `on_written` hears how much each disk got, `on_durable` which ranges are durable. Raises
-        TransferError and its kinds, naming the end that failed.
+        `on_written` receives how much was written to each disk, `on_durable` which ranges of each are durable.
+        Raises TransferError and its kinds, which name the host that failed.
         """
         receive = {"mode": "receive", "vm": orders.vm, "jobs": [job.receiving() for job in orders.jobs]}
         how = {"parallel": orders.options.parallel, "bandwidth_limit": orders.options.bandwidth_limit}
@@ -120,20 +117,20 @@ class Stream:
                 done, error = await self._hear(len(orders.jobs), on_written, on_durable)
         except wire.ProtocolError as broken:
             error = {"kind": kinds.PROTOCOL, "message": f"the data stream: {broken}"}
-        await self._settle(done, error)
+        await self._raise_failure(done, error)
 
     async def _tell_receiver(self, request: bytes) -> bool:
-        """Whether the receiver has its request, or gets it from the sender; False when it is gone."""
+        """Whether the receiver has its request, or gets it from the sender; False when the receiver has ended."""
         try:
             if self._into is not None:
                 await asyncio.to_thread(wire.write_all, self._into, request)
         except BrokenPipeError:
             return False
-        self.let_go()
+        self.close_pipe()
         return True
 
     async def _hear(self, count: int, on_written: OnBytes, on_durable: OnDurable) -> tuple[bool, dict[str, Any] | None]:
-        """Whether the receiver is done, and what it said went wrong. Raises ProtocolError."""
+        """Return whether the receiver is done, and the error that it reported. Raises ProtocolError."""
         while (frame := await self._answer()) is not None:
             if "written" in frame:
                 on_written(_amounts(frame["written"], count))
@@ -146,20 +143,20 @@ class Stream:
         return False, None
 
     async def _answer(self) -> dict[str, Any] | None:
-        """The receiver's next frame, None when the stream of them has broken off: the children's last words say why."""
+        """Return the receiver's next frame; None when it has ended: the children's stderr says why."""
         try:
             return await read_frame(self._answers)
         except (EOFError, OSError):
             return None
 
-    def let_go(self) -> None:
-        """Close our end of the pipe to the receiver: its end is the sender's alone to tell."""
+    def close_pipe(self) -> None:
+        """Close our end of the pipe to the receiver, so that it reads its end when the sender closes the other one."""
         if self._into is not None:
             os.close(self._into)
             self._into = None
 
-    async def _settle(self, done: bool, error: dict[str, Any] | None) -> None:
-        """Raise for whatever failed first. An end that only lost the other one is not the cause."""
+    async def _raise_failure(self, done: bool, error: dict[str, Any] | None) -> None:
+        """Raise the first failure, if there is one. A process that only lost its peer is not the cause."""
         if error is not None and error.get("kind") != kinds.INTERRUPTED:
             raise call_error(error, (self._receiver or self._sender).destination)
         children = [child for child in (self._sender, self._receiver) if child is not None]
@@ -174,7 +171,7 @@ class Stream:
 
 
 def _amounts(said: Any, count: int) -> list[int]:
-    """Bytes for each job. Raises ProtocolError when it is anything else."""
+    """Return the bytes for each job. Raises ProtocolError when the answer is anything else."""
     if not isinstance(said, list) or len(said) != count or not all(type(one) is int and one >= 0 for one in said):
         raise wire.ProtocolError(f"no amounts for {count} disks: {str(said)[:200]}")
     return said
@@ -201,7 +198,7 @@ def _error(said: Any) -> dict[str, Any]:
 
 
 class _Child:
-    """A child process whose last words are kept."""
+    """A child process, with the end of its stderr."""
 
     def __init__(self, process: asyncio.subprocess.Process, host: str, destination: str) -> None:
         self.process = process
@@ -217,21 +214,24 @@ class _Child:
 
     @property
     def said(self) -> str:
-        """What the agent said that failed, else the last line of ssh."""
+        """The error that the agent reported, else the last line of ssh."""
         lines = [line.strip() for line in self._stderr.decode(errors="replace").splitlines() if line.strip()]
         ours = [line.removeprefix("kvm-clone: ") for line in lines if line.startswith("kvm-clone: ")]
-        # The first of ours is the cause: what comes later only lost its peer.
+        # The first line of an agent is the cause: one that comes later only lost its peer.
         if ours:
             return f"{self.host}: {ours[0]}"
         return f"{self.host}: {lines[-1]}" if lines else ""
 
     def write(self, data: bytes) -> None:
-        """Give the child input."""
+        """Write to the child's stdin."""
         assert self.process.stdin is not None
         self.process.stdin.write(data)
 
     async def end(self, *, willing: bool) -> int:
-        """Wait for the child's end; its exit status. One that is not done by itself is told to end."""
+        """Wait for the child's end and return its exit status.
+
+        `willing`: the child is about to end by itself. Any other is made to end, and so is one that takes too long.
+        """
         if willing:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_END_SECONDS):
@@ -241,7 +241,7 @@ class _Child:
         return self.process.returncode or 0
 
     async def kill(self) -> None:
-        """Make it end now."""
+        """End the child now."""
         await undisturbed(_killed([self]))
 
 
@@ -256,12 +256,12 @@ async def _spawn(argv: list[str], host: str, destination: str, stdin: int, stdou
 
 
 def _start(request: dict[str, Any]) -> bytes:
-    """What an agent reads first: itself, and what it is to do."""
+    """Return what an agent reads first: its own code and its request."""
     return payload.preamble().encode() + payload.package() + wire.pack_frame(request)
 
 
 def opened(source: Host, destination: Host, route: Route) -> contextlib.AbstractAsyncContextManager[Stream]:
-    """A stream from one host to the other, ready. Raises TransferError and its kinds."""
+    """Return a context manager: a stream between the hosts that is ready. Raises TransferError and its kinds."""
     return _direct(source, destination) if route is Route.DIRECT else _relay(source, destination)
 
 
@@ -293,26 +293,26 @@ async def _ready(child: _Child, stream: asyncio.StreamReader) -> None:
     try:
         await read_marker(stream, _READY_SECONDS)
     except (EOFError, OSError, TimeoutError, wire.ProtocolError) as error:
-        raise await _given_up(child, error) from error
+        raise await _not_ready(child, error) from error
 
 
-async def _give_itself(receiver: _Child, into: int) -> None:
-    """Write the receiver's own code into its pipe, which takes all of it at once only where pipes can be enlarged."""
+async def _write_code(receiver: _Child, into: int) -> None:
+    """Write the receiver's code into its pipe. That may block: not everywhere can a pipe be enlarged to hold it all."""
     package = payload.preamble().encode() + payload.package()
     writing = asyncio.create_task(asyncio.to_thread(wire.write_all, into, package))
     try:
         async with asyncio.timeout(_READY_SECONDS):
             await asyncio.shield(writing)
     except (OSError, TimeoutError, asyncio.CancelledError) as error:
-        await receiver.kill()  # the writing ends with it: there is no other reader
+        await receiver.kill()  # this ends the writing: the pipe has no other reader
         await asyncio.gather(writing, return_exceptions=True)
         if isinstance(error, asyncio.CancelledError):
             raise
-        raise await _given_up(receiver, error) from error
+        raise await _not_ready(receiver, error) from error
 
 
-async def _given_up(child: _Child, error: Exception) -> TransferError:
-    """End the child; why it did not get ready. One that is not at its end already would not come to it by itself."""
+async def _not_ready(child: _Child, error: Exception) -> TransferError:
+    """End the child, and return the error that says why it did not get ready."""
     await (child.end(willing=False) if isinstance(error, EOFError) else child.kill())
     reason = str(error) if isinstance(error, wire.ProtocolError) else child.said or error or type(error).__name__
     text = f"the data stream could not be set up: {reason}"
@@ -338,7 +338,7 @@ async def _relay(source: Host, destination: Host) -> AsyncIterator[Stream]:
         into = -1
         sender.write(_start({"mode": "send"}))
         await _pipe_ready(sender, out)
-        # The receiver reads itself and its request out of the same pipe, ahead of the sender's records.
+        # The receiver reads its code and its request from the same pipe, before the sender's records.
         into = os.open(f"/proc/self/fd/{out}", os.O_WRONLY | os.O_CLOEXEC)
         receiver = await _spawn(
             destination.session_argv(destination.agent_command()), destination.name, destination.name, out,
@@ -347,7 +347,7 @@ async def _relay(source: Host, destination: Host) -> AsyncIterator[Stream]:
         children.append(receiver)
         os.close(out)
         out = -1
-        await _give_itself(receiver, into)
+        await _write_code(receiver, into)
         assert receiver.process.stdout is not None
         await _ready(receiver, receiver.process.stdout)
         stream = Stream(sender, receiver, receiver.process.stdout, into)
@@ -355,26 +355,26 @@ async def _relay(source: Host, destination: Host) -> AsyncIterator[Stream]:
         yield stream
     finally:
         try:
-            await undisturbed(_killed(children))  # first: a thread may be in the midst of using the pipe
+            await undisturbed(_killed(children))  # before the pipe is closed, which a thread may still be using
         finally:
             for descriptor in (out, into):
                 if descriptor >= 0:
                     os.close(descriptor)
             if stream is not None:
-                stream.let_go()
+                stream.close_pipe()
 
 
 async def _pipe_ready(sender: _Child, out: int) -> None:
-    """Wait for the marker in a pipe that another process will read from."""
+    """Wait for the marker in a pipe that another process reads from afterwards."""
     try:
         async with asyncio.timeout(_READY_SECONDS):
             await _take_marker(out)
     except (EOFError, OSError, TimeoutError, wire.ProtocolError) as error:
-        raise await _given_up(sender, error) from error
+        raise await _not_ready(sender, error) from error
 
 
 async def _take_marker(out: int) -> None:
-    """Skip noise up to the marker, behind which a sender says nothing until it is told to go.
+    """Skip what a login prints, up to the marker. After it a sender writes nothing before it has its orders.
 
     Raises EOFError, ProtocolError.
     """
@@ -395,7 +395,7 @@ async def _take_marker(out: int) -> None:
 
 
 async def _readable(descriptor: int) -> None:
-    """Wait until a read would not wait, by a look that is newer than the last read."""
+    """Wait until the descriptor is readable, as the kernel reports after the last read."""
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
     loop.add_reader(descriptor, ready.set)

@@ -1,6 +1,6 @@
-"""What a definition passes to QEMU behind libvirt's back: the elements of the qemu namespace.
+"""What a definition passes to QEMU directly: the elements of the qemu namespace.
 
-QEMU's options are many, and grow: a table says what is known of the common ones, and any other path is unknown.
+QEMU has many options and gets more: a table has the common ones, and any other path is unknown.
 """
 
 from __future__ import annotations

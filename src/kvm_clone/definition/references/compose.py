@@ -1,4 +1,4 @@
-"""References that several attributes of an element say together; each is empty for an element that says none."""
+"""References that several attributes make up together. Each function returns nothing where the element has none."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def page_size(trail: Trail) -> str:
 
 
 def default_page(trail: Trail) -> str:
-    """Return 0, the size of the host's default pages, where no other is said."""
+    """Return 0, for the host's default page size, where the definition names no other."""
     return "0" if trail[-1].find("page") is None else ""
 
 
@@ -111,7 +111,7 @@ def numad(_trail: Trail) -> str:
 
 
 def cache_allocation(_trail: Trail) -> str:
-    """Return what is there where the host can allocate its caches."""
+    """Return the file that a host has which can allocate its caches."""
     return "/sys/fs/resctrl/schemata"
 
 

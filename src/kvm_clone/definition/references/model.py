@@ -1,4 +1,4 @@
-"""What a reference is."""
+"""The type of a reference to the host, and its roles."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """How a VM uses what it refers to; the first group are paths in the host's filesystem."""
+    """How a VM uses what it refers to. The first group are paths in the host's filesystem."""
 
     DATA = "data"
     """Content that the VM owns or reads: a disk, a file of QEMU's own arguments."""
@@ -58,7 +58,7 @@ class Role(StrEnum):
     """What is passed to QEMU as it is."""
 
     INERT = "inert"
-    """Looks like a path, but names nothing of the host: the guest's own, free text, made anew at every start."""
+    """What looks like a path but names nothing of the host: the guest's own, free text, made at every start."""
     UNKNOWN = "unknown"
     """No rule knows it."""
 
@@ -85,7 +85,7 @@ class Reference:
     """One reference to the host.
 
     `kind`: the element that has it, such as serial. `where`: its place, such as devices/serial[0]/source@path.
-    `made`: QEMU or libvirt makes it when the VM starts. `readonly`: of DATA that is not written.
+    `made`: QEMU or libvirt makes it when the VM starts. `readonly`: the VM does not write to this DATA.
     """
 
     kind: str
@@ -107,5 +107,5 @@ class Reference:
 
     @property
     def owner(self) -> str:
-        """The device, or the part of the definition, that has it: the first two steps of `where`."""
+        """The device or the part of the definition that has the reference: the first two steps of `where`."""
         return "/".join(self.where.split("@")[0].split("/")[:2])

@@ -1,4 +1,4 @@
-"""What libvirt's domain format has that refers to the host, as a table (formatdomain of libvirt 9 to 11)."""
+"""The table of what refers to the host in libvirt's domain format (formatdomain of libvirt 9 to 11)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Rule:
 
 _CHARACTER = "devices/{serial,parallel,console,channel,redirdev,smartcard,rng/backend,tpm/backend}"
 _SOURCES = "{devices/disk,os/nvram}"
-"""What has a storage source; the images of a chain are taken for the disk's own, see walk.py."""
+"""What has a storage source; the images of a chain count as the disk's own, see walk.py."""
 
 _TABLE = (
     # Booting.
@@ -158,7 +158,7 @@ _TABLE = (
     Rule("devices/lease/target@path", Role.FILE),
     Rule("devices/vsock/cid@address", Role.EXCLUSIVE, "auto=no", kind="vsock CID"),
     Rule("devices/emulator", Role.PROGRAM),
-    # What the host's CPUs, memory and cgroups are to give.
+    # CPUs, memory and cgroups of the host.
     Rule("memoryBacking/hugepages", Role.HUGEPAGES, of=compose.default_page),
     Rule("memoryBacking/hugepages/page", Role.HUGEPAGES, of=compose.page_size),
     Rule("numatune/{memory,memnode}@nodeset", Role.NUMA),
@@ -172,7 +172,7 @@ _TABLE = (
     Rule("{,devices/*/,devices/*/source/,devices/*/*/source/}seclabel@model", Role.SECLABEL),
     Rule("{,devices/*/,devices/*/source/,devices/*/*/source/}seclabel/{label,imagelabel,baselabel}", Role.INERT),
     Rule("launchSecurity", Role.TIED, kind="key of the host", of=compose.guest_owner),
-    # What looks like a path, and is none of the host's.
+    # What looks like a path but is none of the host's.
     Rule("{name,title,description,bootloader_args,os/cmdline,os/init,os/initarg,os/initdir,os/root}", Role.INERT),
     Rule("launchSecurity@{authorKey,vcek}", Role.INERT),
     Rule("launchSecurity/{session,dhCert,idBlock,idAuth,hostData}", Role.INERT),

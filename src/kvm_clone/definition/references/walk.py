@@ -1,4 +1,4 @@
-"""One walk over a domain definition: everything in it that refers to the host."""
+"""Walk over a domain definition and find everything in it that refers to the host."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _of_element(trail: Trail, place: str, where: str) -> Iterator[Place]:
 
 
 def _of_value(trail: Trail, place: str, suffix: str, where: str, value: str) -> Iterator[Place]:
-    """Yield what one attribute, or the text, refers to. An absolute path that no rule names is unknown."""
+    """Yield what an attribute or the text refers to. An absolute path that no rule names is UNKNOWN."""
     rules = (rule for rule in rules_at(place + suffix) if rule.of is None and rule.applies(trail))
     rule = next(rules, None)
     if rule is not None and value:
@@ -103,7 +103,7 @@ def _kind(trail: Trail) -> str:
 
 
 def _numbered(parent: Node) -> Iterator[tuple[str, Node]]:
-    """Yield each child with its name; a number tells those of one name apart, and all devices have one."""
+    """Yield each child with its step: its name, and a number where several have that name and for every device."""
     counts: dict[str, int] = {}
     for child in parent.children:
         counts[child.tag] = counts.get(child.tag, 0) + 1
@@ -116,7 +116,7 @@ def _numbered(parent: Node) -> Iterator[tuple[str, Node]]:
 
 
 def _foreign(node: Node, where: str) -> Iterator[Place]:
-    """Yield what an element of another namespace says: QEMU's are known, of others all is unknown."""
+    """Yield what an element of another namespace refers to: QEMU's are known, everything of others is UNKNOWN."""
     uri, _, name = node.tag.rpartition(" ")
     unknown = Reference(name, where, uri, Role.UNKNOWN)
     known = list(command_line.references(node, where)) if command_line.is_known(node.tag) else [unknown]
