@@ -67,7 +67,7 @@ class Agent:
     def agent(self) -> AgentClient:
         return AgentClient(self)
 
-    async def call(self, call: str, progress: Callable[[dict[str, Any]], None] | None = None, **given: Any) -> Any:
+    async def call(self, call: str, progress: Callable[[dict[str, Any]], None] | None = None, /, **given: Any) -> Any:
         if call == "note":
             self.notes.append((given["record"], given["fields"]))
             return None
