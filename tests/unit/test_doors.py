@@ -101,9 +101,7 @@ def test_files_are_removed_by_few(call: str, modules: set[str]) -> None:
         for node in ast.walk(function)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
-        and node.func.attr in ("call", "_call")
-        and node.args
-        and isinstance(node.args[0], ast.Constant)
-        and node.args[0].value == call
+        and node.func.attr == call
+        and ast.unparse(node.func.value).endswith("agent")
     }
     assert users == modules

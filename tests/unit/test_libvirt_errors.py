@@ -11,6 +11,7 @@ from kvm_clone.hosts.libvirt_errors import message_of
 
 
 def test_an_error_of_the_binding_has_its_own_words() -> None:
+    libvirt.virResetLastError()  # an earlier one of this thread would be taken for its own
     error = libvirt.libvirtError("virDomainGetXMLDesc() failed")
     assert error.get_error_message() is None
     assert message_of(error) == "virDomainGetXMLDesc() failed"
