@@ -18,7 +18,7 @@ async def open_libvirt(host: Host) -> libvirt.virConnect:
     """Connect to the host, and open its libvirt for looking at it. Raises ConnectError and its kinds, RefusedError."""
     await host.connect()
     try:
-        return await asyncio.to_thread(domains.connect, await host.libvirt_uri(), host.name)
+        return await _connected(host, await host.libvirt_uri())
     except TransferError as error:
         raise ConnectError(str(error), subject=host.name, remedy=error.remedy) from error
 
@@ -28,7 +28,22 @@ async def open_fenced(host: Host) -> Fenced:
 
     Raises ConnectError, TransferError.
     """
-    return Fenced(await asyncio.to_thread(domains.connect, await host.libvirt_uri(fenced=True), host.name))
+    return Fenced(await _connected(host, await host.libvirt_uri(fenced=True)))
+
+
+async def _connected(host: Host, uri: str) -> libvirt.virConnect:
+    """Connect to libvirt. A thread cannot be cancelled: what it still opens after a cancellation is closed."""
+    opening = asyncio.ensure_future(asyncio.to_thread(domains.connect, uri, host.name))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(_close_late)
+        raise
+
+
+def _close_late(opening: asyncio.Future[libvirt.virConnect]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.get_loop().run_in_executor(None, opening.result().close)
 
 
 async def close(connection: libvirt.virConnect) -> None:
