@@ -63,6 +63,10 @@ def test_a_second_operation_opens_no_new_connection(lab: Lab, row: Vm, monkeypat
             await client.list_vms(PAIR)
             await client.cleanup_vm("kc-b", "one")
             assert (there(lab), connects.count) == (before, 0)
+            idle = [host for several in client._pool._idle.values() for host, _ in several]
+            assert len(idle) == 2
+            ended = "the tunnels of operations that are over are closed: one is left to look through"
+            await asyncio.to_thread(wait_until, ended, lambda: all(len(host._tunnels) == 1 for host in idle))
 
     asyncio.run(both())
     assert_equal(lab, row, "two")

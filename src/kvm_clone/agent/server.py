@@ -47,6 +47,7 @@ class Server:
         self._over = False
         self._hold: Optional[hold.Hold] = None
         self._relays: Dict[int, Relay] = {}
+        self._channels = 0  # no number is given twice: late words to a channel that has ended reach nobody
         self._calls: Dict[str, Callable[..., Any]] = {
             "ping": lambda: None,
             "host": host_info.host,
@@ -164,9 +165,15 @@ class Server:
         `fenced`: only while this process holds the lock of an operation, which it lets go of after the last answer.
         """
         held = self._held() if fenced else None
-        channel = max(self._relays, default=0) + 1
-        relay = Relay(host_info.LIBVIRT_SOCKETS, lambda data: self._write(pack_channel(channel, data)), held)
-        self._relays[channel] = relay
+        self._channels += 1
+        channel = self._channels
+
+        def put(data: bytes) -> None:
+            self._write(pack_channel(channel, data))
+            if not data:
+                self._relays.pop(channel, None)
+
+        self._relays[channel] = Relay(host_info.LIBVIRT_SOCKETS, put, held)
         return channel
 
     def _pass_on(self, frame: ChannelData) -> None:

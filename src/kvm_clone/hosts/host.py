@@ -67,6 +67,7 @@ class Host:
         self._tasks: list[asyncio.Task[None]] = []
         self._lost: KvmCloneError | None = None
         self._tunnels: dict[int, Tunnel] = {}
+        self._ended: set[asyncio.Task[None]] = set()
         self.agent = AgentClient(self)
 
     async def connect(self) -> None:
@@ -99,7 +100,7 @@ class Host:
         for task in self._tasks[1:]:
             task.cancel()
         await asyncio.gather(*self._tasks[1:], return_exceptions=True)
-        await asyncio.gather(*(tunnel.close() for tunnel in self._tunnels.values()))
+        await asyncio.gather(*self._ended, *(tunnel.close() for tunnel in self._tunnels.values()))
         if self._process is not None:
             await end_process(self._process)
             await self._tasks[0]  # unread, its stderr would keep it from its end
@@ -212,8 +213,7 @@ class Host:
         try:
             while (frame := await read_any(process.stdout)) is not None:
                 if isinstance(frame, wire.ChannelData):
-                    if frame.channel in self._tunnels:
-                        self._tunnels[frame.channel].receive(frame.data)
+                    self._receive(frame)
                 else:
                     self._take(frame)
         except wire.ProtocolError as error:
@@ -233,6 +233,17 @@ class Host:
         self._calls.clear()
         for tunnel in self._tunnels.values():
             tunnel.receive(b"")
+
+    def _receive(self, frame: wire.ChannelData) -> None:
+        """Pass on what a channel's daemon says; nothing is its end, and the tunnel's."""
+        tunnel = self._tunnels.get(frame.channel)
+        if tunnel is not None:
+            tunnel.receive(frame.data)
+            if not frame.data:
+                del self._tunnels[frame.channel]
+                ending = asyncio.create_task(tunnel.close())
+                self._ended.add(ending)
+                ending.add_done_callback(self._ended.discard)
 
     def _take(self, frame: dict[str, Any]) -> None:
         number, error = frame.get("id"), frame.get("error", {})
