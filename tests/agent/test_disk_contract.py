@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kvm_clone.agent.disks import image, nbd, qemu
 from kvm_clone.agent.disks.chain import Node
-from kvm_clone.agent.disks.disk import DATA, HOLE, ZERO, Disk, Extent, MemoryDisk, intersect
+from kvm_clone.agent.disks.disk import DATA, HOLE, READS_AHEAD, ZERO, Disk, Extent, MemoryDisk, ahead, intersect, split
 from kvm_clone.agent.disks.file import SECTOR, FileDisk
 from kvm_clone.agent.protocol.errors import AgentError
 from kvm_clone.agent.protocol.stream import Incoming
@@ -228,6 +228,17 @@ def check(disk: Disk, expected: bytes | bytearray) -> None:
         if extent.kind != DATA:
             assert not any(content), f"{extent} holds data"
     assert sent(disk) == expected
+    assert read_ahead(disk) == expected
+
+
+def read_ahead(disk: Disk) -> bytes:
+    """The content as a sender and a digest ask for it: pieces of a chunk, the next ones begun meanwhile."""
+    found = bytearray(disk.size)
+    pieces = ([piece] for extent in disk.extents() for piece in split(extent, CHUNK))
+    for (piece,) in ahead(disk, pieces):
+        if piece.kind == DATA:
+            found[piece.offset : piece.end] = disk.content(piece)
+    return bytes(found)
 
 
 def assert_covers(extents: Sequence[Extent], start: int, end: int) -> None:
@@ -319,6 +330,34 @@ def test_pieces_of_an_extent(name: str, tmp_path: Path) -> None:
         for start, end in ((0, 1), (1, 513), (4095, 4097), (65_535, 65_537), (100_000, extent.end)):
             piece = extent.cut(start, min(end, start + CHUNK))
             assert through_pipe(partial(disk.send, piece)) == content[piece.offset : piece.end]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_was_begun_may_be_asked_for_in_any_order_or_not_at_all(name: str, tmp_path: Path) -> None:
+    content = noise(ORDINARY)
+    with KINDS[name].open(tmp_path, ORDINARY, [(0, content)]) as disk:
+        data = [extent for extent in disk.extents() if extent.kind == DATA]
+        pieces = [piece for extent in data for piece in split(extent, 64 * KIB)]
+        assert len(pieces) > 2 * READS_AHEAD
+        for piece in (*pieces, *pieces):
+            disk.begin(piece)
+        for piece in pieces[READS_AHEAD * 3 // 2 : 2 : -1]:
+            assert disk.content(piece) == content[piece.offset : piece.end]
+        assert_covers(list(disk.extents()), 0, ORDINARY)
+        assert read(disk) == content
+
+
+@pytest.mark.parametrize("name", WRITABLE)
+def test_what_was_begun_before_a_write_is_not_what_was_there_before(name: str, tmp_path: Path) -> None:
+    with KINDS[name].open(tmp_path, ORDINARY, [(0, noise(ORDINARY))]) as disk:
+        whole = Extent(0, CHUNK, DATA)
+        disk.begin(whole)
+        disk.write(4096, memoryview(b"new"))
+        disk.begin(whole)
+        assert bytes(disk.content(whole)[4096:4099]) == b"new"
+        disk.begin(whole)
+        disk.zero(4096, 3)
+        assert bytes(disk.content(whole)[4096:4099]) == bytes(3)
 
 
 @pytest.mark.parametrize("name", KINDS)

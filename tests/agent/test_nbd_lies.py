@@ -10,7 +10,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -290,6 +290,56 @@ def test_the_server_of_these_tests_can_tell_the_truth() -> None:
         disk.readinto(MIB, memoryview(view))
         assert bytes(view) == b"x" * 1000 + bytes(3096)
         disk.close()
+
+
+def heard(connection: socket.socket, count: int) -> list[tuple[int, int, int]]:
+    """The (cookie, offset, length) of so many requests behind the handshake, none of which has had its reply."""
+    magic, size = nbd._REQUEST_MAGIC.to_bytes(4, "big"), nbd._REQUEST.size
+    data = b""
+    while magic not in data or len(data) - data.index(magic) < count * size:
+        data += connection.recv(MIB)
+    start = data.index(magic)
+    return [nbd._REQUEST.unpack_from(data, at)[3:] for at in range(start, len(data), size)]
+
+
+@pytest.mark.parametrize("order", ["as asked", "reversed", "interleaved"])
+def test_reads_in_flight_are_matched_by_their_cookies(order: str) -> None:
+    """The server replies only when all of them have come."""
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(20)
+
+    def serve() -> None:
+        theirs.sendall(AGREED)
+        asked = heard(theirs, disks.READS_AHEAD)
+        halves = [
+            chunk(DATA_CHUNK, content(at, bytes([at // KIB]) * (length // 2)), flags, cookie)
+            for cookie, offset, length in (asked if order == "as asked" else asked[::-1])
+            for at, flags in ((offset, 0), (offset + length // 2, DONE))
+        ]
+        theirs.sendall(b"".join(halves[::2] + halves[1::2] if order == "interleaved" else halves))
+
+    with closing(ours), closing(theirs):
+        server = threading.Thread(target=serve)
+        server.start()
+        disk = NbdDisk(ours)
+        runs = [[disks.Extent(number * 2 * KIB, 2 * KIB, DATA)] for number in range(disks.READS_AHEAD)]
+        found = [bytes(disk.content(piece)) for (piece,) in disks.ahead(disk, runs)]
+        server.join()
+    assert found == [bytes([2 * n]) * KIB + bytes([2 * n + 1]) * KIB for n in range(disks.READS_AHEAD)]
+
+
+def test_an_error_of_a_read_that_was_begun_is_an_error_of_what_comes_before_it_or_of_itself() -> None:
+    failing = AGREED + chunk(ERROR_CHUNK, named(errno.EIO), cookie=2)
+    good = chunk(DATA_CHUNK, content(0, bytes(KIB)), cookie=1)
+    for says in (failing + good, AGREED + good + failing.removeprefix(AGREED)):
+        with saying(iter([says]), "ends") as connection:
+            disk = NbdDisk(connection)
+            pieces = [disks.Extent(0, KIB, DATA), disks.Extent(KIB, KIB, DATA)]
+            for piece in pieces:
+                disk.begin(piece)
+            with pytest.raises(OSError, match=f"read at {KIB}") as caught:
+                [disk.content(piece) for piece in pieces]
+            assert caught.value.errno == errno.EIO
 
 
 def test_the_last_extent_may_go_beyond_what_was_asked() -> None:

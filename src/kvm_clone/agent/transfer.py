@@ -11,7 +11,7 @@ from typing import Callable, Dict, Generator, Iterator, List, NamedTuple, Option
 
 from kvm_clone.agent.disks import image
 from kvm_clone.agent.disks.disk import DATA as DATA_KIND
-from kvm_clone.agent.disks.disk import Disk, Extent, Ranges, split, union, zero_data
+from kvm_clone.agent.disks.disk import Disk, Extent, Ranges, ahead, split, union, zero_data
 from kvm_clone.agent.protocol.errors import INTERRUPTED, PROTOCOL, AgentError, from_exception
 from kvm_clone.agent.protocol.stream import Incoming
 from kvm_clone.agent.protocol.wire import (
@@ -142,6 +142,15 @@ class Sender:
             disk.close()
 
     def _extents(self, index: int, disk: Disk, job: Job, *, compressed: bool) -> Iterator[None]:
+        for (piece,) in ahead(disk, self._pieces(disk, job, compressed=compressed)):
+            if piece.kind == DATA_KIND:
+                self._data(index, disk, piece)
+                yield
+            else:
+                self._record(Record(ZERO, index, piece.offset, piece.length))
+
+    def _pieces(self, disk: Disk, job: Job, *, compressed: bool) -> Iterator[List[Extent]]:
+        """What becomes a record each: data of one kind, and zeros if the other end is not known to read as zeros."""
         ranges = job.ranges if job.ranges is not None else [[0, disk.size]]
         left = sum(end - start for start, end in ranges)
         for extent in disk.within(ranges):
@@ -150,11 +159,10 @@ class Sender:
                 extent = extent._replace(compressed=False)
             if extent.kind != DATA_KIND:
                 if not job.fresh:
-                    self._record(Record(ZERO, index, extent.offset, extent.length))
+                    yield [extent]
             elif extent.compressed == compressed:
                 for piece in split(extent, CHUNK if compressed else self._pacer.most):
-                    self._data(index, disk, piece)
-                    yield
+                    yield [piece]
         if left:  # what no extent tells of would be missing at the other end
             raise AgentError(PROTOCOL, f"the extents of {job.path} leave out {left} bytes")
 

@@ -13,7 +13,7 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from kvm_clone.agent.digests import hashing
 from kvm_clone.agent.digests.hashing import Digest, How
-from kvm_clone.agent.disks.disk import DATA, Disk, Extent, Ranges, split
+from kvm_clone.agent.disks.disk import DATA, Disk, Extent, Ranges, ahead, split
 from kvm_clone.agent.protocol.wire import CHUNK
 
 BLOCK = 64 * 1024
@@ -98,7 +98,7 @@ class _Digester:
     def segment(self, parts: List[Extent]) -> Tuple[bytes, bytes]:
         """The digest of what the parts, which lie in one segment, hold, and those of its blocks, joined."""
         if any(part.kind == DATA for part in parts):
-            return _with_digest(b"".join(map(self._blocks, _runs(parts))))
+            return _with_digest(b"".join(map(self._blocks, ahead(self._disk, _runs(parts)))))
         lengths = tuple(_lengths(parts))
         if lengths not in self._zero_segments:
             self._zero_segments[lengths] = _with_digest(b"".join(map(self._zero_blocks, lengths)))
@@ -110,10 +110,10 @@ class _Digester:
         data = [part for part in run if part.kind == DATA]
         if not data:
             return self._zero_blocks(length)
-        view = self._buffer[:length]
         if len(run) == 1:
-            self._disk.read_extent(run[0], view)
+            view = self._disk.content(run[0])
             return b"".join([self._digest(view[at : at + BLOCK]) for at in range(0, length, BLOCK)])
+        view = self._buffer[:length]
         held = _held(data, start, length)
         for at, count in held.items():
             block = view[at : at + BLOCK]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import abc
 import os
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from collections import deque
+from typing import Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from kvm_clone.agent.protocol.stream import Incoming
-from kvm_clone.agent.protocol.wire import write_all
+from kvm_clone.agent.protocol.wire import CHUNK, write_all
 
 DATA, ZERO, HOLE = "data", "zero", "hole"
 
@@ -51,6 +52,7 @@ class Disk(abc.ABC):
     """A disk of `size` bytes. Offsets and lengths are in bytes, of any alignment, within the size."""
 
     size: int
+    _buffer: Optional[bytearray] = None
 
     @abc.abstractmethod
     def extents(self, start: int = 0, end: Optional[int] = None) -> Iterator[Extent]:
@@ -85,11 +87,23 @@ class Disk(abc.ABC):
         """Fill `view` with the extent's content; kinds that know a shorter way than `readinto` take it."""
         self.readinto(extent.offset, view)
 
+    def begin(self, extent: Extent) -> None:  # noqa: B027 - most kinds have nothing to begin
+        """Begin to read a data extent of at most CHUNK bytes of which the content is asked for later, as it is given.
+
+        Kinds that cannot do several things at a time do nothing. See `ahead`.
+        """
+
+    def content(self, extent: Extent) -> memoryview:
+        """The content of a data extent of at most CHUNK bytes, valid until the next call. Raises OSError."""
+        if self._buffer is None:
+            self._buffer = bytearray(CHUNK)
+        view = memoryview(self._buffer)[: extent.length]
+        self.read_extent(extent, view)
+        return view
+
     def send(self, extent: Extent, out: int) -> None:
         """Write the content of a data extent of at most CHUNK bytes to the file descriptor `out`."""
-        buffer = bytearray(extent.length)
-        self.read_extent(extent, memoryview(buffer))
-        write_all(out, bytes(buffer))
+        write_all(out, self.content(extent))
 
     def receive(self, offset: int, length: int, source: Incoming) -> None:
         """Write the next `length` (at most CHUNK) bytes of `source` at `offset`. Raises EOFError, OSError."""
@@ -97,6 +111,23 @@ class Disk(abc.ABC):
         if len(data) != length:
             raise EOFError("the stream ended before a record's content")
         self.write(offset, memoryview(data))
+
+
+READS_AHEAD = 8
+"""Reads of a disk that are begun before the first is waited for: of CHUNK bytes each at most, which is 8 MiB."""
+
+
+def ahead(disk: Disk, runs: Iterable[List[Extent]]) -> Iterator[List[Extent]]:
+    """The runs, in order, when the reading of the next READS_AHEAD runs' data has begun too."""
+    waiting: Deque[List[Extent]] = deque()
+    for run in runs:
+        for extent in run:
+            if extent.kind == DATA:
+                disk.begin(extent)
+        waiting.append(run)
+        if len(waiting) >= READS_AHEAD:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def zero_data(disk: Disk, start: int, end: int) -> None:

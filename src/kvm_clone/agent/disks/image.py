@@ -56,11 +56,14 @@ class MappedDisk(Disk):
             self._files[layer] = FileDisk(self._layers[layer].path)
         return self._files[layer]
 
-    def readinto(self, offset: int, view: memoryview) -> None:
-        """See Disk."""
+    def _server(self) -> NbdDisk:
         if self._nbd is None:
             self._nbd = qemu.open_nbd(self._layers, writable=False)
-        self._nbd.readinto(offset, view)
+        return self._nbd
+
+    def readinto(self, offset: int, view: memoryview) -> None:
+        """See Disk."""
+        self._server().readinto(offset, view)
 
     def read_extent(self, extent: Extent, view: memoryview) -> None:
         """See Disk."""
@@ -68,6 +71,15 @@ class MappedDisk(Disk):
             self.readinto(extent.offset, view)
         else:
             self._file(extent.layer).readinto(extent.host, view)
+
+    def begin(self, extent: Extent) -> None:
+        """See Disk."""
+        if extent.host is None:
+            self._server().begin(extent)
+
+    def content(self, extent: Extent) -> memoryview:
+        """See Disk."""
+        return super().content(extent) if extent.host is not None else self._server().content(extent)
 
     def send(self, extent: Extent, out: int) -> None:
         """See Disk."""

@@ -16,9 +16,9 @@ import os
 import socket
 import struct
 import urllib.parse
-from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Dict, Iterator, List, Optional, Tuple, Union
 
-from kvm_clone.agent.disks.disk import DATA, HOLE, ZERO, Disk, Extent, Ranges, bounded, intersect
+from kvm_clone.agent.disks.disk import DATA, HOLE, READS_AHEAD, ZERO, Disk, Extent, Ranges, bounded, intersect
 from kvm_clone.agent.disks.nbd_session import MOST_WORDS, Session, in_time, set_timeout
 from kvm_clone.agent.protocol.errors import MISSING, AgentError
 from kvm_clone.agent.protocol.stream import Incoming
@@ -67,12 +67,16 @@ _ERRORS = {errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC, err
 _NAMES = {_CMD_READ: "read", _CMD_WRITE: "write", _CMD_WRITE_ZEROES: "zero", _CMD_BLOCK_STATUS: "block status"}
 
 
-class _Request(NamedTuple):
-    """A request that waits for its reply."""
+class _Request:
+    """A request, and what its reply brings: content goes into `view`, `extents` are kept in the form of the wire."""
 
-    command: int
-    offset: int
-    length: int
+    def __init__(self, command: int, offset: int, length: int, view: Optional[memoryview] = None) -> None:
+        self.command, self.offset, self.length, self.view = command, offset, length, view
+        self.extents: Optional[bytes] = None
+        self.done = False
+        self._chunks = 0
+        self._pieces: List[Tuple[int, int]] = []
+        self._arrived = 0
 
     @property
     def end(self) -> int:
@@ -81,36 +85,32 @@ class _Request(NamedTuple):
     def __str__(self) -> str:
         return f"{_NAMES[self.command]} at {self.offset}" if self.command in _NAMES else "flush"
 
-
-class _Content:
-    """What one reply brings: it is written into `view`, or kept as `extents` in the form of the wire."""
-
-    def __init__(self, view: Optional[memoryview] = None) -> None:
-        self.view = view
-        self.extents: Optional[bytes] = None
-        self._pieces: List[Tuple[int, int]] = []
-        self._arrived = 0
-
-    def piece(self, asked: _Request, offset: int, length: int) -> memoryview:
+    def piece(self, offset: int, length: int) -> memoryview:
         """Where the content of that range belongs. Raises ProtocolError when it was not asked for, or came already."""
         self._arrived += length
-        if self.view is None or asked.command != _CMD_READ or self._arrived > asked.length:
-            raise ProtocolError(f"an NBD server sends content that nobody asked for ({asked})")
-        if not length or offset < asked.offset or offset + length > asked.end:
-            raise ProtocolError(f"an NBD server sends {length} bytes at {offset}, which is outside of the {asked}")
+        if self.view is None or self.command != _CMD_READ or self._arrived > self.length:
+            raise ProtocolError(f"an NBD server sends content that nobody asked for ({self})")
+        if not length or offset < self.offset or offset + length > self.end:
+            raise ProtocolError(f"an NBD server sends {length} bytes at {offset}, which is outside of the {self}")
         self._pieces.append((offset, offset + length))
-        return self.view[offset - asked.offset : offset - asked.offset + length]
+        return self.view[offset - self.offset : offset - self.offset + length]
 
-    def check(self, asked: _Request) -> None:
+    def count_chunk(self, *, ends: bool) -> None:
+        """Raises ProtocolError when the reply has too many chunks."""
+        self._chunks += 1
+        if self._chunks >= _MOST_CHUNKS and not ends:
+            raise ProtocolError("an NBD reply without end")
+
+    def check(self) -> None:
         """Raises ProtocolError when a part of what was asked for is missing."""
-        position = asked.offset
-        for start, end in sorted(self._pieces) if asked.command == _CMD_READ else ():
+        position = self.offset
+        for start, end in sorted(self._pieces) if self.command == _CMD_READ else ():
             if start != position:
                 break
             position = end
-        if asked.command == _CMD_READ and position != asked.end:
-            raise ProtocolError(f"an NBD server does not send all of what was asked for ({asked})")
-        if asked.command == _CMD_BLOCK_STATUS and not self.extents:
+        if self.command == _CMD_READ and position != self.end:
+            raise ProtocolError(f"an NBD server does not send all of what was asked for ({self})")
+        if self.command == _CMD_BLOCK_STATUS and not self.extents:
             raise ProtocolError("an NBD block status without extents")
 
 
@@ -123,6 +123,9 @@ class NbdDisk(Disk):
         self._export = export
         self._cookie = 0
         self._waiting: Dict[int, _Request] = {}
+        self._begun: Dict[Tuple[int, int], _Request] = {}
+        self._buffers: List[bytearray] = []
+        self._lent: Optional[bytearray] = None
         self._failure: Optional[OSError] = None
         self._broken: Union[OSError, ProtocolError, None] = None
         self.size, self._structured, self._context = self._session.shake_hands(export.encode(), context.encode())
@@ -162,10 +165,36 @@ class NbdDisk(Disk):
         """See Disk."""
         for start in range(0, len(view), CHUNK):
             part = view[start : start + CHUNK]
-            self._drain()
-            self._request(_CMD_READ, offset + start, len(part))
-            self._reply(part)
-            self._raise_failure()
+            begun = self._begun.pop((offset + start, len(part)), None)
+            if begun is not None:
+                part[:] = self._content(begun)
+            else:
+                self._drain()
+                self._finish(self._request(_CMD_READ, offset + start, len(part), view=part))
+
+    def begin(self, extent: Extent) -> None:
+        """See Disk. Of more than READS_AHEAD at a time nothing is begun."""
+        key = (extent.offset, extent.length)
+        if len(self._begun) < READS_AHEAD and key not in self._begun:
+            while self._overlaps(extent.offset, extent.end):
+                self._reply()
+            buffer = self._buffers.pop() if self._buffers else bytearray(CHUNK)
+            view = memoryview(buffer)[: extent.length]
+            self._begun[key] = self._request(_CMD_READ, extent.offset, extent.length, view=view)
+
+    def content(self, extent: Extent) -> memoryview:
+        """See Disk."""
+        begun = self._begun.pop((extent.offset, extent.length), None)
+        return super().content(extent) if begun is None else self._content(begun)
+
+    def _content(self, begun: _Request) -> memoryview:
+        """What a read brings that was begun, in a buffer that is used again after the next call."""
+        self._finish(begun)
+        assert begun.view is not None
+        if self._lent is not None:
+            self._buffers.append(self._lent)
+        self._lent = begun.view.obj  # type: ignore[assignment] # the bytearray that it was made of
+        return begun.view
 
     def write(self, offset: int, data: memoryview) -> None:
         """See Disk."""
@@ -184,18 +213,20 @@ class NbdDisk(Disk):
             super().receive(offset, length, source)
 
     def _begin_write(self, offset: int, length: int) -> None:
+        self._begun.clear()  # what they bring may be older than what is written now
         # The server may do requests in any order: one that overlaps another has to wait for it.
         while len(self._waiting) >= IN_FLIGHT or self._overlaps(offset, offset + length):
             self._reply()
         self._raise_failure()
         # The content follows at once: MSG_MORE keeps the header from going out alone.
-        self._request(_CMD_WRITE, offset, length, socket.MSG_MORE)
+        self._request(_CMD_WRITE, offset, length, flags=socket.MSG_MORE)
 
     def _overlaps(self, low: int, high: int) -> bool:
         return any(asked.offset < high and low < asked.end for asked in self._waiting.values())
 
     def zero(self, offset: int, length: int) -> None:
         """See Disk."""
+        self._begun.clear()
         end = offset + length
         while offset < end:
             part = min(_ZERO_LIMIT, end - offset)
@@ -219,13 +250,23 @@ class NbdDisk(Disk):
             self._request(_CMD_DISC, 0, 0)
         self._session.close()
 
-    def _request(self, command: int, offset: int, length: int, flags: int = 0) -> None:
+    def _request(
+        self, command: int, offset: int, length: int, *, view: Optional[memoryview] = None, flags: int = 0
+    ) -> _Request:
         if self._broken is not None:
             raise self._broken
         self._cookie += 1
         self._send(_REQUEST.pack(_REQUEST_MAGIC, 0, command, self._cookie, offset, length), flags)
+        request = _Request(command, offset, length, view)
         if command != _CMD_DISC:
-            self._waiting[self._cookie] = _Request(command, offset, length)
+            self._waiting[self._cookie] = request
+        return request
+
+    def _finish(self, request: _Request) -> None:
+        """Return when the request's reply is there. Raises OSError, ProtocolError."""
+        while not request.done:
+            self._reply()
+        self._raise_failure()
 
     def _send(self, data: Union[bytes, memoryview], flags: int = 0) -> None:
         try:
@@ -242,38 +283,37 @@ class NbdDisk(Disk):
         if self._failure:
             raise self._failure
 
-    def _reply(self, into: Optional[memoryview] = None) -> _Content:
-        """Read one whole reply; what it brings. Raises ProtocolError, and OSError when there is no server any more."""
+    def _reply(self) -> None:
+        """Read until one reply is whole. Raises ProtocolError, and OSError when there is no server any more."""
         if self._broken is not None:
             raise self._broken
         self._session.begin()
-        content = _Content(into)
         try:
-            for _ in range(_MOST_CHUNKS):
-                if self._chunk(content):
-                    return content
-            raise ProtocolError("an NBD reply without end")
+            while not self._chunk():
+                pass
         except (OSError, ProtocolError) as error:
             self._broken = error
             raise
 
-    def _chunk(self, content: _Content) -> bool:
-        """Read a simple reply or a chunk of a structured one; whether the reply ends with it."""
+    def _chunk(self) -> bool:
+        """Read a simple reply or a chunk of a structured one, of any request; whether a reply ends with it."""
         magic = int.from_bytes(self._session.read(4), "big")
         if magic == _SIMPLE_REPLY_MAGIC:
             _, code, cookie = _SIMPLE_REPLY.unpack(magic.to_bytes(4, "big") + self._session.read(12))
-            self._simple(self._asked(cookie), code, content)
-            ends = True
+            asked, ends = self._asked(cookie), True
+            self._simple(asked, code)
         elif magic == _STRUCTURED_REPLY_MAGIC and self._structured:
             flags, kind, cookie, length = _CHUNK_REST.unpack(self._session.read(_CHUNK_REST.size))
-            ends = bool(flags & _REPLY_FLAG_DONE)
-            self._structure(self._asked(cookie), kind, length, content, ends=ends)
+            asked, ends = self._asked(cookie), bool(flags & _REPLY_FLAG_DONE)
+            asked.count_chunk(ends=ends)
+            self._structure(asked, kind, length, ends=ends)
         else:
             raise ProtocolError(f"not an NBD reply: magic {magic:#x}")
         if ends:
-            asked = self._waiting.pop(cookie)
+            del self._waiting[cookie]
             if self._failure is None:
-                content.check(asked)
+                asked.check()
+            asked.done = True
         return ends
 
     def _asked(self, cookie: int) -> _Request:
@@ -281,25 +321,25 @@ class NbdDisk(Disk):
             raise ProtocolError(f"an NBD reply to no request of ours, cookie {cookie}")
         return self._waiting[cookie]
 
-    def _simple(self, asked: _Request, code: int, content: _Content) -> None:
+    def _simple(self, asked: _Request, code: int) -> None:
         if code:
             self._fail(code, asked)
         elif asked.command == _CMD_READ:
             if self._structured:
                 raise ProtocolError("an NBD server sends content without structure")
-            self._session.read_into(content.piece(asked, asked.offset, asked.length))
+            self._session.read_into(asked.piece(asked.offset, asked.length))
 
-    def _structure(self, asked: _Request, kind: int, length: int, content: _Content, *, ends: bool) -> None:
+    def _structure(self, asked: _Request, kind: int, length: int, *, ends: bool) -> None:
         """One chunk's body."""
         if kind == _REPLY_OFFSET_DATA and length > 8:
             offset = int.from_bytes(self._session.read(8), "big")
-            self._session.read_into(content.piece(asked, offset, length - 8))
+            self._session.read_into(asked.piece(offset, length - 8))
         elif kind == _REPLY_OFFSET_HOLE and length == _HOLE.size:
             offset, count = _HOLE.unpack(self._session.read(length))
-            view = content.piece(asked, offset, count)
+            view = asked.piece(offset, count)
             view[:] = bytes(count)
-        elif kind == _REPLY_BLOCK_STATUS and asked.command == _CMD_BLOCK_STATUS and content.extents is None:
-            content.extents = self._extents(length)
+        elif kind == _REPLY_BLOCK_STATUS and asked.command == _CMD_BLOCK_STATUS and asked.extents is None:
+            asked.extents = self._extents(length)
         elif kind & _REPLY_ERROR_BIT:
             self._error(asked, kind, length)
         elif kind != _REPLY_NONE or length or not ends:
@@ -333,10 +373,9 @@ class NbdDisk(Disk):
     def _block_status(self, offset: int, length: int) -> Iterator[Tuple[int, int]]:
         """(length, state) pairs from `offset` on; together they may cover less than asked, but not nothing."""
         self._drain()
-        self._request(_CMD_BLOCK_STATUS, offset, length)
-        extents = self._reply().extents
-        self._raise_failure()
-        for count, state in _EXTENT.iter_unpack(extents or b""):
+        request = self._request(_CMD_BLOCK_STATUS, offset, length)
+        self._finish(request)
+        for count, state in _EXTENT.iter_unpack(request.extents or b""):
             if not count or not length:  # the last one alone may go beyond what was asked
                 raise ProtocolError(f"an NBD block status at {offset} that has an extent of {count} bytes too many")
             yield min(count, length), state

@@ -106,7 +106,7 @@ def read_exact(fd: int, count: int, wait: Callable[[], None] = lambda: None) -> 
     return b"".join(parts)
 
 
-def write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: Union[bytes, memoryview]) -> None:
     """Write every byte of `data` to `fd`."""
     view = memoryview(data)
     while view:
