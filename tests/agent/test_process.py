@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +17,7 @@ from kvm_clone.agent import process
 from kvm_clone.agent.protocol import errors
 from kvm_clone.agent.protocol.errors import AgentError
 
-from .tools import processes
+from .tools import ending, eventually, processes, python
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -120,3 +122,51 @@ def test_a_child_of_another_thread_or_time_is_not_killed() -> None:
 def test_what_is_not_told_otherwise_has_a_limit() -> None:
     assert process.run.__defaults__ == (process.SECONDS,)
     assert 0 < process.SECONDS <= 120
+
+
+PARENT = """
+import sys, time
+from kvm_clone.agent import process
+process.start(["sleep", sys.argv[1]])
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def programs(directory: Path, setpriv: str | None) -> str:
+    """A PATH with the programs that the parent and its child need, and that setpriv."""
+    for name in ("sleep", "true", "sh", *(["setpriv"] if setpriv == "the host's" else [])):
+        (directory / name).symlink_to(shutil.which(name) or pytest.fail(name))
+    if setpriv not in (None, "the host's"):
+        (directory / "setpriv").write_text(f"#!/bin/sh\n{setpriv}\n")
+        (directory / "setpriv").chmod(0o755)
+    return str(directory)
+
+
+def sleeping(mark: str) -> bool:
+    """Whether what watches the child has made way for it."""
+    return any(Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep\0") for pid in processes(mark))
+
+
+@pytest.mark.parametrize("setpriv", ["the host's", None, "echo unknown option >&2; exit 1"])
+def test_a_child_dies_with_its_parent(setpriv: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on hosts whose setpriv is older than util-linux 2.33, and on those that have none."""
+    mark = f"4711.{random.randrange(10**9)}"
+    monkeypatch.setenv("PATH", programs(tmp_path, setpriv))
+    with ending(python(PARENT, mark)) as parent:
+        assert parent.stdout
+        assert parent.stdout.readline() == b"ready\n"
+        assert eventually(lambda: sleeping(mark))
+        parent.kill()
+        parent.wait()
+        assert eventually(lambda: not processes(mark))
+
+
+def test_a_setpriv_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", programs(tmp_path, "exec sleep 60"))
+    monkeypatch.setattr(process, "SECONDS", 0.5)
+    process._watcher.cache_clear()
+    try:
+        assert process._watcher()[1:3] == ("-I", "-S")
+    finally:
+        process._watcher.cache_clear()

@@ -50,6 +50,8 @@ FOLLOWED: dict[tuple[str, str], tuple[str, ...]] = {
     ("tests/agent/test_limits.py", "………………"): (),
     ("tests/agent/test_limits.py", "… … …"): (),
     ("tests/agent/test_limits.py", "… … … …"): (),
+    ("tests/agent/test_process.py", "…"): ("setpriv", "sh", "sleep", "true"),  # what a PATH of its own has
+    ("tests/unit/test_children.py", "…"): ("sh",),  # a shell's script, behind one that ignores Ctrl-C
     ("tests/e2e/pools.py", "… /var/lib/libvirt/images/own"): ("mount",),  # with the callers' options
     ("tests/e2e/test_preflight.py", "… /var/lib/libvirt/images/own"): ("mount",),  # with the callers' options
     ("tests/e2e/test_retry.py", "… clone … --retries"): (),  # kvm-clone itself

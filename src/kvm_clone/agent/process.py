@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
+import functools
 import os
-import signal
+import shutil
 import subprocess
+import sys
 import threading
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, List, Sequence
+from typing import Any, Iterator, List, Sequence, Tuple
 
 from kvm_clone.agent.protocol.errors import IO, MISSING, NO_SPACE, AgentError
-
-_PR_SET_PDEATHSIG = 1
-"""prctl(2)."""
 
 SECONDS = 60.0
 """How long a child may take that only reads metadata: a server that a path leads to may never answer."""
@@ -22,25 +20,40 @@ SECONDS = 60.0
 _LOOK_SECONDS, _GRACE_SECONDS = 0.2, 1.0
 """How often killed_by looks, and how long a child may take to end by itself: an image that is closed is in order."""
 
-_libc = ctypes.CDLL(None, use_errno=True)
+_NULL = subprocess.DEVNULL
+
+_SETPRIV = ("setpriv", "--pdeathsig", "KILL")
+"""util-linux 2.33 and newer."""
+
+_LAUNCHER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
+"""PR_SET_PDEATHSIG with SIGKILL, prctl(2); it is kept across execve(2)."""
+
 _mine = threading.local()
 
 
-def die_with_parent() -> None:
-    """For the child between fork and exec: be killed when the thread that forked it ends."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def start(argv: Sequence[str], *, before: Sequence[str] = (), **options: Any) -> subprocess.Popen[bytes]:
+    """Start a child that is killed when the thread that starts it ends.
 
-
-def start(
-    argv: Sequence[str], before_exec: Callable[[], None] = die_with_parent, **how: Any
-) -> subprocess.Popen[bytes]:
-    """Start a child that dies with us. Raises AgentError when the program is not there."""
-    try:
-        child = subprocess.Popen(argv, preexec_fn=before_exec, **how)
-    except FileNotFoundError as error:
-        raise AgentError(MISSING, f"the program {argv[0]} is not installed on this host") from error
+    `before`: what runs the command, of programs that every host has. `options`: subprocess.Popen's. Raises OSError,
+    and AgentError when the program is not there.
+    """
+    if shutil.which(argv[0]) is None:
+        raise AgentError(MISSING, f"the program {argv[0]} is not installed on this host")
+    # Not by preexec_fn: between fork and exec a process with threads may hold a lock that nobody releases.
+    child = subprocess.Popen([*_watcher(), *before, *argv], **options)
     getattr(_mine, "children", []).append(child)
     return child
+
+
+@functools.lru_cache(maxsize=None)
+def _watcher() -> Tuple[str, ...]:
+    """What runs a command so that it is killed when its parent ends: setpriv, or Python where that cannot."""
+    try:
+        if subprocess.call([*_SETPRIV, "true"], stdin=_NULL, stdout=_NULL, stderr=_NULL, timeout=SECONDS) == 0:
+            return _SETPRIV
+    except (OSError, subprocess.TimeoutExpired):
+        pass
+    return (sys.executable or "python3", "-I", "-S", "-c", _LAUNCHER)
 
 
 @contextmanager

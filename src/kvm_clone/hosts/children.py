@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 from kvm_clone.tasks import undisturbed
@@ -21,9 +22,9 @@ _STOP_SECONDS = 1.0
 _PIPES_SECONDS = 1.0
 
 
-def spawn_options() -> dict[str, Any]:
-    """Children ignore Ctrl-C: a terminal sends it to them as well, and we need them to roll back."""
-    return {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+def deaf(argv: Sequence[str]) -> list[str]:
+    """The command, ignoring Ctrl-C: a terminal sends it to our children as well, and we need them to roll back."""
+    return ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *argv]
 
 
 async def spawn(*argv: str, **options: Any) -> Process:

@@ -26,7 +26,7 @@ from kvm_clone.errors import (
 from kvm_clone.hosts import payload, ssh
 from kvm_clone.hosts.agent_client import AgentClient
 from kvm_clone.hosts.agent_errors import REMEDIES, AgentCallError, call_error
-from kvm_clone.hosts.children import end_process, kill_process, spawn, spawn_options, stop_process
+from kvm_clone.hosts.children import deaf, end_process, kill_process, spawn, stop_process
 from kvm_clone.hosts.outputs import lines_of, read_past_noise, read_steadily
 from kvm_clone.hosts.tunnel import Tunnel
 from kvm_clone.tasks import undisturbed
@@ -152,11 +152,10 @@ class Host:
         self._stderr.clear()
         self._lost = None
         process = await spawn(
-            *self._master_argv(),
+            *deaf(self._master_argv()),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            **spawn_options(),
         )
         assert process.stdin is not None
         assert process.stdout is not None

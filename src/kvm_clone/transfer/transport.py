@@ -23,7 +23,7 @@ from kvm_clone.agent.protocol.stream import enlarge_pipe
 from kvm_clone.errors import InterruptedTransferError, TransferError
 from kvm_clone.hosts import payload
 from kvm_clone.hosts.agent_errors import call_error
-from kvm_clone.hosts.children import end_process, kill_process, spawn, spawn_options
+from kvm_clone.hosts.children import deaf, end_process, kill_process, spawn
 from kvm_clone.hosts.host import Host, read_frame, read_marker
 from kvm_clone.hosts.survey import direct_ssh
 from kvm_clone.image import Image
@@ -251,7 +251,7 @@ async def _killed(children: Sequence[_Child]) -> None:
 
 
 async def _spawn(argv: list[str], host: str, destination: str, stdin: int, stdout: int) -> _Child:
-    process = await spawn(*argv, stdin=stdin, stdout=stdout, stderr=asyncio.subprocess.PIPE, **spawn_options())
+    process = await spawn(*deaf(argv), stdin=stdin, stdout=stdout, stderr=asyncio.subprocess.PIPE)
     return _Child(process, host, destination)
 
 

@@ -6,7 +6,6 @@ that QEMU guesses no format and opens nothing that a header names but we do not.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -19,12 +18,12 @@ from kvm_clone.agent.disks import header
 from kvm_clone.agent.disks.chain import QCOW2, Node
 from kvm_clone.agent.disks.disk import DATA, HOLE, ZERO, Extent
 from kvm_clone.agent.disks.nbd import NbdDisk
-from kvm_clone.agent.process import SECONDS, die_with_parent, finished, last_words, run, start
+from kvm_clone.agent.process import SECONDS, finished, last_words, run, start
 from kvm_clone.agent.protocol.errors import IO, UNSUPPORTED, AgentError
 from kvm_clone.agent.protocol.wire import ProtocolError
 
-_ACTIVATION_FD = 3
-"""The first passed descriptor, by the protocol of sd_listen_fds(3)."""
+_ACTIVATED = ("sh", "-c", 'export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@" 3<&0 </dev/null', "sh")
+"""Runs a command with the socket that is its stdin as descriptor 3, by the protocol of sd_listen_fds(3)."""
 
 _EXIT_SECONDS = 120.0
 """How long qemu-nbd may take to close an image after the last client has said goodbye."""
@@ -224,22 +223,4 @@ class QemuNbdDisk(NbdDisk):
 
 def _start_activated(argv: List[str], listener: socket.socket) -> subprocess.Popen[bytes]:
     """Start qemu-nbd with the listening socket as systemd's socket activation would, sd_listen_fds(3)."""
-
-    def before_exec() -> None:
-        die_with_parent()
-        os.dup2(listener.fileno(), _ACTIVATION_FD)
-        os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
-
-    # Occupies descriptor 3 if nothing does, lest Popen's own pipe gets the number that before_exec writes over.
-    occupied = fcntl.fcntl(listener, fcntl.F_DUPFD_CLOEXEC, _ACTIVATION_FD)
-    try:
-        return start(
-            argv,
-            before_exec,
-            pass_fds=[_ACTIVATION_FD],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-    finally:
-        os.close(occupied)
+    return start(argv, before=_ACTIVATED, stdin=listener, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
