@@ -22,9 +22,6 @@ _LOOK_SECONDS, _GRACE_SECONDS = 0.2, 1.0
 
 _NULL = subprocess.DEVNULL
 
-_SETPRIV = ("setpriv", "--pdeathsig", "KILL")
-"""util-linux 2.33 and newer."""
-
 _LAUNCHER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
 """PR_SET_PDEATHSIG with SIGKILL, prctl(2); it is kept across execve(2)."""
 
@@ -48,9 +45,10 @@ def start(argv: Sequence[str], *, before: Sequence[str] = (), **options: Any) ->
 @functools.lru_cache(maxsize=None)
 def _watcher() -> Tuple[str, ...]:
     """What runs a command so that it is killed when its parent ends: setpriv, or Python where that cannot."""
+    setpriv = (shutil.which("setpriv") or "setpriv", "--pdeathsig", "KILL")  # the option: util-linux 2.33
     try:
-        if subprocess.call([*_SETPRIV, "true"], stdin=_NULL, stdout=_NULL, stderr=_NULL, timeout=SECONDS) == 0:
-            return _SETPRIV
+        if subprocess.call([*setpriv, "true"], stdin=_NULL, stdout=_NULL, stderr=_NULL, timeout=SECONDS) == 0:
+            return setpriv
     except (OSError, subprocess.TimeoutExpired):
         pass
     return (sys.executable or "python3", "-I", "-S", "-c", _LAUNCHER)
