@@ -2,15 +2,17 @@
 
 from kvm_clone.client import Client, Request
 from kvm_clone.errors import ExitCode, KvmCloneError
+from kvm_clone.execution.backup import Consistency, PointInTime
 from kvm_clone.hosts.ssh import SshOptions
 from kvm_clone.options import CloneOptions, Quiesce, Retry, Route, SyncOptions, Verify
 from kvm_clone.progress import DiskProgress, Event, Note, Phase, PhaseStarted
-from kvm_clone.results import DiskResult, HostListing, Result, StagedListing
+from kvm_clone.results import DiskResult, HostListing, Result, StagedListing, Transfer
 from kvm_clone.version import __version__
 
 __all__ = [
     "Client",
     "CloneOptions",
+    "Consistency",
     "DiskProgress",
     "DiskResult",
     "Event",
@@ -20,6 +22,7 @@ __all__ = [
     "Note",
     "Phase",
     "PhaseStarted",
+    "PointInTime",
     "Quiesce",
     "Request",
     "Result",
@@ -28,6 +31,7 @@ __all__ = [
     "SshOptions",
     "StagedListing",
     "SyncOptions",
+    "Transfer",
     "Verify",
     "__version__",
 ]

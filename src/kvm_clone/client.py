@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -29,7 +30,7 @@ from kvm_clone.planning.live_checks import stale_checkpoints
 from kvm_clone.planning.placement import PlannedDisk
 from kvm_clone.planning.plan import Plan
 from kvm_clone.progress import Event, OnEvent
-from kvm_clone.results import DiskResult, HostListing, Result, StagedListing
+from kvm_clone.results import DiskResult, HostListing, Result, StagedListing, Transfer
 from kvm_clone.tasks import together
 from kvm_clone.upkeep import leftovers, operation_log
 
@@ -240,7 +241,7 @@ class _Log:
 
 
 def _result(plan: Plan, outcome: Outcome, request: Request, seconds: float) -> Result:
-    totals, taken = outcome.totals, outcome.taken
+    totals, point = outcome.totals, outcome.point_in_time
     return Result(
         operation=plan.identity.operation,
         source=request.source,
@@ -251,21 +252,19 @@ def _result(plan: Plan, outcome: Outcome, request: Request, seconds: float) -> R
         changed=plan.continues or plan.decision.action not in (Action.NOTHING, Action.FINISH),
         verified=totals.proof is not Verify.OFF,
         proof=totals.proof.value,
-        route=plan.route.value,
-        route_reason=plan.route_reason,
         disks=tuple(_disk_result(disk, outcome) for disk in plan.disks),
-        bytes_sent=totals.sent,
-        bytes_resent=totals.resent,
-        bytes_reused=totals.reused,
-        bytes_compared=totals.compared,
-        consistency=taken.consistency.value,
-        frozen_seconds=taken.frozen,
-        scratch_bytes=taken.scratch,
-        checkpoint=taken.checkpoint,
-        hint=taken.hint or plan.no_bitmap_reason,
+        transfer=Transfer(
+            route=plan.route.value,
+            route_reason=plan.route_reason,
+            bytes_sent=totals.sent,
+            bytes_resent=totals.resent,
+            bytes_reused=totals.reused,
+            bytes_compared=totals.compared,
+            copy_seconds=totals.copy_seconds,
+            prove_seconds=totals.prove_seconds,
+        ),
+        point_in_time=replace(point, no_bitmap_reason=point.no_bitmap_reason or plan.no_bitmap_reason),
         seconds=seconds,
-        copy_seconds=totals.copy_seconds,
-        prove_seconds=totals.prove_seconds,
         findings=plan.findings,
         warnings=outcome.warnings,
         removed=outcome.removed,

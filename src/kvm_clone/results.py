@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvm_clone.errors import KvmCloneError
+from kvm_clone.execution.backup import PointInTime
 from kvm_clone.findings import Finding
 from kvm_clone.hosts import domains
 from kvm_clone.upkeep.leftovers import StagedData
@@ -29,14 +30,29 @@ class DiskResult:
 
 
 @dataclass(frozen=True)
-class Result:
-    """A finished clone or sync. `changed` tells it from one that was there already; times in seconds, sizes in bytes.
+class Transfer:
+    """How the content got there; sizes in bytes, times in seconds.
 
-    `proof`: how much was proven equal. `bytes_reused`: content that an interrupted attempt had brought.
-    `bytes_compared`: what both hosts digested to find what differs. `consistency`: of the source's point in time:
-    offline, filesystem or crash; `frozen_seconds`: for how long the guest's filesystems were frozen for it;
-    `scratch_bytes`: what its backup job took. `checkpoint`: what was left on the source for the next sync. `hint`: why
-    no dirty bitmap was used. `removed`: what went with a replaced VM.
+    `bytes_reused`: content that an interrupted attempt had brought; `bytes_resent`: of it, what was sent again.
+    `bytes_compared`: what both hosts digested to find what differs.
+    """
+
+    route: str
+    route_reason: str
+    bytes_sent: int
+    bytes_resent: int
+    bytes_reused: int
+    bytes_compared: int
+    copy_seconds: float
+    prove_seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished clone or sync. `changed` tells it from one that was there already; `seconds` are for all of it.
+
+    `proof`: how much was proven equal. `point_in_time`: of the source, what was copied. `removed`: what went with a
+    replaced VM.
     """
 
     operation: str
@@ -48,21 +64,10 @@ class Result:
     changed: bool
     verified: bool
     proof: str
-    route: str
-    route_reason: str
     disks: tuple[DiskResult, ...]
-    bytes_sent: int
-    bytes_resent: int
-    bytes_reused: int
-    bytes_compared: int
-    consistency: str
-    frozen_seconds: float
-    scratch_bytes: int
-    checkpoint: str
-    hint: str
+    transfer: Transfer
+    point_in_time: PointInTime
     seconds: float
-    copy_seconds: float
-    prove_seconds: float
     findings: tuple[Finding, ...]
     warnings: tuple[str, ...]
     removed: tuple[str, ...]

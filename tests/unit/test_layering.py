@@ -75,7 +75,7 @@ FLOORS: dict[str, frozenset[str]] = {
     "execution": BASE | {"agent", "definition", "hosts", "planning", "transfer"},
     "upkeep": BASE | {"agent", "definition", "execution", "hosts", "planning"},
     "settings": BASE,
-    "results": BASE | {"hosts", "upkeep"},
+    "results": BASE | {"execution", "hosts", "upkeep"},
     "client": BASE | {"agent", "definition", "execution", "hosts", "planning", "results", "transfer", "upkeep"},
 }
 """What each package may import, beside itself. Only kvm_clone.cli may import everything."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -98,7 +98,7 @@ def run_request(settings: Settings, request: Request, *, quiet: bool, expected: 
         run_request(settings, again, quiet=quiet, expected=expected)
         return
     if settings.output is Output.JSON:
-        output.print_json(asdict(result))
+        output.print_json(output.result_document(result))
     else:
         _print(result)
 
@@ -123,34 +123,32 @@ def _print(result: Result) -> None:
     if not result.changed:
         print(f"{result.name} on {result.destination} is there already and up to date ({result.uuid}): nothing to do")
         return
-    rate = result.bytes_sent / result.copy_seconds if result.copy_seconds else 0.0
+    transfer, point = result.transfer, result.point_in_time
+    rate = transfer.bytes_sent / transfer.copy_seconds if transfer.copy_seconds else 0.0
     synced = any(disk.method != "whole" for disk in result.disks)
     done = "brought up to date on" if synced else "cloned to"
     print(f"{result.vm} on {result.source} is {done} {result.destination} as {result.name} ({result.uuid})")
     for disk in result.disks:
         sent = f", {format_bytes(disk.sent)} sent, found by {disk.method}" if disk.method != "whole" else ""
         print(f"  {disk.target}: {disk.destination} ({disk.format}, {format_bytes(disk.virtual_size)}{sent})")
-    if result.consistency != "offline":
-        frozen = f", its filesystems frozen for {result.frozen_seconds:.2f} s" if result.frozen_seconds else ""
-        scratch = format_bytes(result.scratch_bytes)
-        print(f"  copied while it ran: {result.consistency}-consistent{frozen}; {scratch} of scratch used")
-    if result.hint and not result.hint.startswith("the source is") and synced:
-        print(f"  no dirty bitmap was used: {result.hint}")
-    if result.bytes_reused:
-        print(
-            f"  {format_bytes(result.bytes_reused)} were there already, {format_bytes(result.bytes_resent)} sent again"
-        )
+    if point.consistency != "offline":
+        frozen = f", its filesystems frozen for {point.frozen_seconds:.2f} s" if point.frozen_seconds else ""
+        scratch = format_bytes(point.scratch_bytes)
+        print(f"  copied while it ran: {point.consistency}-consistent{frozen}; {scratch} of scratch used")
+    if point.no_bitmap_reason and not point.no_bitmap_reason.startswith("the source is") and synced:
+        print(f"  no dirty bitmap was used: {point.no_bitmap_reason}")
+    if transfer.bytes_reused:
+        there, again = format_bytes(transfer.bytes_reused), format_bytes(transfer.bytes_resent)
+        print(f"  {there} were there already, {again} sent again")
     for thing in result.removed:
         print(f"  removed: {thing}")
-    print(
-        f"  {format_bytes(result.bytes_sent)} sent in {format_duration(result.copy_seconds)} ({format_rate(rate)}), "
-        f"{result.route} route: {result.route_reason}"
-    )
+    sent, took = format_bytes(transfer.bytes_sent), format_duration(transfer.copy_seconds)
+    print(f"  {sent} sent in {took} ({format_rate(rate)}), {transfer.route} route: {transfer.route_reason}")
     if not result.disks:
         print("  the VM has no disks of its own")
     elif result.proof == Verify.SENT:
-        print(f"  what was sent is proven equal in {format_duration(result.prove_seconds)}")
+        print(f"  what was sent is proven equal in {format_duration(transfer.prove_seconds)}")
     elif result.verified:
-        print(f"  every byte proven equal in {format_duration(result.prove_seconds)}")
+        print(f"  every byte proven equal in {format_duration(transfer.prove_seconds)}")
     else:
         print("  not verified, as asked with --no-verify")

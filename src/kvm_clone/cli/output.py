@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from kvm_clone.errors import ExitCode, KvmCloneError, OutputError
+from kvm_clone.results import Result
 
 _UNPAIRED = re.compile("[\ud800-\udfff]")
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
@@ -25,6 +26,23 @@ def print_json(document: Any) -> None:
     text = json.dumps(document, indent=2, default=str, ensure_ascii=False)
     text = _UNPAIRED.sub(lambda found: rf"\\u{ord(found[0]):04x}", text)
     print(_NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text))
+
+
+_RESULT_KEYS = (
+    *("operation", "source", "destination", "vm", "name", "uuid", "changed", "verified", "proof"),
+    *("route", "route_reason", "disks", "bytes_sent", "bytes_resent", "bytes_reused", "bytes_compared"),
+    *("consistency", "frozen_seconds", "scratch_bytes", "checkpoint", "hint", "seconds", "copy_seconds"),
+    *("prove_seconds", "findings", "warnings", "removed"),
+)
+"""The result's document, flat and in this order: others read it."""
+
+
+def result_document(result: Result) -> dict[str, Any]:
+    """The result of a clone or sync as a JSON object."""
+    known = asdict(result)
+    known |= {**known["transfer"], **known["point_in_time"]}
+    known["hint"] = known["no_bitmap_reason"]
+    return {key: known[key] for key in _RESULT_KEYS}
 
 
 def json_wanted(argv: Sequence[str]) -> bool:

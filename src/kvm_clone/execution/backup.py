@@ -9,7 +9,7 @@ import asyncio
 import posixpath
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -54,15 +54,19 @@ class Consistency(StrEnum):
     CRASH = "crash"
 
 
-@dataclass
-class Taken:
-    """What is known of the point in time; `frozen` in seconds, `scratch` in bytes. `hint`: see Plan."""
+@dataclass(frozen=True)
+class PointInTime:
+    """What is known of the source's point in time.
+
+    `frozen_seconds`: for how long the guest's filesystems were frozen for it; `scratch_bytes`: what its backup job
+    took. `checkpoint`: what was left on the source for the next sync. `no_bitmap_reason`: why no dirty bitmap was used.
+    """
 
     consistency: Consistency = Consistency.OFFLINE
-    frozen: float = 0.0
-    scratch: int = 0
+    frozen_seconds: float = 0.0
+    scratch_bytes: int = 0
     checkpoint: str = ""
-    hint: str = ""
+    no_bitmap_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,10 @@ class Backup:
         self._guarded = False
         self._can_thaw = False
         self._frozen = False
-        self.taken = Taken()
+        self.point_in_time = PointInTime()
+
+    def _know(self, **found: Any) -> None:
+        self.point_in_time = replace(self.point_in_time, **found)
 
     async def begin(
         self, job: BackupJob, quiesce: Quiesce, stale: tuple[str, ...], guarding: Guarding
@@ -107,8 +114,8 @@ class Backup:
         finally:
             if frozen:
                 lasted = await self._thaw(frozen)
-                self.taken.frozen = time.monotonic() - started
-        self.taken.consistency = Consistency.FILESYSTEM if lasted else Consistency.CRASH
+                self._know(frozen_seconds=time.monotonic() - started)
+        self._know(consistency=Consistency.FILESYSTEM if lasted else Consistency.CRASH)
         if frozen and not lasted:
             self._thawed_early(quiesce)
         self._on_event(Note(f"{name} is copied while it runs: {self._describe()}"))
@@ -123,18 +130,18 @@ class Backup:
         self._on_event(Note(text, warning=True))
 
     def _describe(self) -> str:
-        if self.taken.consistency is Consistency.FILESYSTEM:
-            return f"its filesystems were frozen for {self.taken.frozen:.2f} s"
+        if self.point_in_time.consistency is Consistency.FILESYSTEM:
+            return f"its filesystems were frozen for {self.point_in_time.frozen_seconds:.2f} s"
         return "crash-consistent, as after a power cut"
 
     async def _start(self, job: BackupJob) -> BackupJob:
         """Begin the job with the bitmap if libvirt has a good one, else without."""
-        self.taken.checkpoint = job.checkpoint
+        self._know(checkpoint=job.checkpoint)
         if job.incremental:
             try:
                 await to_its_end(live.begin, self._libvirt, self._source.domain.name, job)
             except libvirt.libvirtError as error:
-                self.taken.hint = f"libvirt has no good bitmap: {message_of(error)}"
+                self._know(no_bitmap_reason=f"libvirt has no good bitmap: {message_of(error)}")
             else:
                 return job
         plain = BackupJob(job.socket, job.disks, checkpoint=job.checkpoint)
@@ -221,7 +228,7 @@ class Backup:
         except AgentCallError as error:
             if error.kind != kinds.MISSING:
                 raise
-            self.taken.hint = f"the bitmap of {disk.target} cannot be read: {error}"
+            self._know(no_bitmap_reason=f"the bitmap of {disk.target} cannot be read: {error}")
             return Offer(image)
         return Offer(image, aligned(found, size))
 
@@ -247,7 +254,7 @@ class Backup:
         if self._frozen:
             await self._thaw_what_may_be()
         if self._job is not None:
-            self.taken.scratch = await self._call("ending the backup job", live.end)
+            self._know(scratch_bytes=await self._call("ending the backup job", live.end))
             job, self._job = self._job, None
             await self._host.agent.remove_scratch(paths=[job.socket, *(disk.scratch for disk in job.disks)])
         if self._guarded:
@@ -263,8 +270,9 @@ class Backup:
 
     async def forget(self) -> None:
         """Delete the checkpoint that this run has made: no replica has its state."""
-        if self.taken.checkpoint:
-            made, self.taken.checkpoint = self.taken.checkpoint, ""
+        if self.point_in_time.checkpoint:
+            made = self.point_in_time.checkpoint
+            self._know(checkpoint="")
             await self._delete((made,))
 
     async def _delete(self, names: tuple[str, ...]) -> None:

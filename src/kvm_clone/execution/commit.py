@@ -43,15 +43,15 @@ async def define(step: steps.DefineDomain, run: Context) -> None:
 
 
 def _definition(run: Context, pending: marks.Pending) -> str:
-    taken = run.backup.taken
+    point = run.backup.point_in_time
     mark = replace(
         planned_mark(run.plan),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         verified=run.content.totals.proof is not Verify.OFF,
-        consistency=taken.consistency,
-        frozen=f"{taken.frozen:.3f}" if taken.frozen else "",
-        scratch=str(taken.scratch) if taken.scratch else "",
-        checkpoint=taken.checkpoint,
+        consistency=point.consistency,
+        frozen=f"{point.frozen_seconds:.3f}" if point.frozen_seconds else "",
+        scratch=str(point.scratch_bytes) if point.scratch_bytes else "",
+        checkpoint=point.checkpoint,
     )
     return clone_xml(run.plan, mark, pending)
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from kvm_clone.execution.backup import Backup, Taken
+from kvm_clone.execution.backup import Backup, PointInTime
 from kvm_clone.execution.context import Context
 from kvm_clone.execution.handlers import Handler, handlers
 from kvm_clone.execution.rollback import Reconnect, end_early
@@ -32,7 +32,7 @@ class Outcome:
     """What a run found out on its way. `hinted`: the disks, by target, whose changes a dirty bitmap named."""
 
     totals: Totals
-    taken: Taken
+    point_in_time: PointInTime
     hinted: frozenset[str]
     warnings: tuple[str, ...]
     removed: tuple[str, ...]
@@ -120,7 +120,7 @@ class Run:
     def _outcome(self) -> Outcome:
         run = self._context
         hinted = frozenset(disk.key for disk in run.plan.disks if run.content.follows_bitmap(disk))
-        return Outcome(run.content.totals, run.backup.taken, hinted, tuple(run.warnings), tuple(run.removed))
+        return Outcome(run.content.totals, run.backup.point_in_time, hinted, tuple(run.warnings), tuple(run.removed))
 
     async def _stop(self, work: asyncio.Task[None]) -> None:
         """Stop the steps when the stage allows it."""
