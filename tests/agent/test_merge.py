@@ -283,7 +283,7 @@ def test_a_merge_is_let_go_of_between_two_pieces(pieces: int, synced: Synced, mo
         copied += 1
         if copied == pieces:
             threading.Thread(target=synced.stage.release).start()
-            assert synced.stage._ending.wait(10)
+            assert synced.stage._merger._ending.wait(10)
 
     with monkeypatch.context() as patched:
         patched.setattr(merge, "_copy_down", counting)

@@ -21,17 +21,23 @@ from kvm_clone.agent.disks import chain, fingerprint, image, qemu
 from kvm_clone.agent.disks.disk import Ranges
 from kvm_clone.agent.protocol.errors import AgentError
 from kvm_clone.agent.staging import leftovers, merge, records
+from kvm_clone.agent.staging.directory import DirectoryStore
 from kvm_clone.agent.staging.stage import Stage
 from kvm_clone.agent.transfer import Job, Receiver, Sender
 
+from . import volumes
 from .naive_hash import BY_SHA256
 from .tools import KIB, arriving, make_raw, noise, read, through_pipe
+from .volumes import Volumes
 
 pytestmark = pytest.mark.timeout(60)
 
 BLOCK, BLOCKS = 4096, 6
 SIZE = BLOCK * BLOCKS
-DISKS = ("vda", "vdb")
+DISKS = {"vda": "vda.raw", "vdb": "vdb.raw"}
+WITH_VARIABLES = {"vda": "vda.raw", "nvram": "web_VARS.fd"}
+"""The assets of a VM, with their final names: two disks, and a disk and what is no disk."""
+
 FOREIGN = {"other.raw": b"not ours", ".kvm-clone-0123456789abcdef.journal": b"another VM's", "old.raw": b"the old VM's"}
 
 
@@ -46,9 +52,11 @@ class World:
     a copy stops after `cut` of its bytes.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, store: str, assets: dict[str, str]) -> None:
         self.source = root / "source"
         self.pool = root / "pool"
+        self.store = store
+        self.assets = assets
         self.pool.mkdir()
         self.source.mkdir()
         for name, content in FOREIGN.items():
@@ -62,15 +70,15 @@ class World:
     def write_source(self, seed: int) -> None:
         """Blocks of data and of hole, by chance."""
         chance = random.Random(seed)
-        for disk in DISKS:
+        for disk in self.assets:
             held = [number for number in range(BLOCKS) if chance.random() < 0.6]
             make_raw(self.source / disk, SIZE, [(at * BLOCK, noise(BLOCK, chance.randrange(8))) for at in held])
 
     def content(self) -> dict[str, bytes]:
-        return {disk: (self.source / disk).read_bytes() for disk in DISKS}
+        return {disk: (self.source / disk).read_bytes() for disk in self.assets}
 
     def final(self, disk: str) -> Path:
-        return self.pool / f"{disk}.raw"
+        return self.pool / self.assets[disk]
 
     def step(self) -> None:
         if not self.steps_left:
@@ -117,12 +125,11 @@ class World:
 
     def _fill(self, staged: Stage, kept: dict[str, Any], cut: float) -> None:
         spec = {"format": "raw", "size": SIZE, "options": {}, "mode": 0o600, "user": "root", "group": "root"}
-        for disk in DISKS:
+        spec["store"] = self.store
+        for disk in self.assets:
             self.step()
-            part = names.part_path(staged.operation, disk, str(self.final(disk)))
             durable = kept[disk]["durable"] if disk in kept else 0
-            if disk not in kept:
-                staged.create(disk, str(self.final(disk)), spec)
+            part = kept[disk]["part"] if disk in kept else staged.create(disk, str(self.final(disk)), spec)
             differs = digests(self.source / disk, durable) != digests(Path(part), durable)
             ranges = [[0 if differs else durable, SIZE]] if disk in kept else None
             job = Job(str(self.source / disk), "raw", fresh=ranges is None, ranges=ranges)
@@ -146,7 +153,7 @@ class World:
             raise PowerCutError
 
     def _commit(self, staged: Stage, operation: str) -> None:
-        for disk in DISKS:
+        for disk in self.assets:
             self.step()
             self.published[disk] = self.content()[disk]
             staged.publish(disk, str(self.final(disk)))
@@ -162,8 +169,8 @@ class World:
     def check(self) -> None:
         """What holds whenever nothing runs."""
         assert {name: (self.pool / name).read_bytes() for name in FOREIGN} == FOREIGN
-        for disk in DISKS:
-            if self.defined or self.final(disk).exists():
+        for disk in self.assets:
+            if self.defined or (self.store == DirectoryStore.kind and self.final(disk).exists()):
                 assert self.final(disk).read_bytes() == self.published[disk]
         if self.defined:
             assert self.defined[1] == self.published
@@ -193,6 +200,20 @@ def test_any_sequence_of_runs_and_crashes(seed: int, runs: list[tuple[int, float
     ends_well_in_the_end(seed, runs, None)
 
 
+@pytest.mark.parametrize(
+    ("store", "assets"),
+    [(Volumes.kind, DISKS), (DirectoryStore.kind, WITH_VARIABLES), (Volumes.kind, WITH_VARIABLES)],
+    ids=["volumes", "variables", "variables in volumes"],
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 99), RUNS)
+def test_any_sequence_of_runs_and_crashes_with_other_stores_and_assets(
+    store: str, assets: dict[str, str], seed: int, runs: list[tuple[int, float, bool, bool]]
+) -> None:
+    with volumes.known():
+        ends_well_in_the_end(seed, runs, None, store, assets)
+
+
 def test_any_sequence_of_runs_and_crashes_without_hard_links(plain: Callable[..., Path]) -> None:
     root = plain("no-links", "no-owners", "no-modes", "dense")
 
@@ -204,14 +225,20 @@ def test_any_sequence_of_runs_and_crashes_without_hard_links(plain: Callable[...
     run()
 
 
-def ends_well_in_the_end(seed: int, runs: list[tuple[int, float, bool, bool]], root: Path | None) -> None:
+def ends_well_in_the_end(
+    seed: int,
+    runs: list[tuple[int, float, bool, bool]],
+    root: Path | None,
+    store: str = DirectoryStore.kind,
+    assets: dict[str, str] = DISKS,
+) -> None:
     """After any runs and crashes the next ones make the clone and leave nothing; in a new directory below `root`."""
     with tempfile.TemporaryDirectory(dir=root) as directory, pytest.MonkeyPatch.context() as patched:
         locks = Path(directory) / "locks"
         locks.mkdir(mode=0o700)
         patched.setattr(names, "_lock_directory", lambda: str(locks))
         patched.setattr(transfer, "DURABLE_BYTES", 1)
-        world = World(Path(directory))
+        world = World(Path(directory), store, assets)
         world.write_source(seed)
         for number, (crash_at, cut, changes, start_over) in enumerate(runs):
             if changes:
@@ -222,7 +249,7 @@ def ends_well_in_the_end(seed: int, runs: list[tuple[int, float, bool, bool]], r
             assert world.run(1 << 30, 1.0)
             world.check()
         assert world.defined
-        assert {entry.name for entry in world.pool.iterdir()} == {*FOREIGN, *(world.final(disk).name for disk in DISKS)}
+        assert {entry.name for entry in world.pool.iterdir()} == {*FOREIGN, *assets.values()}
         assert not list(locks.iterdir())
 
 

@@ -24,7 +24,8 @@ from kvm_clone.agent.disks.chain import Node
 from kvm_clone.agent.host import host_info
 from kvm_clone.agent.protocol import errors
 from kvm_clone.agent.protocol.errors import AgentError
-from kvm_clone.agent.staging import leftovers, merge
+from kvm_clone.agent.staging import merge
+from kvm_clone.agent.staging.asset_state import AssetState
 
 from .images import SIZE, forged, listening, make, put
 from .tools import MIB, SOURCES, eventually, make_raw, need, processes
@@ -349,7 +350,7 @@ def test_what_is_staged_is_told_without_opening_what_it_names(tmp_path: Path) ->
     """A part that somebody has replaced is not whole."""
     part = tmp_path / ".kvm-clone-0f-vda.part"
     record = {"disk": "vda", "part": str(part), "final": str(tmp_path / "vda"), "size": SIZE, "format": "qcow2"}
-    state = leftovers.DiskState(record)
+    state = AssetState(record)
     state.add_durable([[0, SIZE]])
     make(part)
     assert state.as_dict()["durable"] == SIZE

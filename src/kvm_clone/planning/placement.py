@@ -103,6 +103,7 @@ class PlannedDisk:
             "group": owner.group,
             "backing": [self.below.path, self.below.format] if self.below is not None else None,
             "copy_of": self.base.path if self.base is not None and self.shares else None,
+            "store": self.place.store,
         }
 
     def at(self, path: str) -> Image:

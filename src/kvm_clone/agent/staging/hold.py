@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, Protocol, TypeVar, cast
 
 from kvm_clone.agent import names
 from kvm_clone.agent.protocol.errors import LOCKED, AgentError
-from kvm_clone.agent.staging import journal
+from kvm_clone.agent.staging.files import make_durable
 from kvm_clone.agent.staging.lock import OperationLock
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
@@ -104,7 +104,7 @@ def _removed(path: str, identity: str) -> Dict[str, str]:
         if f"{about.st_dev}:{about.st_ino}" != identity:
             return {"result": "error", "error": "it is another file by now"}
         os.unlink(path)
-        journal.make_durable(os.path.dirname(path))
+        make_durable(os.path.dirname(path))
     except FileNotFoundError:
         return {"result": "missing"}
     except OSError as error:

@@ -25,6 +25,7 @@ from kvm_clone.agent.disks.image_lock import FLOCK
 from kvm_clone.agent.host.this_host import Host, this_host
 from kvm_clone.agent.protocol.errors import LOCKED, UNSUPPORTED, AgentError
 from kvm_clone.agent.staging import records
+from kvm_clone.agent.staging.files import make_durable
 from kvm_clone.agent.staging.records import Record
 
 LARGEST = 64 << 20
@@ -34,15 +35,6 @@ LEASE_SECONDS = 60.0
 RENEWAL_SECONDS = 10.0
 """The agent of an operation that is under way touches the journal at least every so often; one that was not touched for
 a lease's time is of no living operation."""
-
-
-def make_durable(directory: str) -> None:
-    """Make the directory's entries durable."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def encode(record: Record) -> bytes:

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import time
 from typing import Any, Dict, List, Optional, Tuple
 
 from kvm_clone.agent import names
-from kvm_clone.agent.disks import chain, filesystem, fingerprint, qemu
-from kvm_clone.agent.disks.disk import Ranges, union
-from kvm_clone.agent.host import host_info
+from kvm_clone.agent.disks import filesystem
 from kvm_clone.agent.protocol.errors import LOCKED, UNSUPPORTED, AgentError, from_exception
 from kvm_clone.agent.staging import records
-from kvm_clone.agent.staging.journal import LEASE_SECONDS, Journal, elsewhere, look, make_durable
+from kvm_clone.agent.staging.asset_state import has_committed, in_commit, states
+from kvm_clone.agent.staging.files import make_durable
+from kvm_clone.agent.staging.journal import LEASE_SECONDS, Journal, elsewhere, look
 from kvm_clone.agent.staging.lock import OperationLock, holder_of
 from kvm_clone.agent.staging.records import Record
-
-_PAST_COMMIT = (records.COMMITTED, records.MERGING, records.MERGED)
-"""What is journalled when libvirt is known to have the definition."""
-
-UNSETTLED = "an earlier attempt may have been committed; libvirt has to be asked first"
+from kvm_clone.agent.staging.undo import undo_all
 
 _DEFINITIONS = "/etc/libvirt/qemu"
 """Where libvirt keeps the definitions of its VMs."""
@@ -44,91 +39,6 @@ _JUST_BEGUN: Dict[str, Any] = {
     "disks": {},
 }
 """What is known of an operation whose journal has no record yet."""
-
-
-class DiskState:
-    """What a journal says of one disk: its names, which ranges are durable, and its identity once published."""
-
-    def __init__(self, record: Record) -> None:
-        self.disk: str = record["disk"]
-        self.part: str = record["part"]
-        self.final: str = record["final"]
-        self.size: int = record["size"]
-        self.format: str = record["format"]
-        self.backing: Dict[str, str] = record.get("backing") or {}
-        self.durable: Ranges = ()
-        self.identity: Optional[str] = None
-
-    def add_durable(self, ranges: Ranges) -> None:
-        """The ranges are durable too; what lies behind the disk's end is none of it."""
-        self.durable = union(self.durable, [(start, min(end, self.size)) for start, end in ranges])
-
-    @property
-    def is_published(self) -> bool:
-        """Whether the file has its final name, which may have become somebody else's."""
-        return self.identity is not None and has_identity(self.final, self.identity)
-
-    @property
-    def path(self) -> str:
-        """Where the file lies."""
-        return self.final if self.is_published else self.part
-
-    def _is_whole(self, about: os.stat_result) -> bool:
-        """Whether the file can be filled further: a crash or a hand may have cut it short or torn it."""
-        if self.backing and not fingerprint.is_still(self.backing["path"], self.backing["fingerprint"]):
-            return False
-        return about.st_size == self.size if self.format == chain.RAW else qemu.is_sound(self.path, self.format)
-
-    def about(self) -> Optional[os.stat_result]:
-        """The file, None if it is not there. Raises AgentError (unsupported) when it is no regular file."""
-        try:
-            about = os.lstat(self.path)
-        except FileNotFoundError:
-            return None
-        if not stat.S_ISREG(about.st_mode):
-            raise AgentError(UNSUPPORTED, f"{self.path} is no regular file, and none of ours; it was left as it is")
-        return about
-
-    def as_dict(self) -> Dict[str, Any]:
-        """The form that crosses the wire, with the bytes that the file takes, and those of content that it has."""
-        about = self.about()
-        durable = self.durable if self.durable and about and self._is_whole(about) else []
-        return {
-            "part": self.part,
-            "final": self.final,
-            "size": self.size,
-            "format": self.format,
-            "durable": sum(end - start for start, end in durable),
-            "ranges": durable,
-            "data": host_info.data_held(self.path, self.format) if durable else 0,
-            "allocated": about.st_blocks * 512 if about else 0,
-            "backing": self.backing.get("path", ""),
-        }
-
-
-def states(entries: List[Record]) -> Dict[str, DiskState]:
-    """The state of each disk after these records."""
-    found: Dict[str, DiskState] = {}
-    for entry in entries:
-        record = entry["record"]
-        if record == records.CREATE:
-            found[entry["disk"]] = DiskState(entry)
-        elif record == records.DURABLE:
-            found[entry["disk"]].add_durable([[0, entry["end"]], *entry.get("ranges", [])])
-        elif record == records.PUBLISH:
-            found[entry["disk"]].identity = entry["identity"]
-    return found
-
-
-def in_commit(entries: List[Record]) -> bool:
-    """Whether libvirt may have the definition: only it can say."""
-    last = [entry["record"] for entry in entries if entry["record"] in (records.DEFINE, records.WITHDRAWN)]
-    return bool(last) and last[-1] == records.DEFINE
-
-
-def has_committed(entries: List[Record]) -> bool:
-    """Whether libvirt is known to have the definition."""
-    return in_commit(entries) and entries[-1]["record"] in _PAST_COMMIT
 
 
 def staged(directories: List[str], name: Optional[str] = None) -> List[Dict[str, Any]]:
@@ -220,7 +130,7 @@ def _described(entries: List[Record], locked: bool) -> Dict[str, Any]:
         "committed": has_committed(entries),
         "remove": define.get("remove", []),
         "forget": define.get("forget", []),
-        "published": [state.final for state in states(entries).values() if state.path == state.final],
+        "published": [state.final for state in states(entries).values() if state.is_published],
         # Of what another host has staged nothing is looked at.
         "disks": {} if foreign else {disk: state.as_dict() for disk, state in states(entries).items()},
     }
@@ -297,33 +207,6 @@ def settle(directory: str, name: str, operation: str, directories: List[str], *,
         lock.release()
 
 
-def undo_all(entries: List[Record], *, past_commit: bool = False) -> List[str]:
-    """Undo the journalled steps in reverse and go on past a failure; the failures' texts."""
-    if not past_commit and in_commit(entries):
-        raise AgentError(UNSUPPORTED, UNSETTLED)
-    left: List[str] = []
-    for entry in reversed(entries):
-        try:
-            if entry["record"] == records.PUBLISH:
-                _unlink_published(entry["final"], entry["identity"])
-            elif entry["record"] == records.CREATE:
-                unlink_file(entry["part"])
-            elif entry["record"] == records.BEGIN:
-                remove_marks(entry)
-        except OSError as error:
-            path = entry.get("final" if entry["record"] == records.PUBLISH else "part", "marks")
-            left.append(str(from_exception(error, f"removing {path}")))
-        except AgentError as error:
-            left.append(str(error))
-    return left
-
-
-def remove_marks(begin: Record) -> None:
-    """Remove the marks that the operation has left in directories."""
-    for directory in begin.get("marks", []):
-        unlink_file(names.mark_path(begin["operation"], directory))
-
-
 def make_definitions_durable() -> None:
     """Make sure that a power cut brings no definition back whose disks are about to go.
 
@@ -331,28 +214,3 @@ def make_definitions_durable() -> None:
     """
     with contextlib.suppress(OSError):  # libvirt of another make keeps them elsewhere
         make_durable(_DEFINITIONS)
-
-
-def unlink_file(path: str) -> None:
-    """Remove a file of ours, durably, if it is there. Raises OSError; AgentError (unsupported) for what is no file."""
-    try:
-        if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise AgentError(UNSUPPORTED, f"{path} is no regular file, and none of ours; it was left as it is")
-        os.unlink(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    make_durable(os.path.dirname(path))
-
-
-def has_identity(path: str, identity: str) -> bool:
-    """Whether the file there is the one of this identity."""
-    try:
-        return fingerprint.identity(path) == identity
-    except FileNotFoundError:
-        return False
-
-
-def _unlink_published(path: str, identity: str) -> None:
-    """Remove the file if it is the one that was published: another one of that name is not ours."""
-    if has_identity(path, identity):
-        unlink_file(path)

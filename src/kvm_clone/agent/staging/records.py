@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from kvm_clone.agent import names
 from kvm_clone.agent.disks import chain
 from kvm_clone.agent.protocol.errors import UNSUPPORTED, AgentError
+from kvm_clone.agent.staging import stores
+from kvm_clone.agent.staging.directory import DirectoryStore
 
 BEGIN = "begin"  # an operation holds the lock: operation, name, host, version, source, started, marks
-CREATE = "create"  # a staged file is about to be made: disk, part, final, size in bytes, format, backing
+CREATE = "create"  # an asset is about to be made: disk (its key), part, final, size in bytes, format, backing, store
+MADE = "made"  # it was made, in a store whose staged names do not say that they are ours: disk, identity
 DURABLE = "durable"  # what is durable in the staged file, all before the byte `end` and perhaps more: disk, end, ranges
 COPIED = "copied"  # a staged file holds all content, durably: disk, bytes
 PROVEN = "proven"  # both ends' digests agreed: disk
@@ -97,11 +100,19 @@ def durable(disk: str, ranges: Sequence[Sequence[int]]) -> Record:
     return {"disk": disk, "end": end, **({"ranges": rest} if rest else {})}
 
 
+def created(key: str, part: str, final: str, spec: Mapping[str, Any], backing: Optional[Dict[str, str]]) -> Record:
+    """The fields of a `create` record. A directory, which version 0.1 knew alone, is not named."""
+    about = {"disk": key, "part": part, "final": final, "size": spec["size"], "format": spec["format"]}
+    kind = stores.of(spec).kind
+    return {**about, "backing": backing, **({} if kind == DirectoryStore.kind else {"store": kind})}
+
+
 _Check = Callable[[Any], bool]
 
 _NEEDED: Dict[str, Dict[str, _Check]] = {
     BEGIN: {"operation": lambda value: _text(value) and bool(names.OPERATION.fullmatch(value)), "name": _text},
     CREATE: {"disk": _disk, "part": _path, "final": _path, "size": _count, "format": _format},
+    MADE: {"disk": _disk, "identity": _text},
     DURABLE: {"disk": _disk, "end": _count},
     COPIED: {"disk": _disk},
     PROVEN: {"disk": _disk},
@@ -126,7 +137,7 @@ _PERHAPS: Dict[str, Dict[str, _Check]] = {
         "host": _named_texts,
         "marks": _paths,
     },
-    CREATE: {"backing": _backing},
+    CREATE: {"backing": _backing, "store": _text},
     DURABLE: {"ranges": _ranges},
     DEFINE: {"uuid": _text, "remove": _texts, "forget": _texts, "images": _images, "merge": _overlays},
     MERGED: {"images": _images},
@@ -136,16 +147,16 @@ _PERHAPS: Dict[str, Dict[str, _Check]] = {
 
 def check(records: List[Record]) -> None:
     """Raises AgentError (unsupported) when these are no journal of ours."""
-    disks: Dict[str, str] = {}
+    assets: Dict[str, Record] = {}
     for number, entry in enumerate(records):
         if not _is_record(entry) or (entry["record"] == BEGIN) != (number == 0):
             raise AgentError(UNSUPPORTED, f"record {number + 1} of the journal is none of ours; it was left as it is")
         disk, kind = entry.get("disk"), entry["record"]
         if kind == CREATE:
-            disks[entry["disk"]] = entry["final"]
-        elif disk is not None and (not isinstance(disk, str) or disk not in disks):
+            assets[entry["disk"]] = entry
+        elif disk is not None and (not isinstance(disk, str) or disk not in assets):
             raise AgentError(UNSUPPORTED, f"record {number + 1} of the journal is of a disk that was not made")
-        if not _names_ours(entry, records[0]["operation"], disks):
+        if not _names_ours(entry, records[0]["operation"], assets):
             raise AgentError(
                 UNSUPPORTED, f"record {number + 1} of the journal names files that we would not have named"
             )
@@ -168,12 +179,14 @@ def _is_record(entry: Any) -> bool:
     )
 
 
-def _names_ours(entry: Record, operation: str, finals: Dict[str, str]) -> bool:
-    """Whether the names in the record are what we make of the operation, the disk, and its final name or its base."""
+def _names_ours(entry: Record, operation: str, assets: Dict[str, Record]) -> bool:
+    """Whether the names in the record are what we make of the operation, the asset, and its final name or its base."""
     if entry["record"] in (CREATE, PUBLISH):
-        final = finals[entry["disk"]]
+        created = assets[entry["disk"]]
+        final = created["final"]
         plain = not os.path.basename(final).startswith(names.PREFIX)
-        return plain and entry["final"] == final and entry["part"] == names.part_path(operation, entry["disk"], final)
+        part = stores.of(created).part(operation, entry["disk"], final)
+        return plain and entry["final"] == final and entry["part"] == part
     overlays = entry.get("merge", []) if entry["record"] == DEFINE else []
     return all(one["path"] == names.overlay_path(operation, one["disk"], one["base"]) for one in overlays)
 
@@ -181,10 +194,11 @@ def _names_ours(entry: Record, operation: str, finals: Dict[str, str]) -> bool:
 def in_directories(records: List[Record], directories: List[str]) -> None:
     """Raises AgentError (unsupported) when a file that the journal names lies in none of these directories."""
     for entry in records:
-        named = [entry["final"]] if entry["record"] == CREATE else []
-        named += [one["base"] for one in entry.get("merge", [])] if entry["record"] == DEFINE else []
-        for path in named:
-            if os.path.dirname(path) not in directories:
+        named = [(entry["final"], stores.of(entry).container(entry["final"]))] if entry["record"] == CREATE else []
+        if entry["record"] == DEFINE:
+            named += [(one["base"], os.path.dirname(one["base"])) for one in entry.get("merge", [])]
+        for path, container in named:
+            if container not in directories:
                 raise AgentError(
                     UNSUPPORTED,
                     f"the journal names {path}, where none of ours would have put a disk; it was left as it is",

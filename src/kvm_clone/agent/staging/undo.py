@@ -1,0 +1,51 @@
+"""Undoing what a journal says was made, newest first."""
+
+from __future__ import annotations
+
+from typing import List
+
+from kvm_clone.agent.protocol.errors import UNSUPPORTED, AgentError, from_exception
+from kvm_clone.agent.staging import marks, records
+from kvm_clone.agent.staging.asset_state import AssetState, in_commit, states
+from kvm_clone.agent.staging.records import Record
+
+UNSETTLED = "an earlier attempt may have been committed; libvirt has to be asked first"
+
+
+def undo_all(entries: List[Record], *, past_commit: bool = False) -> List[str]:
+    """Undo the journalled steps in reverse and go on past a failure; the failures' texts.
+
+    Raises AgentError (unsupported) when libvirt may have the definition, unless the caller knows that it has not:
+    `past_commit`.
+    """
+    if not past_commit and in_commit(entries):
+        raise AgentError(UNSUPPORTED, UNSETTLED)
+    left: List[str] = []
+    for number in range(len(entries) - 1, -1, -1):
+        entry = entries[number]
+        try:
+            _undo(entry, entries)
+        except OSError as error:
+            path = entry.get("final" if entry["record"] == records.PUBLISH else "part", "marks")
+            left.append(str(from_exception(error, f"removing {path}")))
+        except AgentError as error:
+            left.append(str(error))
+    return left
+
+
+def _undo(entry: Record, entries: List[Record]) -> None:
+    if entry["record"] == records.BEGIN:
+        marks.remove_all(entry)
+    elif entry["record"] == records.PUBLISH:
+        # Only the asset that was published: another one of that name is not ours.
+        store = states(entries)[entry["disk"]].store
+        if store.is_still(entry["final"], entry["identity"]):
+            store.remove(entry["final"])
+    elif entry["record"] == records.CREATE:
+        created = AssetState(entry)
+        created.made = {one["identity"] for one in entries if _made(one, entry)}
+        created.remove_staged()
+
+
+def _made(record: Record, created: Record) -> bool:
+    return bool(record["record"] == records.MADE and record["disk"] == created["disk"])
