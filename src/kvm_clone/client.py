@@ -21,7 +21,7 @@ from kvm_clone.execution.driver import Driver
 from kvm_clone.execution.request import Request
 from kvm_clone.execution.run import Outcome
 from kvm_clone.execution.watching import watched
-from kvm_clone.hosts import connections, domains, live, ssh, vms
+from kvm_clone.hosts import connections, ssh, vms
 from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.pool import Pool
 from kvm_clone.options import CloneOptions, SyncOptions, Verify
@@ -147,10 +147,8 @@ class Client:
         Raises RefusedError, ConnectError, TransferError.
         """
         async with self._driver(request, _ignore).planned() as (plan, hosts):
-            host, connection = hosts[0]
-            names = stale_checkpoints(plan.facts, plan.name, since="")
-            with domains.failing_as(f"deleting checkpoints on {host.name}", request.vm):
-                return await asyncio.to_thread(live.delete_checkpoints, connection, request.vm, names)
+            _, libvirt = hosts[0]
+            return await libvirt.delete_checkpoints(request.vm, stale_checkpoints(plan.facts, plan.name, since=""))
 
     async def list_vms(self, hosts: Sequence[str]) -> list[HostListing]:
         """The VMs of every host, in the order given. A host that cannot be asked has its error in its place."""
@@ -176,23 +174,23 @@ class Client:
 
     async def _clean_host(self, name: str, older_than: float, dry_run: bool) -> StagedListing:
         try:
-            async with self._pool.lease(name) as [(host, connection)]:
-                found = await leftovers.find(host, connection, operation_log.directories_at(name))
-                jobs = await leftovers.abandoned_jobs(host, connection)
+            async with self._pool.lease(name) as [(host, libvirt)]:
+                found = await leftovers.find(host, libvirt, operation_log.directories_at(name))
+                jobs = await leftovers.abandoned_jobs(host, libvirt)
                 names = tuple(job.name for job in jobs)
                 if dry_run:
                     return StagedListing(name, tuple(data for data in found if data.age >= older_than), jobs=names)
                 wanted = [data for data in found if data.age >= older_than and not data.active]
-                done = dict.fromkeys(await leftovers.sweep(host, connection), "removed")
+                done = dict.fromkeys(await leftovers.sweep(host, libvirt), "removed")
                 errors: list[KvmCloneError] = []
                 for data in wanted:
                     try:
-                        done[data.path] = await leftovers.remove(host, connection, data)
+                        done[data.path] = await leftovers.remove(host, libvirt, data)
                     except KvmCloneError as error:
                         errors.append(error)
                 for job in jobs:
                     try:
-                        await leftovers.end_job(host, connection, job)
+                        await leftovers.end_job(host, libvirt, job)
                     except KvmCloneError as error:
                         errors.append(error)
                 active = tuple(data for data in found if data.active)
@@ -211,8 +209,8 @@ class Client:
 
     async def _list_host(self, name: str) -> HostListing:
         try:
-            async with self._pool.lease(name) as [(_, connection)]:
-                return HostListing(name, tuple(await asyncio.to_thread(domains.list_all, connection, name)))
+            async with self._pool.lease(name) as [(_, libvirt)]:
+                return HostListing(name, tuple(await libvirt.list_all()))
         except KvmCloneError as error:
             return HostListing(name, error=error)
 

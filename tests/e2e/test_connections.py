@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import libvirt
 import pytest
 from clonekit import agents, assert_equal, assert_nothing_left, kill, running, wait_for_copy, wait_until, wipe
 from labclient import Lab, Vm
@@ -15,8 +14,9 @@ from labclient import Lab, Vm
 from kvm_clone import Client, CloneOptions
 from kvm_clone.client import Request
 from kvm_clone.errors import ConnectError, RefusedError
-from kvm_clone.hosts import connections, domains, survey
+from kvm_clone.hosts import connections, survey
 from kvm_clone.hosts.host import Host
+from kvm_clone.hosts.libvirt_host import LibvirtHost
 from kvm_clone.hosts.ssh import SshOptions
 from kvm_clone.options import Retry
 from kvm_clone.progress import Event, Note
@@ -128,20 +128,20 @@ def test_libvirt_is_closed_when_the_other_host_cannot_be_reached(
     config = tmp_path / "ssh_config"
     slow = 'Host kc-never\n  ProxyCommand sh -c "sleep 4"\n  StrictHostKeyChecking no\n'
     config.write_text(slow + lab.ssh_config.read_text())
-    opened: list[libvirt.virConnect] = []
-    closed: list[libvirt.virConnect] = []
-    connect, close = domains.connect, connections.close
+    opened: list[LibvirtHost] = []
+    closed: list[LibvirtHost] = []
+    open_libvirt, close = connections.open_libvirt, LibvirtHost.close
 
-    def connecting(*arguments: Any) -> libvirt.virConnect:
-        opened.append(connect(*arguments))
+    async def opening(host: Host) -> LibvirtHost:
+        opened.append(await open_libvirt(host))
         return opened[-1]
 
-    async def closing(connection: libvirt.virConnect) -> None:
-        closed.append(connection)
-        await close(connection)
+    async def closing(libvirt: LibvirtHost) -> None:
+        closed.append(libvirt)
+        await close(libvirt)
 
-    monkeypatch.setattr(domains, "connect", connecting)
-    monkeypatch.setattr(connections, "close", closing)
+    monkeypatch.setattr(connections, "open_libvirt", opening)
+    monkeypatch.setattr(LibvirtHost, "close", closing)
 
     async def unreachable() -> None:
         async with Client(SshOptions(config=config, retries=0)) as client:

@@ -23,7 +23,7 @@ CHANGING = (
 """How the names of libvirt's methods begin that change something."""
 
 ELSEWHERE = {
-    "kvm_clone/execution/trial.py": {"defineXML", "undefine"},
+    "kvm_clone/hosts/verdict.py": {"defineXML", "undefine"},
     "kvm_clone/hosts/live.py": {"abortJob", "backupBegin", "delete", "fsFreeze", "fsThaw", "qemuAgentCommand"},
 }
 """A definition that is only judged, under a name that no libvirt takes. And the backup job, the freeze and the

@@ -56,6 +56,11 @@ def test_what_is_opened_in_time_is_given(monkeypatch: pytest.MonkeyPatch) -> Non
     opening = Opening()
     opening.may_end.set()
     monkeypatch.setattr(domains, "connect", opening.connect)
-    fenced = asyncio.run(connections.open_fenced(HOST))
-    assert fenced.connection.close == opening.closed.set
-    assert not opening.closed.is_set()
+
+    async def given() -> None:
+        fenced = await connections.open_fenced(HOST)
+        assert not opening.closed.is_set()
+        await fenced.close()
+
+    asyncio.run(given())
+    assert opening.closed.is_set()

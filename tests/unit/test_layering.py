@@ -98,6 +98,20 @@ def test_a_floor_imports_what_lies_below(package: str) -> None:
     assert [(name, target) for name, target in found if floor(target) not in allowed] == []
 
 
+def test_libvirt_is_asked_in_one_place() -> None:
+    """Whoever is above asks a LibvirtHost: no thread, no libvirt error and no connection of its own."""
+    users = {name for name, target in imports_of() if within(target, "libvirt") or within(target, "libvirt_qemu")}
+    assert "kvm_clone.hosts.libvirt_host" in users
+    assert {floor(name) for name in users} == {"hosts"}
+    blocking = {f"kvm_clone.hosts.{name}" for name in ("domains", "inventory", "host_things", "libvirt_errors", "cpu")}
+    found = [
+        (name, target)
+        for name, target in imports_of()
+        if floor(name) not in ("hosts", "cli", "results") and any(within(target, one) for one in blocking)
+    ]
+    assert found == []
+
+
 def test_every_package_has_a_floor() -> None:
     packages = {file.name for file in PACKAGE.iterdir() if file.is_dir() and file.name != "__pycache__"}
     assert packages - {"cli"} == FLOORS.keys() - {"client", "results"}

@@ -6,8 +6,7 @@ import libvirt
 import pytest
 
 from kvm_clone.errors import TransferError
-from kvm_clone.hosts import domains
-from kvm_clone.hosts.libvirt_errors import message_of
+from kvm_clone.hosts.libvirt_errors import failing_as, message_of
 
 
 def test_an_error_of_the_binding_has_its_own_words() -> None:
@@ -16,5 +15,5 @@ def test_an_error_of_the_binding_has_its_own_words() -> None:
     assert error.get_error_message() is None
     assert message_of(error) == "virDomainGetXMLDesc() failed"
     words = r"^asking a: virDomainGetXMLDesc\(\) failed$"
-    with pytest.raises(TransferError, match=words), domains.failing_as("asking a", "a"):
+    with pytest.raises(TransferError, match=words), failing_as("asking a", "a"):
         raise error

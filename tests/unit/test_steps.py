@@ -8,7 +8,6 @@ import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import libvirt
 import pytest
 from cases import Case
 
@@ -16,6 +15,7 @@ from kvm_clone.errors import RefusedError
 from kvm_clone.execution.handlers import handler, handlers
 from kvm_clone.execution.run import Run
 from kvm_clone.hosts.host import Host
+from kvm_clone.hosts.libvirt_host import LibvirtHost
 from kvm_clone.hosts.ssh import SshOptions, parse_address
 from kvm_clone.planning.steps import Step
 from kvm_clone.progress import Event
@@ -59,7 +59,7 @@ def test_a_run_with_an_unknown_step_does_nothing(tmp_path: Path) -> None:
         plan = Case().plan()
         plan = replace(plan, steps=typing.cast("tuple[Step, ...]", (*plan.steps, Invented())))
         hosts = [Host(parse_address(name), SshOptions(), tmp_path, interactive=False) for name in ("a", "b")]
-        nothing = typing.cast(libvirt.virConnect, None)
+        nothing = typing.cast(LibvirtHost, None)
         source, destination = ((host, nothing) for host in hosts)
         await Run(plan, source, destination, reconnect, events.append, lambda name, *_: taken.append(name)).run()
 

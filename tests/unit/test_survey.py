@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvm_clone.hosts import domains, survey
+from kvm_clone.hosts.libvirt_host import LibvirtHost
 
 A, B, C, D = (SimpleNamespace(xml=text) for text in "abcd")
 
@@ -38,7 +39,7 @@ def test_the_destination_is_seen_at_one_moment(what: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(domains, "find", lambda connection, name: next(there))
     host: Any = SimpleNamespace(name="kc-b")
     nothing: Any = None
-    facts = asyncio.run(survey._settled(host, nothing, nothing, "web", replica=True))
+    facts = asyncio.run(survey._settled(host, LibvirtHost("kc-b", nothing), nothing, "web", replica=True))
     assert (facts.existing.domain if facts.existing is not None else None) is expected
     assert list(found) == []
     assert list(there) == []

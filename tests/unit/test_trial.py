@@ -11,8 +11,10 @@ import pytest
 from cases import ONE_DISK, Case, existing, images, options, replica
 
 from kvm_clone.errors import ExitCode
-from kvm_clone.execution.trial import Verdict, judge, judged
+from kvm_clone.execution.trial import judged
 from kvm_clone.findings import Severity
+from kvm_clone.hosts.libvirt_host import LibvirtHost
+from kvm_clone.hosts.verdict import Verdict, judge
 from kvm_clone.options import Retry
 from kvm_clone.planning.decide import Action
 from kvm_clone.planning.plan import Plan
@@ -61,7 +63,7 @@ def test_a_libvirt_that_may_not_be_asked() -> None:
 
 
 def run(case: Case, connection: Any, plan: Plan | None = None) -> Plan:
-    return asyncio.run(judged(plan or case.plan(), connection))
+    return asyncio.run(judged(plan or case.plan(), LibvirtHost("kc-b", connection)))
 
 
 def test_a_plan_whose_definition_is_refused(connection: Any) -> None:
@@ -120,6 +122,6 @@ def test_the_name_is_the_only_thing_that_is_impossible(connection: Any) -> None:
 
 def test_a_daemon_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     connection = libvirt.open("test:///default")
-    monkeypatch.setattr("kvm_clone.hosts.domains.daemon_is_gone", lambda _: True)
+    monkeypatch.setattr("kvm_clone.hosts.verdict.daemon_is_gone", lambda _: True)
     with pytest.raises(libvirt.libvirtError):
         judge(connection, XML % "")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from kvm_clone.errors import KvmCloneError
 from kvm_clone.execution import replica
 from kvm_clone.execution.context import Context
 from kvm_clone.execution.removal import fingerprints_at_source
 from kvm_clone.execution.stages import Stage
-from kvm_clone.hosts import domains, vms
+from kvm_clone.hosts import vms
 from kvm_clone.planning import decide, steps
 
 
@@ -60,5 +58,5 @@ async def drop_checkpoints(step: steps.DropCheckpoints, run: Context) -> None:
 
 async def end_stage(step: steps.EndStage, run: Context) -> None:
     """See steps.EndStage."""
-    await run.after_commit(asyncio.to_thread(domains.refresh_pools, run.changing, set(step.directories)))
+    await run.after_commit(run.changing.refresh_pools(set(step.directories)))
     await run.after_commit(run.agent.finish())

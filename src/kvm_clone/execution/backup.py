@@ -8,21 +8,17 @@ from __future__ import annotations
 import asyncio
 import posixpath
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
-
-import libvirt
 
 from kvm_clone.agent.disks import nbd
 from kvm_clone.agent.disks.image import NBD
 from kvm_clone.agent.protocol import errors as kinds
 from kvm_clone.errors import InterruptedTransferError, KvmCloneError, RefusedError, TransferError
-from kvm_clone.hosts import domains, live
 from kvm_clone.hosts.agent_errors import AgentCallError
 from kvm_clone.hosts.host import Host, once_free
-from kvm_clone.hosts.libvirt_errors import message_of
+from kvm_clone.hosts.libvirt_host import LibvirtHost
 from kvm_clone.image import Image
 from kvm_clone.options import Quiesce
 from kvm_clone.planning import domain_facts
@@ -80,9 +76,9 @@ class Guarding:
 class Backup:
     """One backup job of one running source."""
 
-    def __init__(self, host: Host, connection: libvirt.virConnect, source: SourceFacts, on_event: OnEvent) -> None:
+    def __init__(self, host: Host, libvirt: LibvirtHost, source: SourceFacts, on_event: OnEvent) -> None:
         self._host = host
-        self._libvirt = connection
+        self._libvirt = libvirt
         self._source = source
         self._on_event = on_event
         self._job: BackupJob | None = None
@@ -102,7 +98,7 @@ class Backup:
         watched = self._source.domain.uuid, job.socket, guarding.operation
         self._can_thaw = await once_free(lambda: self._host.agent.guard(*watched), patience=guarding.patience)
         self._guarded = True
-        await self._call("ending an interrupted backup job", live.end)
+        await self._libvirt.end_job(name)
         await self._host.agent.remove_scratch(paths=stale_files(self._source))
         await self._delete(stale)
         self._job = job
@@ -138,14 +134,12 @@ class Backup:
         """Begin the job with the bitmap if libvirt has a good one, else without."""
         self._know(checkpoint=job.checkpoint)
         if job.incremental:
-            try:
-                await to_its_end(live.begin, self._libvirt, self._source.domain.name, job)
-            except libvirt.libvirtError as error:
-                self._know(no_bitmap_reason=f"libvirt has no good bitmap: {message_of(error)}")
-            else:
+            refusal = await self._libvirt.try_job(self._source.domain.name, job)
+            if not refusal:
                 return job
+            self._know(no_bitmap_reason=f"libvirt has no good bitmap: {refusal}")
         plain = BackupJob(job.socket, job.disks, checkpoint=job.checkpoint)
-        await self._call("beginning the backup job", live.begin, plain)
+        await self._libvirt.begin_job(self._source.domain.name, plain)
         return plain
 
     async def _freeze(self, quiesce: Quiesce) -> int:
@@ -162,23 +156,21 @@ class Backup:
             return 0
         await self._host.agent.freezing(frozen=True)
         self._frozen = True
-        started = time.monotonic()
         try:
-            count = await to_its_end(live.freeze, self._libvirt, name)
-        except libvirt.libvirtError as error:
-            text = f"the guest of {name} cannot be frozen: {message_of(error)}"
-            await self._thaw_what_may_be(live.may_be_frozen(error, time.monotonic() - started))
-            if quiesce is Quiesce.REQUIRE:
-                raise RefusedError(text, subject=name, remedy="use --quiesce auto") from error
-            self._on_event(Note(text, warning=True))
-            return 0
+            found = await self._libvirt.freeze(name)
         except BaseException:
             await self._thaw_what_may_be()
             raise
-        if not count:
+        if found.refusal:
+            await self._thaw_what_may_be(found.perhaps)
+            text = f"the guest of {name} cannot be frozen: {found.refusal}"
+            if quiesce is Quiesce.REQUIRE:
+                raise RefusedError(text, subject=name, remedy="use --quiesce auto")
+            self._on_event(Note(text, warning=True))
+        elif not found.count:
             await self._thaw(0)
             self._on_event(Note(f"the guest of {name} has no filesystem that can be frozen"))
-        return int(count)
+        return found.count
 
     async def _thaw_what_may_be(self, perhaps: bool = True) -> None:
         """After a freeze that came to no good end: one that took too long may still come about."""
@@ -196,21 +188,16 @@ class Backup:
         `count`: how many filesystems were frozen, None if that is not known.
         """
         name, deadline = self._source.domain.name, time.monotonic() + _THAW_SECONDS
-        while True:
-            try:
-                lasted = bool(await to_its_end(live.thaw, self._libvirt, name, count))
-                break
-            except libvirt.libvirtError as error:
-                if time.monotonic() < deadline:
-                    await asyncio.sleep(_THAW_PAUSE)
-                    continue
+        while (found := await self._libvirt.thaw(name, count)).trouble:
+            if time.monotonic() >= deadline:
                 raise TransferError(
-                    f"the guest of {name} does not say that it is thawed: {message_of(error)}",
+                    f"the guest of {name} does not say that it is thawed: {found.trouble}",
                     subject=name,
                     remedy=f"thaw it: virsh domfsthaw {name}",
-                ) from error
+                )
+            await asyncio.sleep(_THAW_PAUSE)
         await self._thawed()
-        return lasted
+        return found.lasted
 
     async def _thawed(self) -> None:
         self._frozen = False
@@ -254,7 +241,7 @@ class Backup:
         if self._frozen:
             await self._thaw_what_may_be()
         if self._job is not None:
-            self._know(scratch_bytes=await self._call("ending the backup job", live.end))
+            self._know(scratch_bytes=await self._libvirt.end_job(self._source.domain.name))
             job, self._job = self._job, None
             await self._host.agent.remove_scratch(paths=[job.socket, *(disk.scratch for disk in job.disks)])
         if self._guarded:
@@ -284,19 +271,4 @@ class Backup:
 
     async def drop(self, names: tuple[str, ...]) -> None:
         """Delete checkpoints of ours that nothing rests on any more. Raises TransferError."""
-        await self._call("deleting old checkpoints", live.delete_checkpoints, names)
-
-    async def _call(self, what: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        with domains.failing_as(f"{what} on {self._host.name}", self._source.domain.name):
-            return await to_its_end(work, self._libvirt, self._source.domain.name, *arguments)
-
-
-async def to_its_end(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it on a thread and wait for its end, cancelled or not: what libvirt is doing must not come about unseen."""
-    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        task.cancelled() or task.exception()  # nobody else asks for it
-        raise
+        await self._libvirt.delete_checkpoints(self._source.domain.name, names)

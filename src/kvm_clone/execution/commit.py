@@ -11,7 +11,6 @@ from kvm_clone.definition import marks
 from kvm_clone.errors import DomainExistsError, InterruptedTransferError
 from kvm_clone.execution.context import Context
 from kvm_clone.execution.stages import Stage
-from kvm_clone.hosts import domains
 from kvm_clone.options import Verify
 from kvm_clone.planning import domain_facts, steps
 from kvm_clone.planning.clone_xml import clone_xml, planned_mark
@@ -36,7 +35,7 @@ async def define(step: steps.DefineDomain, run: Context) -> None:
     images = {disk.key: [disk.final, await run.agent.fingerprint(disk.final)] for disk in run.plan.disks}
     about = {"uuid": run.plan.uuid, "remove": list(step.remove), "forget": list(step.forget), "images": images}
     await run.note(records.DEFINE, **about, merge=_overlays(run))
-    await run.on_libvirt(f"defining {name} on {host}", domains.define, run.changing, xml)
+    await run.changing.define(name, xml)
     run.stage = Stage.COMMITTED
     await run.after_commit(_forget_old_memory(run))
     await run.after_commit(run.note(records.COMMITTED))
@@ -71,9 +70,8 @@ async def _check_name(run: Context) -> None:
     Raises DomainExistsError for a VM that the plan does not know, and InterruptedTransferError when the one that it
     replaces was started or changed.
     """
-    plan, host, connection = run.plan, run.destination.name, run.changing.connection
-    what = f"looking for {plan.name} on {host}"
-    now = await run.on_libvirt(what, domains.find, connection, plan.name)
+    plan, host = run.plan, run.destination.name
+    now = await run.changing.find(plan.name)
     if plan.decision.replace:
         planned = plan.facts.destination.existing
         if planned is None or now is None or (now.xml, now.state) != (planned.domain.xml, domain_facts.SHUT_OFF):
@@ -83,7 +81,7 @@ async def _check_name(run: Context) -> None:
                 remedy="look at it, and run the command again",
             )
         return
-    other = await run.on_libvirt(what, domains.with_uuid, connection, plan.uuid)
+    other = await run.changing.with_uuid(plan.uuid)
     if now is not None or other:
         raise DomainExistsError(
             f"{host} has got a VM {plan.name if now is not None else other} since the plan was made",
@@ -96,5 +94,4 @@ async def _forget_old_memory(run: Context) -> None:
     """Remove what libvirt saved of the memory of a replica whose disks are not those of that moment any more."""
     bases = tuple(disk.base.path for disk in run.plan.disks if disk.base is not None)
     if bases:
-        what, name = "removing the saved state of the replica", run.plan.name
-        run.removed += await run.on_libvirt(what, domains.forget_state, run.changing, name, (), bases)
+        run.removed += await run.changing.forget_state(run.plan.name, (), bases)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any
-
-import libvirt
 
 from kvm_clone.errors import KvmCloneError
 from kvm_clone.execution.backup import Backup
 from kvm_clone.execution.stages import TABLE, Row, Stage
-from kvm_clone.hosts import connections, domains, vms
+from kvm_clone.hosts import connections, vms
 from kvm_clone.hosts.agent_client import AgentClient
-from kvm_clone.hosts.domains import Fenced
 from kvm_clone.hosts.host import Host
+from kvm_clone.hosts.libvirt_host import FencedLibvirt, LibvirtHost
 from kvm_clone.planning.assets import Asset
 from kvm_clone.planning.plan import Plan
 from kvm_clone.progress import Note, OnEvent, Phase, PhaseStarted
@@ -34,12 +31,12 @@ class Context:
     plan: Plan
     source: Host
     destination: Host
-    libvirt: libvirt.virConnect
+    libvirt: LibvirtHost
     content: Content
     backup: Backup
     on_event: OnEvent
     stage: Stage = Stage.LOOKING
-    fenced: Fenced | None = None
+    fenced: FencedLibvirt | None = None
     stopped: bool = False
     parts: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -52,7 +49,7 @@ class Context:
         return TABLE[self.stage]
 
     @property
-    def changing(self) -> Fenced:
+    def changing(self) -> FencedLibvirt:
         """Libvirt at the destination, to change something there: the agent holds the operation's lock."""
         assert self.fenced is not None, "a step that changes the destination comes after the lock"
         return self.fenced
@@ -64,7 +61,7 @@ class Context:
     async def close_fence(self) -> None:
         """Close what `open_fence` has opened, if anything."""
         if self.fenced is not None:
-            await connections.close(self.fenced.connection)
+            await self.fenced.close()
             self.fenced = None
 
     @property
@@ -75,14 +72,6 @@ class Context:
     async def note(self, record: str, /, **fields: Any) -> None:
         """Journal a record at the destination."""
         await self.agent.note(record, fields)
-
-    async def on_libvirt(self, what: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what a blocking call of libvirt's returns. `what`: is being done, for the error.
-
-        Raises TransferError and its kinds.
-        """
-        with domains.failing_as(what, self.plan.name):
-            return await asyncio.to_thread(work, *arguments)
 
     def where(self, directory: str, operation: str) -> dict[str, Any]:
         """The operation that is meant, and where its files may lie."""
@@ -112,5 +101,5 @@ class Context:
         """Await work past the commit: the clone is whole, so that a failure is a warning and changes nothing."""
         try:
             await work
-        except (KvmCloneError, libvirt.libvirtError) as error:
+        except KvmCloneError as error:
             self.warn(f"{self.plan.name} is complete, but tidying up failed: {error}")

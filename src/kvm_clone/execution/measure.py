@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-
-import libvirt
-
-from kvm_clone.hosts import domains, live
 from kvm_clone.hosts.host import Host
+from kvm_clone.hosts.pool import Connected
 from kvm_clone.planning.decide import Action
 from kvm_clone.planning.placement import PlannedDisk
 from kvm_clone.planning.plan import Plan
@@ -15,22 +11,18 @@ from kvm_clone.progress import DiskProgress, OnEvent, Phase
 from kvm_clone.transfer.compare import Side, differing, total
 
 
-async def delta(
-    plan: Plan, source: tuple[Host, libvirt.virConnect], destination: Host, on_event: OnEvent
-) -> dict[str, int | None]:
+async def delta(plan: Plan, source: Connected, destination: Host, on_event: OnEvent) -> dict[str, int | None]:
     """Bytes that would be sent, by disk; None where only the run can tell. Raises TransferError and its kinds."""
     if plan.refusal() is not None or not plan.steps:
         return {disk.target: 0 for disk in plan.disks}
     if plan.decision.action is Action.STOP_REPLICA:
         return {disk.target: None if disk.base else disk.image.data for disk in plan.disks}
-    host, connection = source
+    host, libvirt = source
     if plan.backup is None:
         return {disk.target: await _compared(disk, host, destination, on_event) for disk in plan.disks}
     named: dict[str, int] = {}
     if plan.backup.incremental:
-        name = plan.facts.source.domain.name
-        with domains.failing_as(f"asking {host.name} for the changes of {name}", name):
-            named = await asyncio.to_thread(live.changed_since, connection, name, plan.backup.incremental)
+        named = await libvirt.changed_since(plan.facts.source.domain.name, plan.backup.incremental)
     return {disk.target: named.get(disk.target) if disk.base else disk.image.data for disk in plan.disks}
 
 

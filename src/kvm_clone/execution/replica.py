@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 
 from kvm_clone.definition.domain_xml import DiskXml, read_domain
 from kvm_clone.definition.rewrite import merge_down
 from kvm_clone.errors import InterruptedTransferError, KvmCloneError
-from kvm_clone.hosts import domains, vms
-from kvm_clone.hosts.domains import Fenced
+from kvm_clone.hosts import vms
 from kvm_clone.hosts.host import Host
+from kvm_clone.hosts.libvirt_host import FencedLibvirt
 from kvm_clone.image import Image
 from kvm_clone.planning import domain_facts
 from kvm_clone.planning.domain_facts import Domain
 
 
-async def merge(host: Host, fenced: Fenced, name: str) -> None:
+async def merge(host: Host, libvirt: FencedLibvirt, name: str) -> None:
     """Merge the overlays that the committed operation has left, and define the VM onto the images below.
 
     The agent has the operation's lock. It keeps every VM from starting on the overlays, and on the images below, from
@@ -28,17 +27,16 @@ async def merge(host: Host, fenced: Fenced, name: str) -> None:
     bases = {one.path: Image(one.base, one.base_format) for one in await host.agent.overlays()}
     if not bases:
         return
-    domain = await _at_rest(host, fenced, name)
+    domain = await _at_rest(host, libvirt, name)
     disks = read_domain(domain.xml).disks
     if not all(any(_is_of(disk, overlay, base) for disk in disks) for overlay, base in bases.items()):
         raise _kept(host, name, "it has other disks than those that the sync gave it")
-    await _check_alone(host, fenced, domain, bases)
+    await _check_alone(host, libvirt, domain, bases)
     if {disk.path for disk in disks} & bases.keys():
-        await _forget_older_memory(fenced, name, bases)
+        await _forget_older_memory(libvirt, name, bases)
         await host.agent.merge()
-        merged = merge_down((await _at_rest(host, fenced, name)).xml, bases)
-        with domains.failing_as(f"defining {name} onto its merged disks", name):
-            await asyncio.to_thread(domains.define, fenced, merged)
+        merged = merge_down((await _at_rest(host, libvirt, name)).xml, bases)
+        await libvirt.define(name, merged)
         # The overlays are about to go: nothing may name them any more.
         assert not {disk.path for disk in read_domain(merged).disks} & bases.keys()
     await host.agent.merged()
@@ -54,16 +52,13 @@ def _is_of(disk: DiskXml, overlay: str, base: Image) -> bool:
     return disk.path == base.path and disk.format == base.format and disk.backing is None
 
 
-async def _forget_older_memory(fenced: Fenced, name: str, bases: Mapping[str, Image]) -> None:
+async def _forget_older_memory(libvirt: FencedLibvirt, name: str, bases: Mapping[str, Image]) -> None:
     """Remove a managed save from before the commit: a VM that is resumed from it writes below the overlays."""
-    with domains.failing_as(f"removing the saved state of {name}", name):
-        below = tuple(base.path for base in bases.values())
-        await asyncio.to_thread(domains.forget_state, fenced, name, (), below)
+    await libvirt.forget_state(name, (), tuple(base.path for base in bases.values()))
 
 
-async def _at_rest(host: Host, fenced: Fenced, name: str) -> Domain:
-    with domains.failing_as(f"asking {host.name} for {name!r}", name):
-        domain = await asyncio.to_thread(domains.find, fenced.connection, name)
+async def _at_rest(host: Host, libvirt: FencedLibvirt, name: str) -> Domain:
+    domain = await libvirt.find(name)
     if domain is None:
         raise _kept(host, name, "it is gone")
     if domain.state != domain_facts.SHUT_OFF:
@@ -71,16 +66,15 @@ async def _at_rest(host: Host, fenced: Fenced, name: str) -> Domain:
     return domain
 
 
-async def _check_alone(host: Host, fenced: Fenced, domain: Domain, bases: Mapping[str, Image]) -> None:
+async def _check_alone(host: Host, libvirt: FencedLibvirt, domain: Domain, bases: Mapping[str, Image]) -> None:
     """What anybody else uses, or a saved state of this VM rests on, must stay as it is."""
     paths = sorted({*bases, *(base.path for base in bases.values())})
-    known = await vms.users(host, fenced.connection)
+    known = await vms.users(libvirt)
     for use in await vms.judge(host, known, paths, but=domain.uuid, processes=True):
         if not use.is_free:
             raise _kept(host, domain.name, f"{use.path}: {use.why}")
-    with domains.failing_as(f"asking {host.name} for the saved state of {domain.name!r}", domain.name):
-        if await asyncio.to_thread(domains.is_saved_with, fenced.connection, domain.name, tuple(bases)):
-            raise _kept(host, domain.name, "its state was saved")
+    if await libvirt.is_saved_with(domain.name, tuple(bases)):
+        raise _kept(host, domain.name, "its state was saved")
 
 
 def _kept(host: Host, name: str, why: str) -> KvmCloneError:
@@ -91,13 +85,12 @@ def _kept(host: Host, name: str, why: str) -> KvmCloneError:
     )
 
 
-async def seal(host: Host, fenced: Fenced, name: str) -> None:
+async def seal(host: Host, libvirt: FencedLibvirt, name: str) -> None:
     """Record how the VM is, unless somebody has used it since the commit, and that nothing is pending any more.
 
     Raises TransferError and its kinds.
     """
     images = await host.agent.seal()
-    with domains.failing_as(f"sealing {name}", name):
-        await asyncio.to_thread(domains.settle_pending, fenced, name)
-        if images is not None:
-            await asyncio.to_thread(domains.seal, fenced, name, images)
+    await libvirt.settle_pending(name)
+    if images is not None:
+        await libvirt.seal(name, images)

@@ -6,12 +6,9 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-import libvirt
-
 from kvm_clone.errors import KvmCloneError
 from kvm_clone.execution.context import Context
 from kvm_clone.execution.stages import Failure
-from kvm_clone.hosts import domains
 from kvm_clone.hosts.host import LOCK_PATIENCE_SECONDS, Host, once_free
 from kvm_clone.planning import steps
 from kvm_clone.progress import Note, Phase
@@ -58,7 +55,7 @@ async def _roll_back(run: Context, cause: BaseException, reconnect: Reconnect) -
     try:
         defined = await _is_defined(run)
         left = await _undo(run, reconnect) if not defined else [_DEFINED.format(run.plan.name)]
-    except (KvmCloneError, libvirt.libvirtError) as error:
+    except KvmCloneError as error:
         left = [str(error)]
     if not defined and not left:
         await run.backup.forget()
@@ -77,7 +74,7 @@ async def _is_defined(run: Context) -> bool:
     if run.row.failure is not Failure.LIBVIRT_DECIDES or run.destination.lost:
         return False
     name, operation = run.plan.name, run.plan.identity.operation
-    return bool(await asyncio.to_thread(domains.defined_by, run.libvirt, name, operation))
+    return await run.libvirt.defined_by(name, operation)
 
 
 async def _undo(run: Context, reconnect: Reconnect) -> list[str]:
@@ -87,7 +84,7 @@ async def _undo(run: Context, reconnect: Reconnect) -> list[str]:
     failed = []
     if run.stopped:
         try:
-            await run.on_libvirt("starting the old VM again", domains.start, run.changing, run.plan.name)
+            await run.changing.start(run.plan.name)
         except KvmCloneError as error:
             failed.append(str(error))
     return failed + await run.agent.undo(past_commit=run.row.failure is Failure.LIBVIRT_DECIDES)

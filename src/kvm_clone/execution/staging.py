@@ -10,7 +10,7 @@ from kvm_clone.errors import RefusedError
 from kvm_clone.execution.context import Context
 from kvm_clone.execution.removal import fingerprints_at_source
 from kvm_clone.execution.stages import Stage
-from kvm_clone.hosts import domains, vms
+from kvm_clone.hosts import vms
 from kvm_clone.hosts.host import LOCK_PATIENCE_SECONDS, once_free
 from kvm_clone.planning import decide, steps
 from kvm_clone.progress import Phase
@@ -116,4 +116,4 @@ async def remove_existing(_: steps.RemoveExisting, run: Context) -> None:
 
 async def stop_domain(_: steps.StopDomain, run: Context) -> None:
     """See steps.StopDomain."""
-    run.stopped = await run.on_libvirt("stopping the VM to replace", domains.stop, run.changing, run.plan.name)
+    run.stopped = await run.changing.stop(run.plan.name)

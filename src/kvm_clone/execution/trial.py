@@ -1,49 +1,18 @@
-"""The destination's libvirt judges the clone's definition before anything is written.
-
-libvirt has no call for that. domainXMLToNative builds QEMU's whole command line: it refuses what a define accepts (a
-missing volume, secret or NUMA node, huge pages, host devices), and the daemon of libvirt 9.0 dies of an interface of
-type hostdev. So libvirt is asked to define the VM under a name that ends with a line break. Every driver refuses such a
-name since libvirt 2.5, right after it has read and validated everything else and before it looks at what it has: that
-very error says that the definition passes.
-"""
+"""The destination's libvirt judges the clone's definition before anything is written: hosts/verdict.py says how."""
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass, replace
-
-import libvirt
+from dataclasses import replace
 
 from kvm_clone.findings import Finding, Severity, block
-from kvm_clone.hosts import domains
-from kvm_clone.hosts.libvirt_errors import message_of
+from kvm_clone.hosts.libvirt_host import LibvirtHost
+from kvm_clone.hosts.verdict import IMPOSSIBLE
 from kvm_clone.planning.clone_xml import clone_xml, planned_mark
 from kvm_clone.planning.plan import Plan
 from kvm_clone.planning.steps import DefineDomain, StopDomain
 
-IMPOSSIBLE = "\n"
-"""What ends the name of a definition that is only to be judged."""
 
-_NO_ANSWER = frozenset(
-    {
-        libvirt.VIR_ERR_NO_SUPPORT,
-        libvirt.VIR_ERR_OPERATION_DENIED,
-        libvirt.VIR_ERR_ACCESS_DENIED,
-        libvirt.VIR_ERR_AUTH_UNAVAILABLE,
-    }
-)
-"""Errors that say nothing of the definition."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why libvirt refuses a definition, or why it cannot be asked; nothing of both where it accepts it."""
-
-    refusal: str = ""
-    unknown: str = ""
-
-
-async def judged(plan: Plan, connection: libvirt.virConnect) -> Plan:
+async def judged(plan: Plan, libvirt: LibvirtHost) -> Plan:
     """Return the plan, with a blocking finding and no steps if the destination's libvirt refuses its definition.
 
     One call, and none for a plan that is refused already or defines nothing. Raises TransferError.
@@ -52,8 +21,7 @@ async def judged(plan: Plan, connection: libvirt.virConnect) -> Plan:
         return plan
     xml = clone_xml(plan, planned_mark(plan), name=plan.name + IMPOSSIBLE)
     host = plan.facts.destination.host.name
-    with domains.failing_as(f"asking libvirt on {host} for its word on the definition", plan.name):
-        verdict = await asyncio.to_thread(judge, connection, xml)
+    verdict = await libvirt.judge(xml, plan.name)
     if verdict.refusal:
         text = f"libvirt on {host} refuses the definition of {plan.name}: {verdict.refusal}."
         remedy = f"install what {host} lacks, or change the definition"
@@ -63,25 +31,3 @@ async def judged(plan: Plan, connection: libvirt.virConnect) -> Plan:
         finding = Finding("definition-not-judged", Severity.WARNING, plan.name, text)
         return replace(plan, findings=(*plan.findings, finding))
     return plan
-
-
-def judge(connection: libvirt.virConnect, xml: str) -> Verdict:
-    """Return what libvirt says of a definition whose name is impossible. It blocks.
-
-    Raises libvirt.libvirtError when the daemon is gone.
-    """
-    try:
-        connection.defineXML(xml).undefine()  # no libvirt is known to get as far as undefine
-    except libvirt.libvirtError as error:
-        if domains.daemon_is_gone(error):
-            raise
-        if _is_only_the_name(error):
-            return Verdict()
-        said = message_of(error)
-        return Verdict(unknown=said) if error.get_error_code() in _NO_ANSWER else Verdict(said)
-    return Verdict()
-
-
-def _is_only_the_name(error: libvirt.libvirtError) -> bool:
-    """Whether the name was the only thing that was wrong. Malformed XML has the same code, and says where it is."""
-    return error.get_error_code() == libvirt.VIR_ERR_XML_DETAIL and "(domain_definition)" not in message_of(error)

@@ -10,25 +10,25 @@ import libvirt
 
 from kvm_clone.errors import ConnectError, TransferError
 from kvm_clone.hosts import domains
-from kvm_clone.hosts.domains import Fenced
 from kvm_clone.hosts.host import Host
+from kvm_clone.hosts.libvirt_host import FencedLibvirt, LibvirtHost
 
 
-async def open_libvirt(host: Host) -> libvirt.virConnect:
+async def open_libvirt(host: Host) -> LibvirtHost:
     """Connect to the host, and open its libvirt for looking at it. Raises ConnectError and its kinds, RefusedError."""
     await host.connect()
     try:
-        return await _connected(host, await host.libvirt_uri())
+        return LibvirtHost(host.name, await _connected(host, await host.libvirt_uri()))
     except TransferError as error:
         raise ConnectError(str(error), subject=host.name, remedy=error.remedy) from error
 
 
-async def open_fenced(host: Host) -> Fenced:
+async def open_fenced(host: Host) -> FencedLibvirt:
     """Open libvirt for changing it, which works as long as the host's agent holds an operation's lock.
 
     Raises ConnectError, TransferError.
     """
-    return Fenced(await _connected(host, await host.libvirt_uri(fenced=True)))
+    return FencedLibvirt(host.name, await _connected(host, await host.libvirt_uri(fenced=True)))
 
 
 async def _connected(host: Host, uri: str) -> libvirt.virConnect:
@@ -46,25 +46,19 @@ def _close_late(opening: asyncio.Future[libvirt.virConnect]) -> None:
         opening.get_loop().run_in_executor(None, opening.result().close)
 
 
-async def close(connection: libvirt.virConnect) -> None:
-    """Close a connection, also one whose host is gone."""
-    with contextlib.suppress(libvirt.libvirtError):
-        await asyncio.to_thread(connection.close)
-
-
 @contextlib.asynccontextmanager
-async def holding(host: Host, name: str) -> AsyncIterator[Fenced]:
+async def holding(host: Host, name: str) -> AsyncIterator[FencedLibvirt]:
     """The lock on operations on the VM of that name, held at the host, and libvirt there by way of its holder.
 
     Raises LockedError while another operation is under way, ConnectError, TransferError.
     """
     await host.agent.hold(name=name, about={})
-    fenced: Fenced | None = None
+    fenced: FencedLibvirt | None = None
     try:
         fenced = await open_fenced(host)
         yield fenced
     finally:
         if fenced is not None:
-            await close(fenced.connection)
+            await fenced.close()
         with contextlib.suppress(TransferError):  # an agent that cannot be told lets go by itself
             await host.agent.release()

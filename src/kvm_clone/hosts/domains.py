@@ -10,7 +10,7 @@ import libvirt
 
 from kvm_clone.definition import domain_xml, marks
 from kvm_clone.definition.spans import Document
-from kvm_clone.errors import ConnectError, InterruptedTransferError, KvmCloneError, TransferError
+from kvm_clone.errors import ConnectError, KvmCloneError
 from kvm_clone.hosts.cpu import compare_cpu
 from kvm_clone.hosts.libvirt_errors import message_of
 from kvm_clone.planning.domain_facts import Abilities, CpuFacts, Domain, Pool
@@ -75,31 +75,6 @@ def connect(uri: str, host: str) -> libvirt.virConnect:
             subject=host,
             remedy="check that libvirt runs there and that this user may use it: virsh -c qemu:///system list",
         ) from error
-
-
-@contextlib.contextmanager
-def failing_as(what: str, subject: str) -> Iterator[None]:
-    """Turn libvirt's errors into TransferError that says what was being done; a lost daemon is an interruption."""
-    try:
-        yield
-    except libvirt.libvirtError as error:
-        kind = InterruptedTransferError if daemon_is_gone(error) else TransferError
-        raise kind(f"{what}: {message_of(error)}", subject=subject) from error
-
-
-def daemon_is_gone(error: libvirt.libvirtError) -> bool:
-    """Whether the connection is lost.
-
-    There is no code for it: libvirt's socket layer says it in words (rpc/virnetclient.c, rpc/virnetsocket.c).
-    """
-    texts = (
-        "client socket is closed",
-        "Broken pipe",
-        "End of file while reading",
-        "Cannot recv data",
-        "Connection reset",
-    )
-    return any(text in message_of(error) for text in texts)
 
 
 def find(connection: libvirt.virConnect, name: str) -> Domain | None:
@@ -292,13 +267,12 @@ def defined_by(connection: libvirt.virConnect, name: str, operation: str) -> boo
 
 
 def list_all(connection: libvirt.virConnect, host: str) -> list[Listed]:
-    """Every domain with its disks, by name. Raises TransferError."""
-    with failing_as(f"listing the VMs of {host}", host):
-        rows = []
-        for domain in connection.listAllDomains():
-            with contextlib.suppress(_VanishedError):
-                rows.append(_row(domain, host))
-        return sorted(rows, key=lambda row: row.name)
+    """Every domain with its disks, by name. Raises libvirt.libvirtError."""
+    rows = []
+    for domain in connection.listAllDomains():
+        with contextlib.suppress(_VanishedError):
+            rows.append(_row(domain, host))
+    return sorted(rows, key=lambda row: row.name)
 
 
 class _VanishedError(KvmCloneError):

@@ -7,18 +7,17 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 
-import libvirt
-
 from kvm_clone.agent.protocol import errors as kinds
 from kvm_clone.errors import KvmCloneError
 from kvm_clone.hosts import connections
 from kvm_clone.hosts.agent_errors import AgentCallError
 from kvm_clone.hosts.host import Host
+from kvm_clone.hosts.libvirt_host import LibvirtHost
 from kvm_clone.tasks import together, undisturbed
 
 log = logging.getLogger(__name__)
 
-Connected = tuple[Host, libvirt.virConnect]
+Connected = tuple[Host, LibvirtHost]
 """A connected host, and its libvirt."""
 
 _ANSWER_SECONDS = 5.0
@@ -63,12 +62,12 @@ class Pool:
                 return one
         host = self._make_host(name)
         try:
-            connection = await connections.open_libvirt(host)
+            libvirt = await connections.open_libvirt(host)
         except BaseException:
             await host.close()
             raise
-        leased.append((name, (host, connection)))
-        return host, connection
+        leased.append((name, (host, libvirt)))
+        return host, libvirt
 
     async def _take_back(self, leased: list[tuple[str, Connected]], *, in_order: bool) -> None:
         async def one(name: str, connected: Connected) -> None:
@@ -82,12 +81,12 @@ class Pool:
 
 async def _answers(connected: Connected) -> bool:
     """Whether the agent and libvirt are still there."""
-    host, connection = connected
+    host, libvirt = connected
     try:
         async with asyncio.timeout(_ANSWER_SECONDS):
             await host.agent.ping()
-            return bool(await asyncio.to_thread(connection.isAlive))
-    except (KvmCloneError, libvirt.libvirtError, TimeoutError) as error:
+            return await libvirt.is_alive()
+    except (KvmCloneError, TimeoutError) as error:
         log.info("%s: an idle connection is gone: %s", host.name, error)
         return False
 
@@ -107,6 +106,6 @@ async def _is_clean(host: Host) -> bool:
 
 
 async def _close_all(given: list[Connected]) -> None:
-    for _, connection in given:
-        await connections.close(connection)
+    for _, libvirt in given:
+        await libvirt.close()
     await asyncio.gather(*(host.close() for host, _ in given))

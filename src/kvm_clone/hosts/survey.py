@@ -10,18 +10,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import libvirt
-
 from kvm_clone.agent.host import peer, uses
 from kvm_clone.agent.protocol import errors as kinds
 from kvm_clone.agent.protocol.wire import ProtocolError
 from kvm_clone.definition import domain_xml
 from kvm_clone.definition.references import Role, references
 from kvm_clone.errors import RefusedError
-from kvm_clone.hosts import domains, host_things, live, ssh, vms
+from kvm_clone.hosts import ssh, vms
 from kvm_clone.hosts.agent_errors import AgentCallError
 from kvm_clone.hosts.children import kill_process, spawn
 from kvm_clone.hosts.host import Host
+from kvm_clone.hosts.libvirt_host import LibvirtHost
 from kvm_clone.hosts.outputs import read_past_noise
 from kvm_clone.options import Options, Route, SyncOptions
 from kvm_clone.planning import domain_facts, things
@@ -47,9 +46,9 @@ is refused for it when the lock is taken, or before the define."""
 
 async def inspect(
     source: Host,
-    source_libvirt: libvirt.virConnect,
+    source_libvirt: LibvirtHost,
     destination: Host,
-    destination_libvirt: libvirt.virConnect,
+    destination_libvirt: LibvirtHost,
     vm: str,
     options: Options,
     *,
@@ -78,11 +77,8 @@ async def inspect(
     return Facts(source_facts, destination_facts, reach)
 
 
-async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> SourceFacts:
-    with domains.failing_as(f"asking {host.name} for {vm!r}", vm):
-        domain, uuid = await together(
-            asyncio.to_thread(domains.find, connection, vm), asyncio.to_thread(domains.host_uuid, connection)
-        )
+async def _source(host: Host, libvirt: LibvirtHost, vm: str) -> SourceFacts:
+    domain, uuid = await together(libvirt.find(vm), libvirt.host_uuid())
     if domain is None:
         raise RefusedError(
             f"{host.name} has no VM named {vm!r}",
@@ -107,7 +103,7 @@ async def _source(host: Host, connection: libvirt.virConnect, vm: str) -> Source
         references=kept,
         things=things.Things(paths),
     )
-    return await _running(host, connection, facts) if running else facts
+    return await _running(host, libvirt, facts) if running else facts
 
 
 async def fingerprints(host: Host, xml: domain_xml.DomainXml) -> dict[str, str]:
@@ -117,15 +113,10 @@ async def fingerprints(host: Host, xml: domain_xml.DomainXml) -> dict[str, str]:
     return {path: answer for path, answer in zip(paths, answers, strict=True) if answer}
 
 
-async def _running(host: Host, connection: libvirt.virConnect, facts: SourceFacts) -> SourceFacts:
+async def _running(host: Host, libvirt: LibvirtHost, facts: SourceFacts) -> SourceFacts:
     """The facts with what is to be known of a running VM."""
     vm, images = facts.domain.name, facts.images
-    with domains.failing_as(f"asking {host.name} for {vm!r}", vm):
-        now, version, pools = await together(
-            asyncio.to_thread(live.look, connection, vm),
-            asyncio.to_thread(connection.getLibVersion),
-            asyncio.to_thread(domains.pools, connection),
-        )
+    now, version, pools = await together(libvirt.look(vm), libvirt.version(), libvirt.pools())
     paths = {posixpath.dirname(image.path) for image in images if image.path}
     paths |= {pool.path for pool in pools if pool.active and pool.type in domain_facts.FILE_POOLS}
     reader, *directories = await together(
@@ -160,7 +151,7 @@ async def _image(host: Host, disk: domain_xml.DiskXml, state: str) -> ImageFacts
 
 
 async def _settled(
-    host: Host, connection: libvirt.virConnect, source: SourceFacts, name: str, *, replica: bool
+    host: Host, libvirt: LibvirtHost, source: SourceFacts, name: str, *, replica: bool
 ) -> DestinationFacts:
     """The destination's facts, of one moment as to the VM of that name.
 
@@ -168,27 +159,25 @@ async def _settled(
     and no operation under way: a replica that somebody seems to have used.
     """
     for _ in range(_LOOKS):
-        facts = await _destination(host, connection, source, name, replica=replica)
-        with domains.failing_as(f"asking {host.name} for {name!r}", host.name):
-            now = await asyncio.to_thread(domains.find, connection, name)
+        facts = await _destination(host, libvirt, source, name, replica=replica)
+        now = await libvirt.find(name)
         if now == (facts.existing.domain if facts.existing is not None else None):
             break
     return facts
 
 
 async def _destination(
-    host: Host, connection: libvirt.virConnect, source: SourceFacts, name: str, *, replica: bool
+    host: Host, libvirt: LibvirtHost, source: SourceFacts, name: str, *, replica: bool
 ) -> DestinationFacts:
     xml = source.xml
-    known = await vms.users(host, connection, source.files.values())
-    with domains.failing_as(f"asking libvirt on {host.name}", host.name):
-        names, pools, abilities, objects, existing = await together(
-            asyncio.to_thread(domains.names, connection),
-            asyncio.to_thread(domains.pools, connection),
-            asyncio.to_thread(domains.abilities, connection, xml),
-            asyncio.to_thread(host_things.objects, connection, source.references),
-            _existing(host, connection, name, known, replica=replica),
-        )
+    known = await vms.users(libvirt, source.files.values())
+    names, pools, abilities, objects, existing = await together(
+        libvirt.names(),
+        libvirt.pools(),
+        libvirt.abilities(xml),
+        libvirt.objects(source.references),
+        _existing(host, libvirt, name, known, replica=replica),
+    )
     own = (*xml.own_disks, *(existing.xml.own_disks if existing is not None else ()))
     wanted = {pool.path for pool in pools if pool.path}
     files = [disk.path for disk in own if disk.path and disk.type == "file"]
@@ -237,11 +226,9 @@ def _error(answer: Mapping[str, Any]) -> str:
     return str(error) if path in error else f"{path}: {error}"
 
 
-async def _existing(
-    host: Host, connection: libvirt.virConnect, name: str, known: vms.Users, *, replica: bool
-) -> Existing | None:
+async def _existing(host: Host, libvirt: LibvirtHost, name: str, known: vms.Users, *, replica: bool) -> Existing | None:
     """The VM of that name; as a replica, with its images, which nobody can write from here on."""
-    found = await vms.existing(host, connection, name, known)
+    found = await vms.existing(host, libvirt, name, known)
     if found is None or not replica:
         return found
     return replace(found, images=await _images(host, found.xml, found.domain.state))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import posixpath
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import libvirt
 
 from kvm_clone.agent.disks import fingerprint
 from kvm_clone.agent.host import uses
@@ -16,9 +13,8 @@ from kvm_clone.definition import domain_xml, marks
 from kvm_clone.definition.claims import Claim
 from kvm_clone.definition.references import Role, references
 from kvm_clone.errors import RefusedError, TransferError
-from kvm_clone.hosts import domains, inventory
-from kvm_clone.hosts.domains import Fenced
 from kvm_clone.hosts.host import Host
+from kvm_clone.hosts.libvirt_host import FencedLibvirt, LibvirtHost
 from kvm_clone.planning import domain_facts
 from kvm_clone.planning.facts import Existing
 from kvm_clone.tasks import together
@@ -62,22 +58,18 @@ class Users:
     elsewhere: tuple[str, ...] = ()
 
 
-async def users(host: Host, connection: libvirt.virConnect, elsewhere: Iterable[str] = ()) -> Users:
-    """Ask libvirt on the host what its VMs use. Raises TransferError."""
-    with domains.failing_as(f"asking libvirt on {host.name} what its VMs use", host.name):
-        claims, pools = await together(
-            asyncio.to_thread(inventory.claims, connection), asyncio.to_thread(domains.pools, connection)
-        )
+async def users(libvirt: LibvirtHost, elsewhere: Iterable[str] = ()) -> Users:
+    """Ask a host's libvirt what its VMs use. Raises TransferError."""
+    claims, pools = await together(libvirt.claims(), libvirt.pools())
     directories = (pool.path for pool in pools if pool.path and pool.type in domain_facts.FILE_POOLS)  # active or not
     return Users(tuple(claims), tuple(directories), tuple(elsewhere))
 
 
-async def existing(host: Host, connection: libvirt.virConnect, name: str, known: Users) -> Existing | None:
+async def existing(host: Host, libvirt: LibvirtHost, name: str, known: Users) -> Existing | None:
     """The VM of that name, and which of its files nobody else uses, as far as that can be established."""
-    with domains.failing_as(f"asking {host.name} for {name!r}", host.name):
-        domain = await asyncio.to_thread(domains.find, connection, name)
-        if domain is None:
-            return None
+    domain = await libvirt.find(name)
+    if domain is None:
+        return None
     xml = domain_xml.read_domain(domain.xml)
     mark = marks.read_provenance(domain.xml)
     own = tuple(disk.path for disk in xml.own_disks if disk.type == "file" and disk.path)
@@ -113,7 +105,7 @@ async def judge(host: Host, known: Users, paths: Sequence[str], but: str = "", *
 
 async def _remove_files(
     host: Host,
-    connection: libvirt.virConnect,
+    libvirt: LibvirtHost,
     paths: Sequence[str],
     elsewhere: Sequence[str],
     contents: Mapping[str, str],
@@ -123,7 +115,7 @@ async def _remove_files(
     Others may have come to use them since they were looked at first. `contents`: inode, size and mtime of those that
     the replaced VM had; others may have put other files in their places since.
     """
-    judged = await judge(host, await users(host, connection, elsewhere), paths, processes=True)
+    judged = await judge(host, await users(libvirt, elsewhere), paths, processes=True)
     found = await _if_unchanged(host, judged, contents)
     free = [{"path": use.path, "identity": use.identity} for use in found if use.is_free]
     answers = await host.agent.remove(files=free) if free else []
@@ -150,7 +142,7 @@ async def _if_unchanged(host: Host, found: Sequence[Use], contents: Mapping[str,
 
 async def remove_replaced(
     host: Host,
-    fenced: Fenced,
+    libvirt: FencedLibvirt,
     name: str,
     paths: Sequence[str],
     forget: Sequence[str],
@@ -159,46 +151,46 @@ async def remove_replaced(
     contents: Mapping[str, str],
 ) -> Removal:
     """Remove what only a VM that was replaced had: these files, snapshots and checkpoints. Raises TransferError."""
-    with domains.failing_as(f"tidying up after the old {name} on {host.name}", name):
-        forgotten = await asyncio.to_thread(domains.forget_state, fenced, name, tuple(forget), tuple(paths))
-    done = await _remove_files(host, fenced.connection, paths, elsewhere, contents)
+    forgotten = await libvirt.forget_state(name, tuple(forget), tuple(paths))
+    done = await _remove_files(host, libvirt, paths, elsewhere, contents)
     return Removal((*forgotten, *done.removed), done.kept)
 
 
-async def cleanup(host: Host, fenced: Fenced, name: str, *, stop: bool, elsewhere: Sequence[str] = ()) -> Removal:
+async def cleanup(
+    host: Host, libvirt: FencedLibvirt, name: str, *, stop: bool, elsewhere: Sequence[str] = ()
+) -> Removal:
     """Remove the VM with everything libvirt keeps about it, and its own disks. The operation's lock is held.
 
     Raises RefusedError when it runs and `stop` is not given, TransferError.
     """
-    found = await existing(host, fenced.connection, name, await users(host, fenced.connection, elsewhere))
+    found = await existing(host, libvirt, name, await users(libvirt, elsewhere))
     if found is None:
         return Removal()
+    if found.domain.state != domain_facts.SHUT_OFF and not stop:
+        raise RefusedError(
+            f"VM {name} on {host.name} is {found.domain.state}",
+            subject=name,
+            remedy="shut it down, or pass stop=True",
+        )
     removed = []
-    with domains.failing_as(f"removing {name!r} from {host.name}", name):
-        if found.domain.state != domain_facts.SHUT_OFF and not stop:
-            raise RefusedError(
-                f"VM {name} on {host.name} is {found.domain.state}",
-                subject=name,
-                remedy="shut it down, or pass stop=True",
-            )
-        if await asyncio.to_thread(domains.stop, fenced, name):
-            removed.append(f"running state of {name}")
-        variables = await _variables_in_use(host, fenced.connection, found, elsewhere)
-        if found.domain.persistent:
-            await asyncio.to_thread(domains.undefine, fenced, name, keep_variables=bool(variables))
-            removed.append(f"definition of {name}")
+    if await libvirt.stop(name):
+        removed.append(f"running state of {name}")
+    variables = await _variables_in_use(host, libvirt, found, elsewhere)
+    if found.domain.persistent:
+        await libvirt.undefine(name, keep_variables=bool(variables))
+        removed.append(f"definition of {name}")
     for thing in removed:
         log.info("removed the %s on %s", thing, host.name)
-    done = await _remove_files(host, fenced.connection, found.removable, elsewhere, {})
+    done = await _remove_files(host, libvirt, found.removable, elsewhere, {})
     kept = tuple(f"{path} was left: {why}" for path, why in (*found.kept, *variables))
     return Removal((*removed, *done.removed), (*kept, *done.kept))
 
 
 async def _variables_in_use(
-    host: Host, connection: libvirt.virConnect, found: Existing, elsewhere: Sequence[str]
+    host: Host, libvirt: LibvirtHost, found: Existing, elsewhere: Sequence[str]
 ) -> list[tuple[str, str]]:
     """The files of UEFI variables that libvirt would remove with the VM and others may use; each with the reason."""
     files = [one.value for one in references(found.domain.xml) if one.role is Role.DATA and one.kind == "nvram"]
-    known = await users(host, connection, elsewhere)
+    known = await users(libvirt, elsewhere)
     judged = await judge(host, known, files, but=found.domain.uuid, processes=True)
     return [(use.path, use.why) for use in judged if use.state not in (uses.FREE, uses.ABSENT)]

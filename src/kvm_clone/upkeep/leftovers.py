@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import libvirt
-
 from kvm_clone.agent.host import uses
 from kvm_clone.definition import marks
 from kvm_clone.errors import KvmCloneError, RefusedError, TransferError
 from kvm_clone.execution import replica
-from kvm_clone.hosts import connections, domains, live, vms
-from kvm_clone.hosts.domains import Fenced
+from kvm_clone.hosts import connections, live, vms
 from kvm_clone.hosts.host import Host
+from kvm_clone.hosts.libvirt_host import FencedLibvirt, LibvirtHost
 from kvm_clone.planning import domain_facts
 from kvm_clone.tasks import together
 
@@ -56,23 +53,21 @@ class StagedData:
         return {**known, "directories": list(self.directories)}
 
 
-async def find(host: Host, connection: libvirt.virConnect, more: frozenset[str] = frozenset()) -> list[StagedData]:
+async def find(host: Host, libvirt: LibvirtHost, more: frozenset[str] = frozenset()) -> list[StagedData]:
     """Everything with our mark in the directories of the host's pools, and in `more`. Raises TransferError."""
-    paths = sorted({*await _directories(host, connection), *more})
+    paths = sorted({*await _directories(libvirt), *more})
     answers = await host.agent.staged(directories=paths)
     return [_data(host.name, answer, tuple(paths)) for answer in answers]
 
 
-async def _directories(host: Host, connection: libvirt.virConnect) -> list[str]:
+async def _directories(libvirt: LibvirtHost) -> list[str]:
     """The directories of the host's pools."""
-    with domains.failing_as(f"asking libvirt on {host.name}", host.name):
-        pools = await asyncio.to_thread(domains.pools, connection)
-    return [pool.path for pool in pools if pool.path and pool.type in domain_facts.FILE_POOLS]
+    return [pool.path for pool in await libvirt.pools() if pool.path and pool.type in domain_facts.FILE_POOLS]
 
 
-async def sweep(host: Host, connection: libvirt.virConnect) -> list[str]:
+async def sweep(host: Host, libvirt: LibvirtHost) -> list[str]:
     """Remove what operations have left that ended before they had begun; the files. Raises TransferError."""
-    return list(await host.agent.sweep(directories=await _directories(host, connection)))
+    return list(await host.agent.sweep(directories=await _directories(libvirt)))
 
 
 def _data(host: str, answer: Mapping[str, Any], directories: tuple[str, ...]) -> StagedData:
@@ -98,7 +93,7 @@ def _data(host: str, answer: Mapping[str, Any], directories: tuple[str, ...]) ->
     )
 
 
-async def remove(host: Host, connection: libvirt.virConnect, data: StagedData) -> str:
+async def remove(host: Host, libvirt: LibvirtHost, data: StagedData) -> str:
     """Undo the operation, or finish it if it has committed; what was done.
 
     Raises LockedError when it is running, RefusedError for what cannot be told to be safe, TransferError and its kinds.
@@ -108,48 +103,44 @@ async def remove(host: Host, connection: libvirt.virConnect, data: StagedData) -
     if data.foreign:
         return f"left to {data.foreign}, whose operation it is"
     if data.defining:
-        with domains.failing_as(f"asking {host.name} for {data.name!r}", data.name):
-            committed = await asyncio.to_thread(domains.defined_by, connection, data.name, data.operation)
+        committed = await libvirt.defined_by(data.name, data.operation)
         if not committed:
-            await _check_unused(host, connection, data)
+            await _check_unused(host, libvirt, data)
         await host.agent.settle(**data.where, committed=committed)
         if committed:
-            return await _finish(host, connection, data)
+            return await _finish(host, libvirt, data)
     elif data.published:
-        await _check_unused(host, connection, data)
+        await _check_unused(host, libvirt, data)
     left = await host.agent.recover(**data.where)
     if left:
         raise TransferError(f"{data.name} on {host.name}: {'; '.join(left)}", subject=data.path)
     return "removed"
 
 
-async def abandoned_jobs(host: Host, connection: libvirt.virConnect) -> list[live.OurJob]:
+async def abandoned_jobs(host: Host, libvirt: LibvirtHost) -> list[live.OurJob]:
     """The backup jobs of ours on the host that nobody reads any more. Raises TransferError."""
-    with domains.failing_as(f"asking libvirt on {host.name} for backup jobs", host.name):
-        jobs = await asyncio.to_thread(live.our_jobs, connection)
+    jobs = await libvirt.our_jobs()
     readers = await together(*(host.agent.reader(domain=job.uuid) for job in jobs))
     return [job for job, reader in zip(jobs, readers, strict=True) if not reader]
 
 
-async def end_job(host: Host, connection: libvirt.virConnect, job: live.OurJob) -> None:
+async def end_job(host: Host, libvirt: LibvirtHost, job: live.OurJob) -> None:
     """End such a job. Raises LockedError when somebody has begun to read the VM meanwhile, TransferError."""
     await host.agent.guard(domain=job.uuid, socket=job.files[0], operation="cleanup")
     try:
-        with domains.failing_as(f"ending the backup job of {job.name} on {host.name}", job.name):
-            await asyncio.to_thread(live.end, connection, job.name)
+        await libvirt.end_job(job.name)
         await host.agent.remove_scratch(paths=list(job.files))
     finally:
         await host.agent.unguard()
 
 
-async def _finish(host: Host, connection: libvirt.virConnect, data: StagedData) -> str:
+async def _finish(host: Host, libvirt: LibvirtHost, data: StagedData) -> str:
     """Do what an operation that has committed left to do: its disks are merged, and its journal removed."""
     await host.agent.stage(**data.where, about={}, finishing=True)
-    fenced: Fenced | None = None
+    fenced: FencedLibvirt | None = None
     try:
         fenced = await connections.open_fenced(host)
-        with domains.failing_as(f"asking {host.name} for {data.name!r}", data.name):
-            domain = await asyncio.to_thread(domains.find, connection, data.name)
+        domain = await libvirt.find(data.name)
         pending = marks.read_pending(domain.xml) if domain is not None else None
         await replica.merge(host, fenced, data.name)
         kept: tuple[str, ...] = ()
@@ -163,18 +154,18 @@ async def _finish(host: Host, connection: libvirt.virConnect, data: StagedData) 
         await host.agent.finish()
     finally:
         if fenced is not None:
-            await connections.close(fenced.connection)
+            await fenced.close()
         with contextlib.suppress(KvmCloneError):  # an agent that cannot be told lets go by itself
             await host.agent.release()
     return "; ".join(["it had committed: its journal was removed, the VM stays", *kept])
 
 
-async def _check_unused(host: Host, connection: libvirt.virConnect, data: StagedData) -> None:
+async def _check_unused(host: Host, libvirt: LibvirtHost, data: StagedData) -> None:
     """A VM that has got another name, or was undefined to be defined again, has its disks still.
 
     Where libvirt may have had the definition, what cannot be established counts as used.
     """
-    known = await vms.users(host, connection)
+    known = await vms.users(libvirt)
     found = await vms.judge(host, known, data.published, processes=True)
     doubtful = (uses.USED, uses.UNKNOWN) if data.defining else (uses.USED,)
     used = [f"{use.path}: {use.why}" for use in found if use.state in doubtful]
