@@ -124,7 +124,7 @@ class Client:
             raise TransferError(
                 f"the operation was not done within {request.options.timeout:g} s",
                 subject=request.vm,
-                remedy="allow more time with --timeout; the same command with --resume goes on with what is kept",
+                remedy="allow more time with --timeout; the same command with --resume continues with what is kept",
             ) from error
         return _result(plan, outcome, request, time.monotonic() - started)
 

@@ -89,7 +89,7 @@ class HostKeyError(ConnectError):
 
 
 class TransferError(KvmCloneError):
-    """The copy failed. `interrupted` tells a failure that another try may mend: what is staged is kept for it."""
+    """The copy failed. `interrupted`: another try may mend it, and what is staged is kept for it."""
 
     exit_code = ExitCode.TRANSFER
     interrupted = False

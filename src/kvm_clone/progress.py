@@ -1,4 +1,4 @@
-"""What an operation tells whoever watches it."""
+"""The events of an operation."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished clone or sync. `changed` tells it from one that was there already; `seconds` are for all of it.
+    """A finished clone or sync. `changed`: it was not there already; `seconds` are for all of it.
 
     `proof`: how much was proven equal. `point_in_time`: of the source, what was copied. `removed`: what went with a
     replaced VM.

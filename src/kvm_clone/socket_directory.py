@@ -45,7 +45,7 @@ def _roots() -> Iterator[Path]:
 def _remove_stale(root: Path) -> None:
     try:
         found = list(root.glob(f"{_PREFIX}[0-9]*-*"))
-    except OSError:  # what is wrong with it is told where a directory is made in it
+    except OSError:  # what is wrong with it is reported where a directory is made in it
         return
     for path in found:
         pid = path.name.removeprefix(_PREFIX).partition("-")[0]

@@ -62,10 +62,10 @@ def begins(pool: Path, operation: str, **how: Any) -> None:
 
 ACTS: dict[str, Act] = {
     "recover": lambda pool, operation: leftovers.recover(str(pool), NAME, operation, [str(pool)]),
-    "settle, committed": lambda pool, operation: leftovers.settle(
+    "settle, committed": lambda pool, operation: leftovers.record_outcome(
         str(pool), NAME, operation, [str(pool)], committed=True
     ),
-    "settle, withdrawn": lambda pool, operation: leftovers.settle(
+    "settle, withdrawn": lambda pool, operation: leftovers.record_outcome(
         str(pool), NAME, operation, [str(pool)], committed=False
     ),
     "begin": lambda pool, operation: begins(pool, "10", discards=operation),

@@ -108,8 +108,8 @@ def begins(pool: Path, operation: str, **how: Any) -> None:
 WHICH = (NAME, OPERATION)
 ACTS: dict[str, Callable[[Path], object]] = {
     "recover": lambda pool: leftovers.recover(str(pool), *WHICH, [str(pool)]),
-    "settle, committed": lambda pool: leftovers.settle(str(pool), *WHICH, [str(pool)], committed=True),
-    "settle, withdrawn": lambda pool: leftovers.settle(str(pool), *WHICH, [str(pool)], committed=False),
+    "settle, committed": lambda pool: leftovers.record_outcome(str(pool), *WHICH, [str(pool)], committed=True),
+    "settle, withdrawn": lambda pool: leftovers.record_outcome(str(pool), *WHICH, [str(pool)], committed=False),
     "begin": lambda pool: begins(pool, "10", discards=OPERATION),
     "resume": lambda pool: begins(pool, OPERATION, resume=True),
     "finish": lambda pool: begins(pool, OPERATION, finishing=True),
@@ -291,7 +291,7 @@ def test_a_journal_without_a_record_is_nothing(what: str, pool: Path) -> None:
             assert leftovers.recover(str(pool), NAME, "", [str(pool)]) == []
             assert not path.exists()
         elif act == "settle":
-            leftovers.settle(str(pool), NAME, "", [str(pool)], committed=True)
+            leftovers.record_outcome(str(pool), NAME, "", [str(pool)], committed=True)
             assert path.read_bytes() == TORN[what]
         elif act == "begin":
             Stage(str(pool), NAME, "0f", {}, directories=[str(pool)]).finish()

@@ -617,7 +617,7 @@ def test_the_end_leaves_what_may_be_committed(name: str, tmp_path: Path) -> None
         (found,) = running.call("staged", directories=[str(tmp_path)], name=name)["ok"]
         assert (found["operation"], found["defining"], found["committed"]) == ("0f", True, False)
         which = {"directory": str(tmp_path), "name": name, "operation": "0f", "directories": [str(tmp_path)]}
-        assert "ok" in running.call("settle", **which, committed=True)
+        assert "ok" in running.call("record_outcome", **which, committed=True)
         assert "ok" in running.call("stage", **where(tmp_path, name, "0f", finishing=True))
         assert "ok" in running.call("finish")
         running.end()

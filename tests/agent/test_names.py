@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvm_clone.agent import guard, names
+from kvm_clone.agent import names, watchdog
 from kvm_clone.agent.protocol import errors
 from kvm_clone.agent.protocol.errors import AgentError, from_exception
 from kvm_clone.agent.staging import leftovers, scratch
@@ -64,7 +64,7 @@ def test_a_directory_that_is_not_ours_alone_holds_no_locks(
     acts: list[Callable[[], object]] = [
         names.lock_directory,
         lambda: Hold("web", {}),
-        lambda: guard.reader("a domain"),
+        lambda: watchdog.reader("a domain"),
         lambda: leftovers.recover(str(tmp_path), "web", "", [str(tmp_path)]),
         lambda: Stage(str(tmp_path), "web", "0f", {}, directories=[str(tmp_path)]),
     ]

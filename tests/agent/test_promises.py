@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from kvm_clone.agent import names, transfer
-from kvm_clone.agent.digests.differ import Differ
+from kvm_clone.agent.digests.service import DigestService
 from kvm_clone.agent.disks import chain, fingerprint, image, qemu
 from kvm_clone.agent.disks.disk import Ranges
 from kvm_clone.agent.protocol.errors import AgentError
@@ -107,7 +107,7 @@ class World:
         if found and found["defining"]:
             committed = self.defined is not None and self.defined[0] == found["operation"]
             self.step()
-            leftovers.settle(str(self.pool), "web", found["operation"], [str(self.pool)], committed=committed)
+            leftovers.record_outcome(str(self.pool), "web", found["operation"], [str(self.pool)], committed=committed)
             self.step()
             if committed:
                 self.stage(found["operation"], finishing=True).finish()
@@ -180,7 +180,7 @@ HOW = [BY_SHA256.method, BY_SHA256.key.hex()]
 
 
 def digests(path: Path, end: int) -> list[list[Any]]:
-    return Differ().segments(str(path), "raw", HOW, [[0, end]], lambda _: None)
+    return DigestService().segments(str(path), "raw", HOW, [[0, end]], lambda _: None)
 
 
 RUNS = st.lists(
@@ -338,7 +338,7 @@ class Replica:
         if found and found["defining"]:
             committed = self.by == found["operation"]
             self.step()
-            leftovers.settle(str(self.pool), "web", found["operation"], [str(self.pool)], committed=committed)
+            leftovers.record_outcome(str(self.pool), "web", found["operation"], [str(self.pool)], committed=committed)
             self.step()
             if committed:
                 self.held = self.stage(found["operation"], {}, finishing=True)

@@ -47,7 +47,7 @@ TEXTS = {
 
 STARTERS = {
     "agent/__main__.py",  # ssh to the receiver
-    "agent/guard.py",  # virsh
+    "agent/watchdog.py",  # virsh
     "agent/host/peer.py",  # ssh
     "agent/process.py",
     "agent/disks/qemu.py",

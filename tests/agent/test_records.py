@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent.digests import differ
+from kvm_clone.agent.digests import service
 from kvm_clone.agent.disks import image
 from kvm_clone.agent.disks.disk import Extent, MemoryDisk, Ranges
 from kvm_clone.agent.protocol import errors
@@ -239,7 +239,7 @@ def test_extents_that_leave_something_out_are_not_digested(
     monkeypatch.setattr(image, "open_for_reading", forgetful)
     how = [BY_SHA256.method, BY_SHA256.key.hex()]
     with pytest.raises(AgentError, match="the extents of it leave out") as caught:
-        differ.Differ().segments("it", "raw", how, ranges, lambda _: None)
+        service.DigestService().segments("it", "raw", how, ranges, lambda _: None)
     assert caught.value.kind == errors.PROTOCOL
     with pytest.raises(AgentError, match="the extents of it leave out"):
-        differ.Differ().blocks("it", "raw", how, ranges)
+        service.DigestService().blocks("it", "raw", how, ranges)

@@ -73,7 +73,7 @@ def recover(pool: Path, operation: str = "0f") -> list[str]:
 
 
 def settle(pool: Path, *, committed: bool, operation: str = "dead") -> None:
-    leftovers.settle(str(pool), NAME, operation, [str(pool)], committed=committed)
+    leftovers.record_outcome(str(pool), NAME, operation, [str(pool)], committed=committed)
 
 
 def part_path(staged: Stage, disk: str, final: Path) -> str:

@@ -171,6 +171,6 @@ def test_a_retry_touches_nothing_that_was_not_there_at_first(what: str) -> None:
         assert refusal.exit_code is ExitCode.EXISTS
 
 
-def test_hosts_of_the_cases_differ() -> None:
+def test_hosts_of_the_cases_digests() -> None:
     assert not facts_with(Case()).one_host
     assert SOURCE_HOST != OTHER_HOST

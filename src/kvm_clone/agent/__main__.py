@@ -1,7 +1,7 @@
 """Where the agent begins: the loader has put the package on sys.path and calls `main`.
 
 The first frame says what this process is: {"mode": "control"}, {"mode": "send", …} or {"mode": "receive", …}. A sender
-hears what it is to send when it is told to go; it hands the receiver's own first frame on.
+hears what it is to send with its start; it hands the receiver's own first frame on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FAILED = 3
 
 
 PATIENCE_SECONDS = 90.0
-"""How long an agent waits to be told what to do; streams are set up ahead of that, see transport.READY_SECONDS."""
+"""How long an agent waits for its first frame; streams are set up ahead of that, see transport.READY_SECONDS."""
 
 
 _LOOK_SECONDS = 1.0
@@ -54,7 +54,7 @@ def main(payload: str, version: str) -> NoReturn:
             _receive(request, out)
         else:
             raise AgentError(PROTOCOL, f"the agent has no mode {mode!r}")
-    except Exception as error:  # noqa: BLE001 - one line is what the controller tells its user
+    except Exception as error:  # noqa: BLE001 - one line is what the controller reports to its user
         print(f"kvm-clone: {from_exception(error)}", file=sys.stderr, flush=True)
         _exit(FAILED)
     _exit(0)
@@ -125,7 +125,7 @@ def _exit_with_operation(lock: str) -> None:
 
 
 def _holder(lock: str) -> Optional[str]:
-    """Who holds the lock, None when that cannot be told now: a limit may leave no descriptor to look with."""
+    """Who holds the lock, None when that is not known now: a limit may leave no descriptor to look with."""
     try:
         return holder_of(lock)
     except OSError:

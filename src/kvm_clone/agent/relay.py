@@ -92,7 +92,7 @@ class Relay:
         self.send(b"")
 
     def _drain(self) -> None:
-        """Wait until libvirt has answered: it goes on with what it was asked when its client goes away."""
+        """Wait until libvirt has answered: it finishes what it was asked when its client goes away."""
         deadline = time.monotonic() + _DRAIN_SECONDS
         while self._calls.calls > self._answers.replies and not self._ended.is_set() and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)

@@ -14,9 +14,9 @@ import signal
 import threading
 from typing import Any, Callable, Dict, List, Optional
 
-from kvm_clone.agent import guard
+from kvm_clone.agent import watchdog
 from kvm_clone.agent.digests import hashing
-from kvm_clone.agent.digests.differ import Differ
+from kvm_clone.agent.digests.service import DigestService
 from kvm_clone.agent.disks import fingerprint
 from kvm_clone.agent.disks.image_lock import ImageLock
 from kvm_clone.agent.host import host_info, peer, things, uses
@@ -41,8 +41,8 @@ class Server:
         self._out = out
         self._writing = threading.Lock()
         self._locks: Dict[str, ImageLock] = {}
-        self._differ = Differ()
-        self._guard = guard.Guard()
+        self._digests = DigestService()
+        self._watchdog = watchdog.Watchdog()
         self._beginning = threading.Lock()
         self._over = False
         self._hold: Optional[hold.Hold] = None
@@ -64,19 +64,19 @@ class Server:
             "uses": self._uses,
             "marks": host_info.marks,
             "digests": hashing.supported,
-            "digest": self._differ.segments,
-            "blocks": self._differ.blocks,
+            "digest": self._digests.segments,
+            "blocks": self._digests.blocks,
             "dirty": host_info.dirty,
             "free": host_info.free,
-            "reader": guard.reader,
-            "guard": self._guard.watch,
-            "freezing": self._guard.freezing,
-            "unguard": self._guard.done,
+            "reader": watchdog.reader,
+            "guard": self._watchdog.watch,
+            "freezing": self._watchdog.freezing,
+            "unguard": self._watchdog.done,
             "relay": self._relay,
             "data_in": host_info.data_in,
             "ranges_of": host_info.ranges_of,
             "staged": leftovers.staged,
-            "settle": leftovers.settle,
+            "record_outcome": leftovers.record_outcome,
             "sweep": leftovers.sweep,
             "recover": leftovers.recover,
             "remove_scratch": scratch.remove,
@@ -115,7 +115,7 @@ class Server:
                 if self._hold is not None:
                     self._hold.abandon()
             finally:
-                self._guard.step_in()
+                self._watchdog.step_in()
 
     def _wait(self) -> None:
         if not select.select([self._source], [], [], SILENCE_SECONDS)[0]:
@@ -134,7 +134,7 @@ class Server:
             if call is None:
                 raise AgentError(UNSUPPORTED, f"the agent has no call {name!r}")
             arguments = dict(frame.get("args") or {})
-            if call == self._differ.segments:
+            if call == self._digests.segments:
                 arguments["progress"] = lambda state: self._write(pack_frame({"id": number, "progress": state}))
             answer = {"id": number, "ok": call(**arguments)}
             try:
@@ -162,7 +162,7 @@ class Server:
     def _relay(self, fenced: bool) -> int:
         """Open libvirt's socket; the number of the channel that carries it.
 
-        `fenced`: only while this process holds the lock of an operation, which it lets go of after the last answer.
+        `fenced`: only while this process holds the lock of an operation, which it releases after the last answer.
         """
         held = self._held() if fenced else None
         self._channels += 1

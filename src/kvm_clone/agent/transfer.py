@@ -43,7 +43,7 @@ DURABLE_SECONDS = 2.0
 most, or after so many seconds. It is what a resumed copy can spare."""
 
 MOST_DURABLE = 64
-"""Ranges of one disk that are told to be durable. Of more, the largest are: what is left out is only sent once more."""
+"""Ranges of one disk that are reported as durable: of more, the largest. What is left out is only sent once more."""
 
 REPORT_SECONDS = 0.25
 """A receiver reports what it has written this often."""
@@ -163,7 +163,7 @@ class Sender:
             elif extent.compressed == compressed:
                 for piece in split(extent, CHUNK if compressed else self._pacer.most):
                     yield [piece]
-        if left:  # what no extent tells of would be missing at the other end
+        if left:  # what no extent covers would be missing at the other end
             raise AgentError(PROTOCOL, f"the extents of {job.path} leave out {left} bytes")
 
     def _data(self, index: int, disk: Disk, piece: Extent) -> None:
@@ -295,7 +295,7 @@ class Receiver:
             disk.flush()
         finally:
             disk.close()
-        image.settle(self._jobs[index].path)
+        image.flush_and_drop_cache(self._jobs[index].path)
         self._finished.add(index)
         self._reached[index] = size
         self._tell_durable([index])

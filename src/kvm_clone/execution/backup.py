@@ -1,6 +1,6 @@
 """A running source's point in time: the backup job that offers it, the guest's freeze around its start, its scratch.
 
-The source's agent watches meanwhile (agent/guard.py): should this process die, it thaws the guest and ends the job.
+The source's agent watches meanwhile (agent/watchdog.py): should this process die, it thaws the guest and ends the job.
 """
 
 from __future__ import annotations

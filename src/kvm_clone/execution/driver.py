@@ -208,12 +208,12 @@ class Driver:
         tries.left, tries.delay = tries.left - 1, tries.delay * 2
 
     def _add_way_on(self, error: TransferError) -> None:
-        """Say how to go on with what is kept, and how to drop it."""
+        """Say how to resume what is kept, and how to discard it."""
         if self._tries.operation and error.interrupted:
             there = self._request.destination
             same = "the command that made the plan, without --plan-out," if self._saved else "the same command"
             way = f"what was copied is kept on {there}: run {same} with --resume or --idempotent"
-            error.remedy = f"{way}; or drop it: kvm-clone cleanup {there}"
+            error.remedy = f"{way}; or discard it: kvm-clone cleanup {there}"
 
 
 def _made_plan(facts: Facts, options: Options, own_operation: str | None) -> Plan:

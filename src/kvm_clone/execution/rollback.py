@@ -41,12 +41,12 @@ async def end_early(run: Context, cause: BaseException, reconnect: Reconnect) ->
 
 
 async def _keep(run: Context) -> None:
-    """Let go of the lock; an agent that cannot be told does so by itself."""
+    """Release the lock; an agent that cannot be reached does so by itself."""
     run.on_event(Note(f"what was copied so far is kept on {run.destination.name}", warning=True))
     try:
         await run.agent.release()
     except KvmCloneError as error:
-        log.info("the agent lets go by itself: %s", error)
+        log.info("the agent releases its lock by itself: %s", error)
 
 
 async def _roll_back(run: Context, cause: BaseException, reconnect: Reconnect) -> None:

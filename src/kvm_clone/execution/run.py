@@ -40,11 +40,11 @@ class Outcome:
 
 _LOOK_SECONDS = 0.05
 _GRACE_SECONDS = 5.0
-"""How long a cancelled run goes on with what comes after its commit, unless it merges: that may take long."""
+"""How long a cancelled run continues with what comes after its commit, unless it merges: that may take long."""
 
 
 class Run:
-    """One run of one plan. `kept`: it has failed, and left staged data that another try can go on with."""
+    """One run of one plan. `kept`: it has failed, and left staged data that another try can resume."""
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ async def release_lock(_: steps.ReleaseLock, run: Context) -> None:
 
 async def settle(step: steps.SettleStage, run: Context) -> None:
     """See steps.SettleStage."""
-    await run.agent.settle(**run.where(step.directory, step.operation), committed=step.committed)
+    await run.agent.record_outcome(**run.where(step.directory, step.operation), committed=step.committed)
 
 
 async def discard(step: steps.DiscardStage, run: Context) -> None:
@@ -41,7 +41,7 @@ async def discard(step: steps.DiscardStage, run: Context) -> None:
 async def begin(step: steps.BeginStage, run: Context) -> None:
     """See steps.BeginStage. Raises LockedError; RefusedError when the source sees its own disks there."""
     plan = run.plan
-    what = "going on with" if step.resume else "staging"
+    what = "resuming" if step.resume else "staging"
     run.say(Phase.PREPARE, f"{what} {plan.name} in {step.directory} on {run.destination.name}")
     source = plan.facts.source
     about = {

@@ -201,12 +201,12 @@ class AgentClient:
         """The operations whose journals lie there, for planning.facts.staged_facts; one may be an `error`."""
         return await self._ask(listed(answers.fields(*_STAGED)), "staged", directories=list(directories), name=name)
 
-    async def settle(
+    async def record_outcome(
         self, directory: str, name: str, operation: str, directories: Sequence[str], committed: bool
     ) -> None:
         """Journal whether libvirt took the definition."""
         where = {"directory": directory, "name": name, "operation": operation, "directories": list(directories)}
-        return await self._ask(nothing, "settle", **where, committed=committed)
+        return await self._ask(nothing, "record_outcome", **where, committed=committed)
 
     async def sweep(self, directories: Sequence[str]) -> list[str]:
         """Remove what operations left that ended before they had begun; the files."""
@@ -257,7 +257,7 @@ class AgentClient:
         return await self._ask(listed(answers.removed, len(files)), "remove", files=list(files))
 
     async def release(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         return await self._ask(nothing, "release")
 
     async def unmark(self) -> None:

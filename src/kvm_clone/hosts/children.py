@@ -71,7 +71,7 @@ async def end_process(process: Process, patience: float = _PATIENCE_SECONDS) -> 
 
 
 async def stop_process(process: Process) -> None:
-    """Tell a child to end, which lets ssh give back a terminal that it asks a passphrase of; then kill it."""
+    """Ask a child to end, which lets ssh give back a terminal that it asks a passphrase of; then kill it."""
     _send(process, signal.SIGTERM)
     try:
         await end_process(process, _STOP_SECONDS)

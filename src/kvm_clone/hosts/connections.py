@@ -60,5 +60,5 @@ async def holding(host: Host, name: str) -> AsyncIterator[FencedLibvirt]:
     finally:
         if fenced is not None:
             await fenced.close()
-        with contextlib.suppress(TransferError):  # an agent that cannot be told lets go by itself
+        with contextlib.suppress(TransferError):  # an agent that cannot be reached releases it by itself
             await host.agent.release()

@@ -36,7 +36,7 @@ libvirt.registerErrorHandler(lambda *_: None, None)  # errors are raised; libvir
 class Fenced:
     """A host's libvirt by way of the agent that holds an operation's lock: the one way to change anything there.
 
-    The agent lets nothing through once the lock is not its own any more, and lets go of it only after the last answer.
+    The agent lets nothing through once the lock is not its own any more, and releases it only after the last answer.
     """
 
     connection: libvirt.virConnect

@@ -43,7 +43,7 @@ _OURS = "kvm-clone: "
 """Starts what the agent and its loader say on stderr before they give up."""
 
 LOCK_PATIENCE_SECONDS = 75.0
-"""How long we wait for agents of ours that were cut off to let go of their locks: longer than a receiver's patience."""
+"""How long we wait for agents of ours that were cut off to release their locks: longer than a receiver's patience."""
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -183,7 +183,7 @@ class Host:
     def _start_failure(self, status: int | None, error: Exception) -> KvmCloneError:
         if isinstance(error, TimeoutError):
             self._stderr.append(f"no agent was ready within {_READY_SECONDS:.0f} s of the login's start")
-        elif isinstance(error, wire.ProtocolError):  # more telling than what the login prints
+        elif isinstance(error, wire.ProtocolError):  # says more than what the login prints
             self._stderr.append(str(error))
         said = self._said()
         if status in (126, 127) or "python3: not found" in said or "python3: command not found" in said:
@@ -327,7 +327,7 @@ class Host:
 
     def _put_channel(self, channel: int, data: bytes) -> None:
         if self._process is not None and self._process.stdin is not None and self._lost is None:
-            with contextlib.suppress(OSError):  # the agent is gone, which its answers' end tells
+            with contextlib.suppress(OSError):  # the agent is gone, which its answers' end shows
                 self._process.stdin.write(wire.pack_channel(channel, data))
 
 

@@ -168,7 +168,7 @@ def thaw(connection: libvirt.virConnect, name: str, count: int | None) -> bool:
 
 @contextlib.contextmanager
 def _impatient(domain: libvirt.virDomain) -> Iterator[None]:
-    """With a limit to what libvirt waits for the guest agent, which it keeps for a domain until it is told another."""
+    """With a limit to what libvirt waits for the guest agent, which it keeps for a domain until it gets another."""
     domain.agentSetResponseTimeout(_AGENT_SECONDS, 0)
     try:
         yield

@@ -92,13 +92,13 @@ async def _answers(connected: Connected) -> bool:
 
 
 async def _is_clean(host: Host) -> bool:
-    """Make the agent let go of all that it holds; whether it has."""
+    """Make the agent release all that it holds; whether it has."""
     try:
         async with asyncio.timeout(_ANSWER_SECONDS):
             await host.agent.unlock_images()
             await host.agent.release()
     except AgentCallError as error:
-        return error.kind == kinds.UNSUPPORTED  # it had no operation to let go of
+        return error.kind == kinds.UNSUPPORTED  # it had no operation to release
     except (KvmCloneError, TimeoutError) as error:
         log.info("%s: the connection is not used again: %s", host.name, error)
         return False

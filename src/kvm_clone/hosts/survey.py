@@ -70,7 +70,7 @@ async def inspect(
     async def route() -> RouteFacts:
         if known_route is not None:
             return known_route
-        # How long a sync takes does not hang on the rate alone: it is not told, and not measured.
+        # How long a sync takes does not depend on the rate alone: it is neither reported nor measured.
         return await find_route(source, destination, options.route, measured=not isinstance(options, SyncOptions))
 
     (source_facts, destination_facts), reach = await together(both_hosts(), route())

@@ -47,7 +47,7 @@ class Removal:
 
 @dataclass(frozen=True)
 class Users:
-    """Everything by which it is told who uses a file of a host.
+    """Everything that shows who uses a file of a host.
 
     `claims`: what its VMs name. `directories`: where images lie that no VM has, but that rest on others. `elsewhere`:
     fingerprints of files that are used on another host, which may see the same filesystem.

@@ -57,7 +57,7 @@ def decide(
         return Decision(Action.NOTHING)  # the connection was lost after the last step
     if staged is not None and staged.kind != CLONE and retry not in (Retry.FORCE, Retry.CLEANUP_EXISTING):
         text = f"An interrupted sync of {name} is kept on {facts.destination.host.name}."
-        remedy = "go on with kvm-clone sync --resume, or start over with --force"
+        remedy = "resume with kvm-clone sync --resume, or start over with --force"
         return _refuse("other-attempt", name, text, remedy)
     own = staged is not None and staged.operation == own_operation
     if own and (existing is None or retry is Retry.FORCE):
@@ -84,7 +84,7 @@ def unfinished(facts: Facts, name: str, own_operation: str | None) -> Decision |
         return _refuse(LOCKED, name, text, "wait until it has ended, or let --wait do so")
     if staged is not None and staged.foreign:
         text = f"{staged.directory} has an interrupted attempt at {name} on {staged.foreign}, which sees it too."
-        remedy = f"go on with it there, or drop it there (kvm-clone cleanup {staged.foreign}); or name another pool"
+        remedy = f"resume it there, or discard it there (kvm-clone cleanup {staged.foreign}); or name another pool"
         return _refuse("foreign-attempt", name, text, remedy)
     if staged is not None and staged.defining and _made_by(existing, staged.operation):
         return Decision(Action.FINISH)
@@ -118,7 +118,7 @@ def _with_staged(facts: Facts, existing: Existing | None, staged: Staged, retry:
         return Decision(Action.CLONE, discard=True)
     if retry is Retry.NONE:
         text = f"An interrupted attempt to clone {name} is kept on {host}."
-        return _refuse(EXISTS, name, text, "go on with --resume or --idempotent, or start over with --force")
+        return _refuse(EXISTS, name, text, "resume with --resume or --idempotent, or start over with --force")
     if staged.source_uuid != facts.source.xml.uuid:
         text = f"The interrupted attempt to clone {name} on {host} is of another VM, {staged.source_name}."
         return _refuse("other-attempt", name, text, f"drop it: kvm-clone cleanup {host}, or start over with --force")
@@ -136,7 +136,7 @@ def _with_existing(
         text = f"{host} already has a VM named {name}" + (
             ", and an interrupted attempt to replace it." if kept else "."
         )
-        remedy = "go on with --resume, or start over with --force" if kept else _REMEDY
+        remedy = "resume with --resume, or start over with --force" if kept else _REMEDY
         return _refuse(EXISTS, name, text, remedy)
     if retry is Retry.CLEANUP_EXISTING:
         return Decision(Action.CLONE, discard=staged is not None, remove_first=True, stop=running)

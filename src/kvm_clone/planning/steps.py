@@ -69,7 +69,7 @@ class BeginStage:
 
 @dataclass(frozen=True)
 class TakeLock:
-    """Take the destination's lock, and no journal. Undo: let go."""
+    """Take the destination's lock, and no journal. Undo: release it."""
 
     def describe(self) -> str:
         """What the step does, for people."""
@@ -78,7 +78,7 @@ class TakeLock:
 
 @dataclass(frozen=True)
 class ReleaseLock:
-    """Let go of the lock. Undo: none needed."""
+    """Release the lock. Undo: none needed."""
 
     def describe(self) -> str:
         """What the step does, for people."""
@@ -184,7 +184,7 @@ class RemoveReplaced:
 
 @dataclass(frozen=True)
 class EndStage:
-    """Remove the journal and let go of the lock. After the commit: a failure here is a warning."""
+    """Remove the journal and release the lock. After the commit: a failure here is a warning."""
 
     directories: tuple[str, ...]
 
@@ -195,7 +195,7 @@ class EndStage:
 
 @dataclass(frozen=True)
 class TakeUpCommitted:
-    """Take the lock, and go on with an earlier run that has committed. Undo: none needed."""
+    """Take the lock, and continue an earlier run that has committed. Undo: none needed."""
 
     directory: str
     operation: str
@@ -234,7 +234,7 @@ class EndBackup:
 class MergeDisks:
     """Write the overlays that the commit defined into the images below, and define the VM onto those.
 
-    After the commit: a failure here is a warning, and the next run goes on with it.
+    After the commit: a failure here is a warning, and the next run continues it.
     """
 
     def describe(self) -> str:

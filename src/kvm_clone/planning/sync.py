@@ -152,14 +152,14 @@ def _with_staged(facts: Facts, staged: Staged, options: SyncOptions, name: str, 
         return Decision(Action.SYNC, discard=True, replace=True, update=True)
     if staged.kind != SYNC:
         text = f"An interrupted attempt to clone {name} is kept on {host}."
-        remedy = "go on with kvm-clone clone --resume, or start over with --force"
+        remedy = "resume with kvm-clone clone --resume, or start over with --force"
         return _refuse("other-attempt", name, text, remedy)
     if staged.source_uuid != facts.source.xml.uuid:
         text = f"The interrupted sync of {name} on {host} is from another VM, {staged.source_name}."
         return _refuse("other-attempt", name, text, f"drop it: kvm-clone cleanup {host}, or start over with --force")
     if options.retry is Retry.NONE:
         text = f"An interrupted sync of {name} is kept on {host}."
-        return _refuse(EXISTS, name, text, "go on with --resume or --idempotent, or start over with --force")
+        return _refuse(EXISTS, name, text, "resume with --resume or --idempotent, or start over with --force")
     return resume
 
 

@@ -25,7 +25,7 @@ class HugePages:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a host has beside its files. `nodes`, `cpus`: those online, None where the host does not tell.
+    """What a host has beside its files. `nodes`, `cpus`: those online, None where the host does not say.
 
     `hugepages`: by size in KiB. `hugetlbfs`: whether it is mounted, so that libvirt can use them. `usb`: VENDOR:PRODUCT
     and BUS/DEVICE of each device. `addresses`: whether each IP address is the host's own, None for a name.

@@ -96,7 +96,7 @@ def _data(host: str, answer: Mapping[str, Any], directories: tuple[str, ...]) ->
 async def remove(host: Host, libvirt: LibvirtHost, data: StagedData) -> str:
     """Undo the operation, or finish it if it has committed; what was done.
 
-    Raises LockedError when it is running, RefusedError for what cannot be told to be safe, TransferError and its kinds.
+    Raises LockedError when it is running, RefusedError for what is not known to be safe, TransferError and its kinds.
     """
     if data.error:
         raise RefusedError(f"{data.path} on {host.name} was left as it is: {data.error}", subject=data.path)
@@ -106,7 +106,7 @@ async def remove(host: Host, libvirt: LibvirtHost, data: StagedData) -> str:
         committed = await libvirt.defined_by(data.name, data.operation)
         if not committed:
             await _check_unused(host, libvirt, data)
-        await host.agent.settle(**data.where, committed=committed)
+        await host.agent.record_outcome(**data.where, committed=committed)
         if committed:
             return await _finish(host, libvirt, data)
     elif data.published:
@@ -155,7 +155,7 @@ async def _finish(host: Host, libvirt: LibvirtHost, data: StagedData) -> str:
     finally:
         if fenced is not None:
             await fenced.close()
-        with contextlib.suppress(KvmCloneError):  # an agent that cannot be told lets go by itself
+        with contextlib.suppress(KvmCloneError):  # an agent that cannot be reached releases it by itself
             await host.agent.release()
     return "; ".join(["it had committed: its journal was removed, the VM stays", *kept])
 

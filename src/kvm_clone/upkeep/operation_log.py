@@ -1,7 +1,7 @@
 """The log of every operation that this machine has run: what it was, each step with its result, and its end.
 
 One file for each operation in $XDG_STATE_HOME/kvm-clone/operations, a JSON object on each line. It is a pointer and a
-log: what can be gone on with is known by the journal at the destination alone. What lies there and is no such file, and
+log: what can be resumed is known by the journal at the destination alone. What lies there and is no such file, and
 a line that is none of ours, is passed over.
 """
 

@@ -81,7 +81,7 @@ class Disk(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Let go of everything. Can be called again."""
+        """Release everything. Can be called again."""
 
     def read_extent(self, extent: Extent, view: memoryview) -> None:
         """Fill `view` with the extent's content; kinds that know a shorter way than `readinto` take it."""
@@ -160,7 +160,7 @@ def intersect(extents: Iterable[Extent], ranges: Ranges) -> Iterator[Extent]:
 
 
 MOST_RANGES = 100_000
-"""More ranges than this are told less finely: a list of them has to fit into one message."""
+"""More ranges than this are reported less finely: a list of them has to fit into one message."""
 
 
 def joined(ranges: Iterable[Tuple[int, int]], gap: int = 0) -> List[Tuple[int, int]]:
@@ -182,7 +182,7 @@ def union(one: Ranges, other: Ranges) -> List[Tuple[int, int]]:
 def thinned(ranges: Iterable[Tuple[int, int]], gap: int) -> List[Tuple[int, int]]:
     """The same ranges; if there are too many, those joined that are at most `gap` bytes apart, or more if need be.
 
-    Never holds more than twice as many as are told.
+    Never holds more than twice as many as are reported.
     """
     found: List[Tuple[int, int]] = []
     reach = 0

@@ -183,7 +183,7 @@ def open_for_filling(path: str, format_: str) -> Disk:
     raise AgentError(UNSUPPORTED, f"{path} has the format {format_}, which is not handled")
 
 
-def settle(path: str) -> None:
+def flush_and_drop_cache(path: str) -> None:
     """Make the file durable and forget its cached pages, so that what is read next comes from storage."""
     fd = os.open(path, open_flags(writable=False))
     try:

@@ -245,7 +245,7 @@ class NbdDisk(Disk):
         """See Disk. Says goodbye, so that the server closes the image in order."""
         if self._session.fileno() < 0:
             return
-        # A server that is gone already has nothing to be told; what had to be durable, flush has made sure of.
+        # A server that is gone already needs no goodbye; what had to be durable, flush has made sure of.
         with contextlib.suppress(OSError, ProtocolError):
             self._request(_CMD_DISC, 0, 0)
         self._session.close()
@@ -366,7 +366,7 @@ class NbdDisk(Disk):
         self._fail(code, asked)
 
     def _fail(self, code: int, asked: _Request) -> None:
-        # The first failure is the telling one.
+        # The first failure is the cause of the others.
         code = code if code in _ERRORS else errno.EINVAL
         self._failure = self._failure or OSError(code, f"{os.strerror(code)} ({asked})")
 

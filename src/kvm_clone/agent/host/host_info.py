@@ -43,7 +43,7 @@ LIBVIRT_SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock")
 
 
 def identity() -> Dict[str, str]:
-    """By which two hosts are told apart, or known as one.
+    """What distinguishes two hosts, or shows that they are one.
 
     `boot`: of the running kernel, drawn by it at its start. `libvirt`: the file of libvirt's socket, by device, inode
     and ctime: hosts that share a kernel (containers) have one each. `machine`: /etc/machine-id. Empty where unknown.
@@ -79,7 +79,7 @@ def fingerprints(paths: List[str]) -> List[Optional[str]]:
 def marks(operation: str, directories: List[str]) -> List[Optional[str]]:
     """For each directory the one that an agent of the operation has marked, if they are the same (names.mark_path).
 
-    Raises AgentError when that cannot be told.
+    Raises AgentError when that cannot be established.
     """
     return [_marked(names.mark_path(operation, directory)) for directory in directories]
 
@@ -173,7 +173,7 @@ def _guessed(path: str, image_format: str, size: int) -> int:
 
 
 def data_held(path: str, image_format: str) -> int:
-    """How many bytes of content the staged image has of its own; 0 where it cannot be told, as while it is written."""
+    """How many bytes of content the staged image has of its own; 0 where that is not known, as while it is written."""
     try:
         return data_in(path, image_format, own=True)
     except (AgentError, OSError):
@@ -247,7 +247,7 @@ _NO_DIRECTORY = {
 
 
 MOST_NAMES = 4096
-"""So many of a directory's names are told; a directory may hold millions."""
+"""So many of a directory's names are reported; a directory may hold millions."""
 
 
 def directory(path: str, stems: Sequence[str] = (), tried: bool = True) -> Dict[str, Any]:

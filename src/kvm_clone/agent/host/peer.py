@@ -143,7 +143,7 @@ def _ciphers_are_left_open(ssh: List[str]) -> bool:
     """Whether this host's ssh_config has no say in the ciphers."""
     try:
         would, default = (_ciphers([ssh[0], "-G", *rest]) for rest in (ssh[1:], ["-F", "/dev/null", "nobody"]))
-    except AgentError:  # what is wrong with it, the connection will tell
+    except AgentError:  # what is wrong with it, the connection will say
         return False
     return bool(would) and would == default
 

@@ -1,6 +1,6 @@
 """Who uses a file of this host: what decides whether it may be removed, or written into.
 
-The controller tells what the definitions of this host's VMs name (`Claim`); this module finds out which files those
+The controller reports what the definitions of this host's VMs name (`Claim`); this module finds out which files those
 are, by device and inode, so that another name of a file is the same file. What cannot be established is an answer of
 its own, "unknown", and whoever asks takes it for "used".
 """
@@ -277,7 +277,7 @@ class _Index:
     def _by_another_filesystem(self, one: _Candidate) -> str:
         """Who has the file by a mount that numbers its device otherwise: an overlay, or what the host exports itself.
 
-        Inode, size and times, in nanoseconds, are equal then. An inode of 0 tells nothing: see filesystem.py.
+        Inode, size and times, in nanoseconds, are equal then. An inode of 0 says nothing: see filesystem.py.
         """
         lasting = _lasting(one.stat) if one.stat and one.regular else "0:"
         return "" if lasting.startswith("0:") else self._lasting.get(lasting, "")

@@ -66,7 +66,7 @@ class Incoming:
             done += moved
 
     def close(self) -> None:
-        """Let go of the pipe in between; the descriptor given stays open."""
+        """Close the pipe in between; the descriptor given stays open."""
         if self._through is not None:
             os.close(self._through[0])
             os.close(self._through[1])

@@ -34,7 +34,7 @@ class DirectoryStore(Store):
         _make_image(part, spec, spec.get("backing"))
         filesystem.own(part, spec["mode"], _id_of(pwd.getpwnam, spec["user"]), _id_of(grp.getgrnam, spec["group"]))
         if spec.get("backing") or spec.get("copy_of"):  # where nothing differs, nothing else makes it durable
-            image.settle(part)
+            image.flush_and_drop_cache(part)
         files.make_durable(os.path.dirname(part))
 
     def holds(self, path: str) -> bool:

@@ -64,7 +64,7 @@ class Hold:
             raise AgentError(LOCKED, f"the lock on operations on {self.name} is not ours any more")
 
     def add_fence(self, fence: Fence) -> None:
-        """Take care that it is closed before the lock is let go of."""
+        """Take care that it is closed before the lock is released."""
         self.check()
         self._fences.append(fence)
 
@@ -92,7 +92,7 @@ class Hold:
 
     @one_at_a_time
     def release(self) -> None:
-        """Let go."""
+        """Release the lock."""
         self.close_fences()
         self._over = True
         self._lock.release()

@@ -184,7 +184,7 @@ class Journal:
     """An open journal, whose lock we hold. Every append is durable when it returns."""
 
     def __init__(self, path: str, *, resume: bool = False) -> None:
-        """Start a new journal, or go on with the one that is there, without its torn tail. Opening one changes nothing.
+        """Start a new journal, or continue the one that is there, without its torn tail. Opening one changes nothing.
 
         Raises FileExistsError, FileNotFoundError, OSError; AgentError: locked while another process has it,
         unsupported when it is no journal of ours or damaged.

@@ -22,7 +22,7 @@ _DEFINITIONS = "/etc/libvirt/qemu"
 """Where libvirt keeps the definitions of its VMs."""
 
 MOST_JOURNALS = 1000
-"""Of one directory, that are told: an answer has to fit into a message."""
+"""Of one directory, that are reported: an answer has to fit into a message."""
 
 _JUST_BEGUN: Dict[str, Any] = {
     "record": records.BEGIN,
@@ -190,7 +190,7 @@ def discard(journal: Journal, operation: str, directories: List[str]) -> List[st
     return left
 
 
-def settle(directory: str, name: str, operation: str, directories: List[str], *, committed: bool) -> None:
+def record_outcome(directory: str, name: str, operation: str, directories: List[str], *, committed: bool) -> None:
     """Journal on which side of its commit point an operation was interrupted, when libvirt has been asked."""
     lock = OperationLock(names.lock_path(name), {"settling": name, "pid": os.getpid()})
     try:

@@ -17,7 +17,7 @@ _LOOKS, _LOOK_SECONDS = 4, 0.02
 
 
 class OperationLock:
-    """An flock on a file that names its holder. The kernel lets go of it when the holder dies, however it dies."""
+    """An flock on a file that names its holder. The kernel releases it when the holder dies, however it dies."""
 
     def __init__(self, path: str, holder: Dict[str, Any]) -> None:
         """Raises AgentError: locked, with the holder's name, when another process holds it, unsupported for no file."""
@@ -46,7 +46,7 @@ class OperationLock:
         return self._fd >= 0 and _same_file(self._fd, self.path)
 
     def release(self) -> None:
-        """Remove the file and let go. The order matters: whoever locks a removed file notices and tries again."""
+        """Remove the file and release it. The order matters: whoever locks a removed file notices and tries again."""
         if self._fd >= 0:
             if self.is_held:  # else the file there is another one's
                 os.unlink(self.path)
@@ -93,7 +93,7 @@ def holder_of(path: str) -> str:
 
 
 def _blocks(path: str, kind: int) -> Optional[str]:
-    """What is known of whoever keeps us from an flock of that kind; it is let go of at once if nobody does."""
+    """What is known of whoever keeps us from an flock of that kind; it is released at once if nobody does."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:

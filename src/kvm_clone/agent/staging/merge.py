@@ -71,7 +71,7 @@ def merge(overlay: Overlay, ending: Event) -> List[ImageLock]:
             if int(below["virtual-size"]) < size:
                 qemu.resize(overlay.base, overlay.base_format, size)
             write_down(overlay, size, ending)
-        image.settle(overlay.base)
+        image.flush_and_drop_cache(overlay.base)
         locks.append(ImageLock(overlay.base))
     except BaseException:
         locks[0].release()
@@ -141,7 +141,7 @@ def _check_time(overlay: Overlay, ending: Event) -> None:
 def _held(overlay: Overlay, size: int) -> "array[int]":
     """What the overlay itself holds: start, end, and where that lies in its file or _ZERO, for each range in turn.
 
-    Known whole before the base is written: QEMU reads the base's own tables to tell, which then change. Three numbers a
+    Known whole before the base is written: QEMU reads the base's own tables for it, which then change. Three numbers a
     range, since there may be millions.
     """
     held = array("q")

@@ -49,7 +49,7 @@ class Stage(Hold):
         that is taken up. `marks`: directories in which another host shall be able to see that it shares them.
 
         Raises AgentError: locked; unsupported when an earlier attempt reached its commit point and libvirt has to be
-        asked what became of it (see `leftovers.settle`), or is none that we may touch.
+        asked what became of it (see `leftovers.record_outcome`), or is none that we may touch.
         """
         super().__init__(name, {"operation": operation, **about})
         self.directory = directory
@@ -96,9 +96,9 @@ class Stage(Hold):
         try:
             self._journal = journal.Journal(path, resume=True)
         except FileNotFoundError as error:
-            raise AgentError(MISSING, f"there is no interrupted attempt to go on with at {path}") from error
+            raise AgentError(MISSING, f"there is no interrupted attempt to resume at {path}") from error
         if not self._journal.records:
-            raise AgentError(MISSING, f"there is no interrupted attempt to go on with at {path}: it had just begun")
+            raise AgentError(MISSING, f"there is no interrupted attempt to resume at {path}: it had just begun")
         leftovers.check_earlier(self._journal, self.operation, self._directories)
         return self._journal.records
 
@@ -290,7 +290,7 @@ class Stage(Hold):
                 self.release()
 
     def release(self) -> None:
-        """Let go of journal and lock, and leave everything as it is, for another run to go on with.
+        """Release journal and lock, and leave everything as it is, for another run to resume.
 
         A merge that is under way ends first, unfinished.
         """

@@ -28,7 +28,7 @@ def reader(domain: str) -> str:
     return holder_of(source_lock_path(domain))
 
 
-class Guard:
+class Watchdog:
     """Watches over one backup job of one running domain while this process lives."""
 
     def __init__(self) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from kvm_clone.agent import guard, server
-from kvm_clone.agent.guard import Guard
+from kvm_clone.agent import server, watchdog
 from kvm_clone.agent.protocol import errors
 from kvm_clone.agent.protocol.errors import AgentError
 from kvm_clone.agent.staging import hold, stage
+from kvm_clone.agent.watchdog import Watchdog
 
 from .tools import arriving, need
 
@@ -43,7 +43,7 @@ def virsh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Virsh:
     def make(*, backup: str = "", thaw: int = 0, dump: int = 0) -> Path:
         programs = tmp_path / "bin"
         programs.mkdir()
-        monkeypatch.setattr("kvm_clone.agent.guard.time.sleep", lambda _: None)
+        monkeypatch.setattr("kvm_clone.agent.watchdog.time.sleep", lambda _: None)
         program = programs / "virsh"
         program.write_text(VIRSH.format(backup=backup, thaw=thaw, dump=dump))
         program.chmod(0o755)
@@ -53,8 +53,8 @@ def virsh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Virsh:
     return make
 
 
-def watching(operation: str = "0f") -> Guard:
-    watcher = Guard()
+def watching(operation: str = "0f") -> Watchdog:
+    watcher = Watchdog()
     watcher.watch(UUID, SOCKET, operation)
     return watcher
 
@@ -70,21 +70,21 @@ def called(log: Path) -> list[str]:
 
 
 def test_one_backup_of_a_domain_at_a_time(locks: Path) -> None:
-    assert guard.reader(UUID) == ""
+    assert watchdog.reader(UUID) == ""
     first = watching()
-    assert guard.reader(UUID) == f"operation 0f, pid {os.getpid()}"
+    assert watchdog.reader(UUID) == f"operation 0f, pid {os.getpid()}"
     with pytest.raises(AgentError, match="operation 0f") as caught:
         watching("10")
     assert caught.value.kind == errors.LOCKED
-    assert guard.reader("another domain") == ""
+    assert watchdog.reader("another domain") == ""
     first.done()
-    assert guard.reader(UUID) == ""
+    assert watchdog.reader(UUID) == ""
     watching("10").done()
     assert not list(locks.iterdir())
 
 
 def test_done_twice_and_without_a_watch(locks: Path) -> None:
-    watcher = Guard()
+    watcher = Watchdog()
     watcher.done()
     watcher.watch(UUID, SOCKET, "0f")
     watcher.done()
@@ -143,7 +143,7 @@ def test_a_guest_that_was_thawed_is_left_alone(virsh: Virsh) -> None:
 @pytest.mark.parametrize("ended", [False, True])
 def test_without_a_job_nothing_is_done(ended: bool, virsh: Virsh) -> None:
     log = virsh(backup=OURS)
-    watcher = Guard()
+    watcher = Watchdog()
     watcher.freezing(True)
     if ended:
         watcher.watch(UUID, SOCKET, "0f")
@@ -185,7 +185,7 @@ def test_a_host_without_virsh(
 def test_a_virsh_that_hangs_is_given_up(virsh: Virsh, monkeypatch: pytest.MonkeyPatch, locks: Path) -> None:
     log = virsh(backup=OURS)
     (log.parent / "virsh").write_text("#!/bin/sh\nexec sleep 60\n")
-    monkeypatch.setattr(guard, "_VIRSH", ("timeout", "0.2", *guard._VIRSH[2:]))
+    monkeypatch.setattr(watchdog, "_VIRSH", ("timeout", "0.2", *watchdog._VIRSH[2:]))
     watcher = watching()
     watcher.freezing(True)
     started = time.monotonic()
@@ -204,8 +204,8 @@ def test_the_guest_is_thawed_whatever_becomes_of_what_is_staged(
 
     with arriving(b"") as source:
         serving = server.Server(source, -1)
-        serving._guard = watching()
-        serving._guard.freezing(True)
+        serving._watchdog = watching()
+        serving._watchdog.freezing(True)
         serving._begin(hold.Hold, name="web", about={})
         with monkeypatch.context() as patched:
             patched.setattr(hold.Hold, "abandon", fail)

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvm_clone.agent.digests import differ, digest
-from kvm_clone.agent.digests.differ import Differ
+from kvm_clone.agent.digests import digest, service
 from kvm_clone.agent.digests.hashing import SHA256, How
+from kvm_clone.agent.digests.service import DigestService
 from kvm_clone.agent.disks import image
 from kvm_clone.agent.disks.disk import MemoryDisk
 from kvm_clone.agent.protocol import errors
@@ -83,13 +83,15 @@ def test_segments_and_blocks_against_the_definition(tmp_path: Path, given_disk: 
     path = tmp_path / "disk"
     path.write_bytes(content)
     heard: list[int] = []
-    answering = Differ()
+    answering = DigestService()
     found = answering.segments(str(path), "raw", HOW, ranges, lambda state: heard.append(state["done"]))
     assert found == segments_of(expected)
     assert heard == sorted(heard)
     assert not ranges or heard[-1] == sum(end - start for start, end in ranges)
     assert answering.blocks(str(path), "raw", HOW, ranges) == blocks_of(expected)
-    assert Differ().blocks(str(path), "raw", HOW, ranges) == blocks_of(expected), "and without having heard of them"
+    assert DigestService().blocks(str(path), "raw", HOW, ranges) == blocks_of(expected), (
+        "and without having heard of them"
+    )
     memory = MemoryDisk(len(content))
     for at in range(0, len(content), BLOCK):
         if any(content[at : at + BLOCK]):
@@ -114,7 +116,7 @@ def test_every_kind_of_image_has_the_same_answers(tmp_path: Path) -> None:
     over = make_overlay(tmp_path / "over", base, "raw", SIZE, [(0, raw.read_bytes()[:MIB]), *WRITES])
     plain = make_qcow2(tmp_path / "plain", SIZE, WRITES)
     for path, format_ in ((raw, "raw"), (plain, "qcow2"), (over, "qcow2")):
-        answering = Differ()
+        answering = DigestService()
         assert answering.segments(str(path), format_, HOW, GAPS, lambda _: None) == segments_of(expected)
         assert answering.blocks(str(path), format_, HOW, GAPS) == blocks_of(expected)
         with closing(image.open_for_reading(str(path), format_)) as disk:
@@ -126,7 +128,7 @@ def test_every_kind_of_image_has_the_same_answers(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_units")
 def test_blocks_are_remembered_until_others_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(differ, "REMEMBERED", 3)
+    monkeypatch.setattr(service, "REMEMBERED", 3)
     path = make_raw(tmp_path / "disk", 8 * SEGMENT, [(0, noise(8 * SEGMENT))])
     content = path.read_bytes()
     read: list[Ranges] = []
@@ -137,7 +139,7 @@ def test_blocks_are_remembered_until_others_come(tmp_path: Path, monkeypatch: py
         return real(disk, how, ranges)
 
     monkeypatch.setattr(digest, "segments", counted)
-    answering = Differ()
+    answering = DigestService()
     answering.segments(str(path), "raw", HOW, [[0, 8 * SEGMENT]], lambda _: None)
     assert len(answering._blocks) == 3
     read.clear()
@@ -153,7 +155,7 @@ def test_blocks_are_remembered_until_others_come(tmp_path: Path, monkeypatch: py
 def test_what_is_remembered_is_of_the_same_parts_and_the_same_image(tmp_path: Path) -> None:
     one = make_raw(tmp_path / "one", SEGMENT, [(0, noise(SEGMENT))])
     other = make_raw(tmp_path / "other", SEGMENT, [(0, noise(SEGMENT, 1))])
-    answering = Differ()
+    answering = DigestService()
     answering.segments(str(one), "raw", HOW, [[0, SEGMENT]], lambda _: None)
     part = [[BLOCK, 3 * BLOCK]]
     assert answering.blocks(str(one), "raw", HOW, part) == blocks_of(naive(one.read_bytes(), part))
@@ -165,7 +167,7 @@ def test_what_is_remembered_is_of_the_same_parts_and_the_same_image(tmp_path: Pa
 @pytest.mark.usefixtures("small_units")
 def test_what_is_remembered_is_of_the_same_key(tmp_path: Path) -> None:
     path = make_raw(tmp_path / "disk", SEGMENT, [(0, noise(SEGMENT))])
-    answering, whole = Differ(), [[0, SEGMENT]]
+    answering, whole = DigestService(), [[0, SEGMENT]]
     before = answering.segments(str(path), "raw", HOW, whole, lambda _: None)
     other = [SHA256, bytes(32).hex()]
     assert answering.blocks(str(path), "raw", other, whole) != answering.blocks(str(path), "raw", HOW, whole)
@@ -176,7 +178,7 @@ def test_what_is_remembered_is_of_the_same_key(tmp_path: Path) -> None:
 def test_segments_are_always_read_anew(tmp_path: Path) -> None:
     """A proof that came from memory would be none."""
     path = make_raw(tmp_path / "disk", SEGMENT)
-    answering, whole = Differ(), [[0, SEGMENT]]
+    answering, whole = DigestService(), [[0, SEGMENT]]
     before = answering.segments(str(path), "raw", HOW, whole, lambda _: None)
     path.write_bytes(noise(SEGMENT))
     assert answering.segments(str(path), "raw", HOW, whole, lambda _: None) != before
@@ -184,7 +186,7 @@ def test_segments_are_always_read_anew(tmp_path: Path) -> None:
 
 
 def test_nothing_asked_for_opens_nothing(tmp_path: Path) -> None:
-    answering = Differ()
+    answering = DigestService()
     assert answering.segments(str(tmp_path / "missing"), "raw", HOW, [], lambda _: None) == []
     assert answering.blocks(str(tmp_path / "missing"), "raw", HOW, []) == []
 
@@ -192,8 +194,8 @@ def test_nothing_asked_for_opens_nothing(tmp_path: Path) -> None:
 def test_an_image_that_is_not_there(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     acts: list[Callable[[], object]] = [
-        lambda: Differ().segments(missing, "raw", HOW, [[0, 1]], lambda _: None),
-        lambda: Differ().blocks(missing, "raw", HOW, [[0, 1]]),
+        lambda: DigestService().segments(missing, "raw", HOW, [[0, 1]], lambda _: None),
+        lambda: DigestService().blocks(missing, "raw", HOW, [[0, 1]]),
     ]
     for act in acts:
         with pytest.raises(AgentError, match=missing) as caught:

@@ -24,7 +24,7 @@ _How = Tuple[str, str]
 """hashing.How in JSON: the method's name, and the key in hexadecimal."""
 
 
-class Differ:
+class DigestService:
     """Digests images, and remembers the blocks of the segments that it digested last."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Differ:
                 disk.close()
         except (OSError, ProtocolError) as error:
             raise from_exception(error, f"reading {path}") from error
-        if missing:  # what no extent tells of was not digested, and would count as equal
+        if missing:  # what no extent covers was not digested, and would count as equal
             raise AgentError(PROTOCOL, f"the extents of {path} leave out {missing} bytes")
 
     def _remember(self, key: Tuple[str, _How, _Parts], blocks: bytes) -> None:
