@@ -21,6 +21,7 @@ from kvm_clone.execution.driver import Driver
 from kvm_clone.execution.request import Request
 from kvm_clone.execution.run import Outcome
 from kvm_clone.execution.watching import watched
+from kvm_clone.gather import together
 from kvm_clone.hosts import connections, ssh, vms
 from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.pool import Pool
@@ -31,7 +32,6 @@ from kvm_clone.planning.placement import PlannedDisk
 from kvm_clone.planning.plan import Plan
 from kvm_clone.progress import Event, OnEvent
 from kvm_clone.results import DiskResult, HostListing, Result, StagedListing, Transfer
-from kvm_clone.tasks import together
 from kvm_clone.upkeep import leftovers, operation_log
 
 __all__ = ["Client", "Request"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from labclient import Lab, Vm
 from kvm_clone import Client, CloneOptions
 from kvm_clone.client import Request
 from kvm_clone.errors import ConnectError, RefusedError
-from kvm_clone.hosts import connections, survey
+from kvm_clone.hosts import connections, pool, survey
 from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.libvirt_host import LibvirtHost
 from kvm_clone.hosts.ssh import SshOptions
@@ -120,6 +121,37 @@ def test_a_connection_that_is_lost_as_it_is_given_back_is_closed(lab: Lab, row: 
             assert not client._pool._idle.get("kc-b")
 
     asyncio.run(killed())
+
+
+def test_an_idle_connection_that_does_not_answer_is_replaced(
+    lab: Lab, row: Vm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_ANSWER_SECONDS", 0.5)
+
+    async def stopped() -> None:
+        async with Client(options(lab)) as client:
+            await client.plan(Request(*PAIR, "row"))
+            (pid,) = agents(lab, "kc-b")
+            kill(lab, "kc-b", pid, signal.SIGSTOP)
+            await client.clone(*PAIR, "row")
+            kill(lab, "kc-b", pid)
+
+    asyncio.run(stopped())
+    assert_equal(lab, row)
+
+
+def test_an_agent_that_does_not_answer_is_not_kept(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_ANSWER_SECONDS", 0.5)
+
+    async def stopped() -> None:
+        async with Client(options(lab)) as client:
+            async with client._pool.lease("kc-b"):
+                (pid,) = agents(lab, "kc-b")
+                kill(lab, "kc-b", pid, signal.SIGSTOP)
+            assert not client._pool._idle.get("kc-b")
+            kill(lab, "kc-b", pid)
+
+    asyncio.run(stopped())
 
 
 def test_libvirt_is_closed_when_the_other_host_cannot_be_reached(

@@ -864,6 +864,20 @@ def test_a_replica_that_is_started_before_the_merge_keeps_what_it_writes(lab: La
     assert_nothing_left(lab)
 
 
+def test_a_merge_waits_for_who_looks_at_the_images(lab: Lab, source: Vm) -> None:
+    """Such as another sync that waits for this one: its agent has the images open for a moment."""
+    change_both(lab)
+    path, _ = disks_of(lab, "kc-b", NAME)["vda"]
+    with held(lab, "committed", "kc-a", "kc-b", NAME, "--output", "json", command="sync") as child:
+        looks = f"exec 3<{path}; (sleep 3) >/dev/null 2>&1 &"
+        lab.run("kc-b", "sh", "-c", looks)
+        child.send_signal(signal.SIGCONT)
+        done = ended(child)
+    assert (done.code, done.document["warnings"]) == (0, []), done.err
+    assert is_equal(lab)
+    assert_nothing_left(lab)
+
+
 def snapshot_outside(lab: Lab) -> None:
     virsh(lab, "kc-b", "snapshot-create-as", NAME, "one", "--disk-only")
 

@@ -62,7 +62,7 @@ def test_nothing_imports_the_command_line() -> None:
 
 
 BASE = frozenset(
-    {"errors", "findings", "image", "options", "progress", "socket_directory", "tasks", "units", "version"}
+    {"errors", "findings", "image", "options", "progress", "socket_directory", "gather", "units", "version"}
 )
 """Single modules that every floor may import."""
 

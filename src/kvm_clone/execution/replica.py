@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Mapping
 
 from kvm_clone.definition.domain_xml import DiskXml, read_domain
@@ -13,6 +15,10 @@ from kvm_clone.hosts.libvirt_host import FencedLibvirt
 from kvm_clone.image import Image
 from kvm_clone.planning import domain_facts
 from kvm_clone.planning.domain_facts import Domain
+
+_PATIENCE_SECONDS, _PAUSE_SECONDS = 10.0, 0.5
+"""How long a use of the images may last, and how often it is looked for: whoever waits for this operation looks at the
+images now and then, and keeps others from writing them for that moment."""
 
 
 async def merge(host: Host, libvirt: FencedLibvirt, name: str) -> None:
@@ -69,12 +75,19 @@ async def _at_rest(host: Host, libvirt: FencedLibvirt, name: str) -> Domain:
 async def _check_alone(host: Host, libvirt: FencedLibvirt, domain: Domain, bases: Mapping[str, Image]) -> None:
     """What anybody else uses, or a saved state of this VM rests on, must stay as it is."""
     paths = sorted({*bases, *(base.path for base in bases.values())})
-    known = await vms.users(libvirt)
-    for use in await vms.judge(host, known, paths, but=domain.uuid, processes=True):
-        if not use.is_free:
-            raise _kept(host, domain.name, f"{use.path}: {use.why}")
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while used := await _used(host, libvirt, domain, paths):
+        if time.monotonic() >= deadline:
+            raise _kept(host, domain.name, f"{used[0].path}: {used[0].why}")
+        await asyncio.sleep(_PAUSE_SECONDS)
     if await libvirt.is_saved_with(domain.name, tuple(bases)):
         raise _kept(host, domain.name, "its state was saved")
+
+
+async def _used(host: Host, libvirt: FencedLibvirt, domain: Domain, paths: list[str]) -> list[vms.Use]:
+    known = await vms.users(libvirt)
+    found = await vms.judge(host, known, paths, but=domain.uuid, processes=True)
+    return [use for use in found if not use.is_free]
 
 
 def _kept(host: Host, name: str, why: str) -> KvmCloneError:

@@ -13,7 +13,7 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
-from kvm_clone.tasks import undisturbed
+from kvm_clone.gather import undisturbed
 
 Process = asyncio.subprocess.Process
 

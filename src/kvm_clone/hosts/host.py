@@ -23,13 +23,13 @@ from kvm_clone.errors import (
     LockedError,
     RefusedError,
 )
+from kvm_clone.gather import undisturbed
 from kvm_clone.hosts import payload, ssh
 from kvm_clone.hosts.agent_client import AgentClient
 from kvm_clone.hosts.agent_errors import REMEDIES, AgentCallError, call_error
 from kvm_clone.hosts.children import deaf, end_process, kill_process, spawn, stop_process
 from kvm_clone.hosts.outputs import lines_of, read_past_noise, read_steadily
 from kvm_clone.hosts.tunnel import Tunnel
-from kvm_clone.tasks import undisturbed
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Callable
 
 from kvm_clone.agent.protocol import errors as kinds
 from kvm_clone.errors import KvmCloneError
+from kvm_clone.gather import together, undisturbed
 from kvm_clone.hosts import connections
 from kvm_clone.hosts.agent_errors import AgentCallError
 from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.libvirt_host import LibvirtHost
-from kvm_clone.tasks import together, undisturbed
 
 log = logging.getLogger(__name__)
 

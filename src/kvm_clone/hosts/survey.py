@@ -16,6 +16,7 @@ from kvm_clone.agent.protocol.wire import ProtocolError
 from kvm_clone.definition import domain_xml
 from kvm_clone.definition.references import Role, references
 from kvm_clone.errors import RefusedError
+from kvm_clone.gather import together
 from kvm_clone.hosts import ssh, vms
 from kvm_clone.hosts.agent_errors import AgentCallError
 from kvm_clone.hosts.children import kill_process, spawn
@@ -37,7 +38,6 @@ from kvm_clone.planning.facts import (
     staged_facts,
 )
 from kvm_clone.planning.file_names import home_of, scratch_prefix, stems
-from kvm_clone.tasks import together
 
 _LOOKS = 3
 """How often the destination's VM is looked at when it changes meanwhile; after that the plan may rest on a mixture, and

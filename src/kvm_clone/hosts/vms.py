@@ -13,11 +13,11 @@ from kvm_clone.definition import domain_xml, marks
 from kvm_clone.definition.claims import Claim
 from kvm_clone.definition.references import Role, references
 from kvm_clone.errors import RefusedError, TransferError
+from kvm_clone.gather import together
 from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.libvirt_host import FencedLibvirt, LibvirtHost
 from kvm_clone.planning import domain_facts
 from kvm_clone.planning.facts import Existing
-from kvm_clone.tasks import together
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import Any
 from kvm_clone.agent.digests.digest import BLOCK, SEGMENT
 from kvm_clone.agent.digests.hashing import KEY_BYTES, SHA256, SIZE
 from kvm_clone.agent.disks.disk import joined, thinned
+from kvm_clone.gather import together
 from kvm_clone.hosts.host import Host
 from kvm_clone.image import Image
-from kvm_clone.tasks import together
 
 Ranges = tuple[tuple[int, int], ...]
 """[start, end) pairs in bytes, in ascending order and without overlap."""

@@ -13,12 +13,12 @@ from typing import Any
 
 from kvm_clone.agent.staging import records
 from kvm_clone.errors import VerificationError
+from kvm_clone.gather import together, undisturbed
 from kvm_clone.hosts.host import Host
 from kvm_clone.image import Image
 from kvm_clone.options import TransferOptions, Verify
 from kvm_clone.planning.assets import Asset
 from kvm_clone.progress import DiskProgress, OnEvent, Phase
-from kvm_clone.tasks import together, undisturbed
 from kvm_clone.transfer import room, transport
 from kvm_clone.transfer.compare import Ranges, Side, aligned, common, complement, differing, total, union, whole_blocks
 

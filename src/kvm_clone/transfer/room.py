@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvm_clone.errors import RefusedError
+from kvm_clone.gather import together
 from kvm_clone.hosts.host import Host
 from kvm_clone.image import Image
 from kvm_clone.planning.assets import Asset
 from kvm_clone.planning.storage import with_margin
-from kvm_clone.tasks import together
 from kvm_clone.transfer.compare import Ranges, Side, total
 from kvm_clone.units import format_bytes
 

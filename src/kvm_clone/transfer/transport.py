@@ -21,6 +21,7 @@ from kvm_clone.agent.protocol import errors as kinds
 from kvm_clone.agent.protocol import wire
 from kvm_clone.agent.protocol.stream import enlarge_pipe
 from kvm_clone.errors import InterruptedTransferError, TransferError
+from kvm_clone.gather import undisturbed
 from kvm_clone.hosts import payload
 from kvm_clone.hosts.agent_errors import call_error
 from kvm_clone.hosts.children import deaf, end_process, kill_process, spawn
@@ -28,7 +29,6 @@ from kvm_clone.hosts.host import Host, read_frame, read_marker
 from kvm_clone.hosts.survey import direct_ssh
 from kvm_clone.image import Image
 from kvm_clone.options import Route, TransferOptions
-from kvm_clone.tasks import undisturbed
 
 READY_SECONDS = 45.0
 """How long a stream may be kept ready before it is used: less than its agents' patience, agent.__main__."""

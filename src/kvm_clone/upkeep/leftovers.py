@@ -12,11 +12,11 @@ from kvm_clone.agent.host import uses
 from kvm_clone.definition import marks
 from kvm_clone.errors import KvmCloneError, RefusedError, TransferError
 from kvm_clone.execution import replica
+from kvm_clone.gather import together
 from kvm_clone.hosts import connections, live, vms
 from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.libvirt_host import FencedLibvirt, LibvirtHost
 from kvm_clone.planning import domain_facts
-from kvm_clone.tasks import together
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvm_clone.tasks import together, undisturbed
+from kvm_clone.gather import together, undisturbed
 
 
 async def value(what: Any, after: asyncio.Event | None = None) -> Any:
