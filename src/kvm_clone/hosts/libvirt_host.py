@@ -27,6 +27,9 @@ from kvm_clone.planning.things import Objects
 _Arguments = ParamSpec("_Arguments")
 _Answer = TypeVar("_Answer")
 
+_CLOSE_SECONDS = 5.0
+"""How long libvirt may take to say goodbye."""
+
 
 @dataclass(frozen=True)
 class Frozen:
@@ -76,9 +79,15 @@ class LibvirtHost:
         return False
 
     async def close(self) -> None:
-        """Close the connection, also one whose host is gone."""
-        with contextlib.suppress(libvirt.libvirtError):
-            await asyncio.to_thread(self._connection.close)
+        """Close the connection, also one whose host is gone.
+
+        libvirt waits for the daemon's answer, which never comes from an agent that hangs. The call ends when the host's
+        connection does, which is closed next.
+        """
+        closing = asyncio.ensure_future(asyncio.to_thread(_close, self._connection))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await asyncio.shield(closing)
 
     async def find(self, name: str) -> Domain | None:
         """Return the domain of that name, None when there is none."""
@@ -232,6 +241,11 @@ class FencedLibvirt(LibvirtHost):
         """Drop from the definition what its commit has left to be done."""
         with failing_as(f"sealing {name}", name):
             await asyncio.to_thread(domains.settle_pending, self._fenced, name)
+
+
+def _close(connection: libvirt.virConnect) -> None:
+    with contextlib.suppress(libvirt.libvirtError):
+        connection.close()
 
 
 async def _to_its_end(
