@@ -17,6 +17,7 @@ import libvirt
 from kvm_clone.definition.claims import Claim
 from kvm_clone.definition.domain_xml import DomainXml
 from kvm_clone.definition.references import Reference
+from kvm_clone.gather import undisturbed
 from kvm_clone.hosts import domains, host_things, inventory, live, verdict
 from kvm_clone.hosts.domains import Fenced, Listed
 from kvm_clone.hosts.libvirt_errors import failing_as, message_of
@@ -71,6 +72,15 @@ class LibvirtHost:
     ) -> _Answer:
         with failing_as(what, subject):
             return await asyncio.to_thread(work, self._connection, *arguments, **options)
+
+    async def _to_its_end(
+        self,
+        work: Callable[Concatenate[libvirt.virConnect, _Arguments], _Answer],
+        *arguments: _Arguments.args,
+        **options: _Arguments.kwargs,
+    ) -> _Answer:
+        """Call it and wait for its end, cancelled or not: what libvirt is doing must not come about unseen."""
+        return await undisturbed(asyncio.to_thread(work, self._connection, *arguments, **options))
 
     async def is_alive(self) -> bool:
         """Return whether the connection is still there."""
@@ -159,12 +169,12 @@ class LibvirtHost:
     async def begin_job(self, name: str, job: BackupJob) -> None:
         """Begin the job: from here on its socket offers each disk as it is now."""
         with failing_as(f"beginning the backup job on {self._host}", name):
-            await _to_its_end(live.begin, self._connection, name, job)
+            await self._to_its_end(live.begin, name, job)
 
     async def try_job(self, name: str, job: BackupJob) -> str:
         """Begin the job; return why libvirt refuses it, nothing when it has begun."""
         try:
-            await _to_its_end(live.begin, self._connection, name, job)
+            await self._to_its_end(live.begin, name, job)
         except libvirt.libvirtError as error:
             return message_of(error)
         return ""
@@ -172,25 +182,25 @@ class LibvirtHost:
     async def end_job(self, name: str) -> int:
         """End our backup job of the domain, and no other; return the bytes of scratch that it took."""
         with failing_as(f"ending the backup job of {name} on {self._host}", name):
-            return await _to_its_end(live.end, self._connection, name)
+            return await self._to_its_end(live.end, name)
 
     async def delete_checkpoints(self, name: str, wanted: tuple[str, ...]) -> list[str]:
         """Delete those of the checkpoints that nothing rests on; return their names."""
         with failing_as(f"deleting checkpoints on {self._host}", name):
-            return await _to_its_end(live.delete_checkpoints, self._connection, name, wanted)
+            return await self._to_its_end(live.delete_checkpoints, name, wanted)
 
     async def freeze(self, name: str) -> Frozen:
         """Freeze the guest's filesystems."""
         started = time.monotonic()
         try:
-            return Frozen(await _to_its_end(live.freeze, self._connection, name))
+            return Frozen(await self._to_its_end(live.freeze, name))
         except libvirt.libvirtError as error:
             return Frozen(0, message_of(error), live.may_be_frozen(error, time.monotonic() - started))
 
     async def thaw(self, name: str, count: int | None) -> Thawed:
         """Thaw the guest's filesystems. `count`: how many were frozen, None if that is not known."""
         try:
-            return Thawed(await _to_its_end(live.thaw, self._connection, name, count))
+            return Thawed(await self._to_its_end(live.thaw, name, count))
         except libvirt.libvirtError as error:
             return Thawed(trouble=message_of(error))
 
@@ -202,60 +212,53 @@ class FencedLibvirt(LibvirtHost):
         super().__init__(host, connection)
         self._fenced = Fenced(connection)
 
+    async def _change(
+        self,
+        what: str,
+        subject: str,
+        work: Callable[Concatenate[Fenced, _Arguments], _Answer],
+        *arguments: _Arguments.args,
+        **options: _Arguments.kwargs,
+    ) -> _Answer:
+        with failing_as(what, subject):
+            return await asyncio.to_thread(work, self._fenced, *arguments, **options)
+
     async def define(self, name: str, xml: str) -> None:
         """Define a domain."""
-        with failing_as(f"defining {name} on {self._host}", name):
-            await asyncio.to_thread(domains.define, self._fenced, xml)
+        await self._change(f"defining {name} on {self._host}", name, domains.define, xml)
 
     async def undefine(self, name: str, *, keep_variables: bool) -> None:
         """Undefine the domain with its TPM state and, unless they are kept, its UEFI variables."""
-        with failing_as(f"removing {name!r} from {self._host}", name):
-            await asyncio.to_thread(domains.undefine, self._fenced, name, keep_variables=keep_variables)
+        what = f"removing {name!r} from {self._host}"
+        await self._change(what, name, domains.undefine, name, keep_variables=keep_variables)
 
     async def stop(self, name: str) -> bool:
         """Stop the domain at once if it runs; return whether it did."""
-        with failing_as(f"stopping {name} on {self._host}", name):
-            return await asyncio.to_thread(domains.stop, self._fenced, name)
+        return await self._change(f"stopping {name} on {self._host}", name, domains.stop, name)
 
     async def start(self, name: str) -> None:
         """Start the domain."""
-        with failing_as(f"starting {name} on {self._host} again", name):
-            await asyncio.to_thread(domains.start, self._fenced, name)
+        await self._change(f"starting {name} on {self._host} again", name, domains.start, name)
 
     async def forget_state(self, name: str, own: tuple[str, ...], disks: tuple[str, ...]) -> list[str]:
         """Remove what libvirt kept beside a definition that has been replaced: see domains.forget_state."""
-        with failing_as(f"removing what {self._host} keeps of the old {name}", name):
-            return await asyncio.to_thread(domains.forget_state, self._fenced, name, own, disks)
+        what = f"removing what {self._host} keeps of the old {name}"
+        return await self._change(what, name, domains.forget_state, name, own, disks)
 
     async def refresh_pools(self, directories: set[str]) -> None:
         """Let libvirt see new files in the active pools of these directories."""
-        with failing_as(f"refreshing the pools of {self._host}", self._host):
-            await asyncio.to_thread(domains.refresh_pools, self._fenced, directories)
+        what = f"refreshing the pools of {self._host}"
+        await self._change(what, self._host, domains.refresh_pools, directories)
 
     async def seal(self, name: str, images: Mapping[str, str]) -> None:
         """Record in the definition how it and its images are now."""
-        with failing_as(f"sealing {name}", name):
-            await asyncio.to_thread(domains.seal, self._fenced, name, images)
+        await self._change(f"sealing {name}", name, domains.seal, name, images)
 
     async def settle_pending(self, name: str) -> None:
         """Drop from the definition what its commit has left to be done."""
-        with failing_as(f"sealing {name}", name):
-            await asyncio.to_thread(domains.settle_pending, self._fenced, name)
+        await self._change(f"sealing {name}", name, domains.settle_pending, name)
 
 
 def _close(connection: libvirt.virConnect) -> None:
     with contextlib.suppress(libvirt.libvirtError):
         connection.close()
-
-
-async def _to_its_end(
-    work: Callable[_Arguments, _Answer], *arguments: _Arguments.args, **options: _Arguments.kwargs
-) -> _Answer:
-    """Call it on a thread and wait for its end, cancelled or not: what libvirt is doing must not come about unseen."""
-    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **options))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        task.cancelled() or task.exception()  # nobody else asks for it
-        raise

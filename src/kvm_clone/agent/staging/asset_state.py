@@ -95,7 +95,9 @@ def states(entries: List[Record]) -> Dict[str, AssetState]:
     for entry in entries:
         record = entry["record"]
         if record == records.CREATE:
+            made = found[entry["disk"]].made if entry["disk"] in found else set()
             found[entry["disk"]] = AssetState(entry)
+            found[entry["disk"]].made = made
         elif record == records.MADE:
             found[entry["disk"]].made.add(entry["identity"])
         elif record == records.DURABLE:

@@ -195,20 +195,15 @@ class Stage(Hold):
     @one_at_a_time
     def publish(self, disk: str, final: str) -> None:
         """Give the staged file its final name, which nothing may have. Raises AgentError (exists)."""
-        store = stores.of(self._created(disk))
-        part = store.part(self.operation, disk, final)
+        asset = states(self._records()).get(disk)
+        if asset is None:
+            raise AgentError(UNSUPPORTED, f"there is no staged {disk}")
+        part, store = asset.part, asset.store
         try:
             self._append(records.PUBLISH, disk=disk, part=part, final=final, identity=store.identity(part))
             store.publish(part, final)
         except OSError as error:
             raise from_exception(error, f"giving {part} its final name {final}") from error
-
-    def _created(self, disk: str) -> records.Record:
-        """The asset's `create`. Raises AgentError (unsupported) for one that was not made."""
-        for entry in reversed(self._records()):
-            if entry["record"] == records.CREATE and entry["disk"] == disk:
-                return entry
-        raise AgentError(UNSUPPORTED, f"there is no staged {disk}")
 
     def _records(self) -> List[records.Record]:
         if self._journal is None:

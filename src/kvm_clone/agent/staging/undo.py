@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List
+from typing import Dict, List
 
 from kvm_clone.agent.protocol.errors import UNSUPPORTED, AgentError, from_exception
 from kvm_clone.agent.staging import marks, records
@@ -21,10 +21,10 @@ def undo_all(entries: List[Record], *, past_commit: bool = False) -> List[str]:
     if not past_commit and in_commit(entries):
         raise AgentError(UNSUPPORTED, UNSETTLED)
     left: List[str] = []
-    for number in range(len(entries) - 1, -1, -1):
-        entry = entries[number]
+    assets = states(entries)
+    for entry in reversed(entries):
         try:
-            _undo(entry, entries)
+            _undo(entry, assets)
         except OSError as error:
             path = entry.get("final" if entry["record"] == records.PUBLISH else "part", "marks")
             left.append(str(from_exception(error, f"removing {path}")))
@@ -33,19 +33,15 @@ def undo_all(entries: List[Record], *, past_commit: bool = False) -> List[str]:
     return left
 
 
-def _undo(entry: Record, entries: List[Record]) -> None:
+def _undo(entry: Record, assets: Dict[str, AssetState]) -> None:
     if entry["record"] == records.BEGIN:
         marks.remove_all(entry)
     elif entry["record"] == records.PUBLISH:
         # Only the asset that was published: another one of that name is not ours.
-        store = states(entries)[entry["disk"]].store
+        store = assets[entry["disk"]].store
         if store.is_still(entry["final"], entry["identity"]):
             store.remove(entry["final"])
     elif entry["record"] == records.CREATE:
         created = AssetState(entry)
-        created.made = {one["identity"] for one in entries if _made(one, entry)}
+        created.made = assets[entry["disk"]].made
         created.remove_staged()
-
-
-def _made(record: Record, created: Record) -> bool:
-    return bool(record["record"] == records.MADE and record["disk"] == created["disk"])
