@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import inspect
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 import kvm_clone
-from kvm_clone.agent.host import uses
+from kvm_clone.agent.host import host_info, things, uses
 from kvm_clone.agent.protocol import errors as kinds
 from kvm_clone.agent.server import Server
 from kvm_clone.agent.staging.hold import Hold
@@ -93,9 +94,129 @@ def test_each_method_makes_its_call_and_takes_no_malformed_answer(name: str) -> 
     assert sent.keys() == given.keys() - {"progress"}
 
 
+HERE = ("boot", "libvirt", "machine")
+HOST = {
+    "identity": dict.fromkeys(HERE, "x"),
+    "hostname": "a",
+    "python": "3.11",
+    "qemu_img": None,
+    "qemu_nbd": "7.2",
+    "time": 1.5,
+    "locks": "",
+}
+RAW = {
+    "regular": True,
+    "virtual_size": 1 << 40,
+    "allocated": 0,
+    "data": 1,
+    "stored": 0,
+    "mode": 0o640,
+    "user": "root",
+    "group": "kvm",
+    "fingerprint": "1:2:3:4:5",
+}
+QCOW2 = {**RAW, "image": {"cluster-size": 65536, "format-specific": {"data": {"corrupt": False}}}}
+DIRECTORY = {
+    "path": "/d",
+    "exists": True,
+    "writable": False,
+    "free": 0,
+    "names": [],
+    "more": False,
+    "inodes": 1,
+    "filesystem": 1,
+    "reflink": False,
+    "longest": 255,
+    "abilities": {},
+}
+RESOURCES = {
+    "hugepages": {"2048": [8, 4]},
+    "default_hugepage": 2048,
+    "hugetlbfs": True,
+    "nodes": "0-1",
+    "cpus": None,
+    "usb": ["1d6b:0002"],
+    "addresses": {"192.0.2.7": False, "a.name": None},
+}
+JOURNALLED = {
+    "directory": "/d",
+    "path": "/d/j",
+    "operation": "aa",
+    "name": "web",
+    "active": False,
+    "holder": "",
+    "foreign": "",
+    "changed": 1.0,
+    "defining": False,
+    "committed": False,
+    "remove": [],
+    "forget": [],
+    "published": [],
+    "disks": {},
+}
+WHOLE: list[tuple[str, dict[str, Any], Any]] = [
+    ("host", {}, HOST),
+    ("disk", {"path": "/d", "image_format": "raw"}, RAW),
+    ("disk", {"path": "/d", "image_format": "qcow2"}, QCOW2),
+    ("disk", {"path": "/d", "image_format": "raw"}, {"error": "it is not there"}),
+    ("directory", {"path": "/d"}, DIRECTORY),
+    ("directory", {"path": "/d"}, {**DIRECTORY, "names": ["\udcff"]}),
+    ("resources", {"addresses": []}, RESOURCES),
+    ("staged", {"directories": []}, [JOURNALLED]),
+    ("staged", {"directories": []}, [{"directory": "/d", "path": "/d/j", "error": "torn"}]),
+]
+"""Answers that are well formed, each with every field that it may not lack."""
+
+
+@pytest.mark.parametrize(("name", "given", "answer"), WHOLE)
+def test_an_answer_lacks_no_field_and_has_none_of_another_type(name: str, given: dict[str, Any], answer: Any) -> None:
+    def asked(what: Any) -> Any:
+        return asyncio.run(getattr(AgentClient(Answering(what)), name)(**given))
+
+    asked(answer)
+    many = isinstance(answer, list)
+    about = answer[0] if many else answer
+    for field in set(about) - {"image"}:
+        less = {key: value for key, value in about.items() if key != field}
+        for changed in (less, {**about, field: object()}):
+            with pytest.raises(AgentCallError, match="malformed"):
+                asked([changed] if many else changed)
+
+
+def test_what_a_real_agent_says_is_read(tmp_path: Path) -> None:
+    """In this process: the answers travel as JSON, so that tuples become lists."""
+    (tmp_path / "a.raw").write_bytes(bytes(4096))
+    said: list[tuple[str, dict[str, Any], Any]] = [
+        ("host", {}, host_info.host()),
+        ("disk", {"path": "a.raw", "image_format": "raw"}, host_info.disk(str(tmp_path / "a.raw"), "raw")),
+        ("disk", {"path": "b.raw", "image_format": "raw"}, host_info.disk(str(tmp_path / "b.raw"), "raw")),
+        ("directory", {"path": "/"}, host_info.directory(str(tmp_path), ["a"])),
+        ("directory", {"path": "/"}, host_info.directory(str(tmp_path), tried=False)),
+        ("directory", {"path": "/"}, host_info.directory(str(tmp_path / "missing"))),
+        ("resources", {"addresses": []}, things.resources(["127.0.0.1", "a.name"])),
+    ]
+    for name, given, answer in said:
+        caller = Answering(json.loads(json.dumps(answer)))
+        asyncio.run(getattr(AgentClient(caller), name)(**given))
+
+
 MALFORMED: list[tuple[str, dict[str, Any], Any]] = [
     ("host", {}, {"hostname": "a"}),
+    ("host", {}, {**HOST, "identity": {"boot": "x"}}),
+    ("host", {}, {**HOST, "time": float("nan")}),
     ("disk", {"path": "/d", "image_format": "raw"}, {"error": None}),
+    ("disk", {"path": "/d", "image_format": "raw"}, {**RAW, "backing": 1}),
+    ("disk", {"path": "/d", "image_format": "qcow2"}, {**QCOW2, "image": [1]}),
+    ("disk", {"path": "/d", "image_format": "qcow2"}, {**QCOW2, "image": {"snapshots": [{}]}}),
+    ("disk", {"path": "/d", "image_format": "qcow2"}, {**RAW, "image": {"format-specific": {"data": {"x": 1}}}}),
+    ("directory", {"path": "/d"}, {**DIRECTORY, "abilities": {"naming": "link"}}),
+    ("directory", {"path": "/d"}, {**DIRECTORY, "free": -1}),
+    ("directory", {"path": "/d"}, {**DIRECTORY, "names": [1]}),
+    ("resources", {"addresses": []}, {**RESOURCES, "hugepages": {"2048": [8]}}),
+    ("resources", {"addresses": []}, {**RESOURCES, "hugepages": {"big": [8, 4]}}),
+    ("staged", {"directories": []}, [{**JOURNALLED, "disks": {"vda": {"part": "/d/p"}}}]),
+    ("staged", {"directories": []}, [{**JOURNALLED, "source": "a"}]),
+    ("staged", {"directories": []}, [{"error": "torn"}]),
     ("free", {"path": "/"}, True),
     ("free", {"path": "/"}, -1),
     ("fingerprints", {"paths": ["/a", "/b"]}, ["1"]),

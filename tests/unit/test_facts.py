@@ -1,10 +1,11 @@
-"""facts.py, from what qemu-img says of images that it made."""
+"""What is known of hosts and images, from what qemu-img says of images that it made."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 from kvm_clone.agent.disks import fingerprint, qemu
 from kvm_clone.agent.host import host_info as agent
-from kvm_clone.planning.facts import HostFacts, ImageFacts, host_facts, image_facts
+from kvm_clone.hosts import answers
+from kvm_clone.planning.facts import HostFacts, ImageFacts
 
 MIB = 1 << 20
 SIZE = 3 * MIB + 512
@@ -30,7 +32,7 @@ def make(path: Path, options: str = "", *more: str, size: int = SIZE) -> Path:
 
 
 def known(path: Path) -> ImageFacts:
-    return image_facts("vda", str(path), "qcow2", agent.disk(str(path), "qcow2"))
+    return replace(answers.image(str(path), "qcow2")(agent.disk(str(path), "qcow2")), target="vda")
 
 
 def features(path: Path) -> dict[str, Any]:
@@ -118,7 +120,7 @@ def test_a_raw_image_has_no_options(tmp_path: Path) -> None:
     path = tmp_path / "a.raw"
     path.write_bytes(b"x" * 4096)
     os.truncate(path, SIZE)
-    image = image_facts("vdb", str(path), "raw", agent.disk(str(path), "raw"))
+    image = answers.image(str(path), "raw")(agent.disk(str(path), "raw"))
     assert (image.virtual_size, image.data, image.options, image.error) == (SIZE, 4096, (), "")
 
 
@@ -170,18 +172,16 @@ def test_a_file_of_another_format(tmp_path: Path) -> None:
 
 def test_a_device(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/dev/zero")
-    image = image_facts("vda", f"{tmp_path}/link", "raw", agent.disk(f"{tmp_path}/link", "raw"))
+    image = answers.image(f"{tmp_path}/link", "raw")(agent.disk(f"{tmp_path}/link", "raw"))
     assert not image.regular
 
 
-@pytest.mark.parametrize(("answer", "in_use"), [({}, False), ({"in_use": True}, True), ({"in_use": False}, False)])
-def test_an_error_says_whether_the_image_is_in_use(answer: dict[str, Any], in_use: bool) -> None:
-    image = image_facts("vda", "/a", "raw", {"error": "locked", **answer})
-    assert image == ImageFacts("/a", "raw", target="vda", error="locked", in_use=in_use)
+def test_an_image_of_which_nothing_is_known() -> None:
+    assert answers.image("/a", "raw")({"error": "locked"}) == ImageFacts("/a", "raw", error="locked")
 
 
 def test_host_facts() -> None:
-    here = host_facts("kc-a", agent.host())
+    here = answers.host("kc-a")(agent.host())
     version = subprocess.run(["qemu-img", "--version"], check=True, capture_output=True, text=True).stdout
     assert here.name == "kc-a"
     assert here.hostname == os.uname().nodename
@@ -191,6 +191,6 @@ def test_host_facts() -> None:
 
 def test_a_host_without_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    here = host_facts("kc-a", agent.host())
+    here = answers.host("kc-a")(agent.host())
     assert isinstance(here, HostFacts)
     assert (here.qemu_img, here.qemu_nbd) == (None, None)

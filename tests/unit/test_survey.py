@@ -1,4 +1,4 @@
-"""The destination is looked at again when its VM changes meanwhile: facts of one moment, not a mixture."""
+"""The destination is looked at again when its VM changes meanwhile, and an image that cannot be locked is known."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 
+from kvm_clone.agent.protocol import errors as kinds
+from kvm_clone.definition.domain_xml import DiskXml
 from kvm_clone.hosts import domains, survey
+from kvm_clone.hosts.agent_client import AgentClient
+from kvm_clone.hosts.agent_errors import AgentCallError
 from kvm_clone.hosts.libvirt_host import LibvirtHost
+from kvm_clone.planning.domain_facts import SHUT_OFF
+from kvm_clone.planning.facts import ImageFacts
 
 A, B, C, D = (SimpleNamespace(xml=text) for text in "abcd")
 
@@ -43,3 +49,23 @@ def test_the_destination_is_seen_at_one_moment(what: str, monkeypatch: pytest.Mo
     assert (facts.existing.domain if facts.existing is not None else None) is expected
     assert list(found) == []
     assert list(there) == []
+
+
+class Refusing:
+    """An agent that answers every call with an error of one kind."""
+
+    name = "kc-a"
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    async def call(self, name: str, progress: Any = None, /, **arguments: Any) -> Any:
+        raise AgentCallError(self.kind, f"{name} of {arguments['path']}", self.name)
+
+
+@pytest.mark.parametrize(("kind", "in_use"), [(kinds.IN_USE, True), (kinds.IO, False)])
+def test_an_error_says_whether_the_image_is_in_use(kind: str, in_use: bool) -> None:
+    host: Any = SimpleNamespace(name="kc-a", agent=AgentClient(Refusing(kind)))
+    disk = DiskXml("vda", "virtio", "disk", "file", "raw", "/a")
+    image = asyncio.run(survey._image(host, disk, SHUT_OFF))
+    assert image == ImageFacts("/a", "raw", target="vda", error="kc-a: lock_image of /a", in_use=in_use)

@@ -6,6 +6,7 @@ import pytest
 
 from kvm_clone.definition.domain_xml import read_domain
 from kvm_clone.definition.references import Reference, Role, references
+from kvm_clone.hosts.answers import resources
 from kvm_clone.planning.things import (
     UNKNOWN,
     HugePages,
@@ -18,7 +19,6 @@ from kvm_clone.planning.things import (
     parse_set,
     paths_of,
     plain_path,
-    resources,
 )
 
 SETS = [

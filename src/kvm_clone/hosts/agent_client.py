@@ -12,24 +12,14 @@ from typing import Any, Protocol, TypeVar
 from kvm_clone.agent.protocol import errors as kinds
 from kvm_clone.hosts import answers
 from kvm_clone.hosts.agent_errors import AgentCallError
-from kvm_clone.hosts.answers import listed, mapped, nothing, optional, text, truth, whole
+from kvm_clone.hosts.readers import listed, mapped, nothing, optional, pair, record, text, truth, whole
+from kvm_clone.planning.facts import Directory, HostFacts, ImageFacts
+from kvm_clone.planning.things import Resources
 
 _T = TypeVar("_T")
 Progress = Callable[[dict[str, Any]], None]
 Pairs = Sequence[Sequence[int]]
 """[start, end) pairs in bytes."""
-
-_HOST = ("identity", "hostname", "python", "qemu_img", "qemu_nbd", "time", "locks")
-_DISK = ("regular", "virtual_size", "allocated", "data", "stored", "mode", "user", "group", "fingerprint")
-_DIRECTORY = (
-    *("path", "exists", "writable", "free", "names", "more"),
-    *("inodes", "filesystem", "reflink", "longest", "abilities"),
-)
-_RESOURCES = ("hugepages", "default_hugepage", "hugetlbfs", "nodes", "cpus", "usb", "addresses")
-_STAGED = (
-    *("directory", "path", "operation", "name", "active", "holder", "foreign", "changed"),
-    *("defining", "committed", "remove", "forget", "published", "disks"),
-)
 
 
 class Caller(Protocol):
@@ -63,17 +53,18 @@ class AgentClient:
         """Nothing: the agent is there."""
         return await self._ask(nothing, "ping")
 
-    async def host(self) -> dict[str, Any]:
-        """The host's name, Python and QEMU tools, for planning.facts.host_facts."""
-        return await self._ask(answers.fields(*_HOST), "host")
+    async def host(self) -> HostFacts:
+        """The host's name, Python and QEMU tools; its UUID is libvirt's to say."""
+        return await self._ask(answers.host(self._caller.name), "host")
 
-    async def resources(self, addresses: Sequence[str]) -> dict[str, Any]:
-        """Huge pages, NUMA nodes, CPUs, USB devices, and which addresses are the host's, for planning.things."""
-        return await self._ask(answers.fields(*_RESOURCES), "resources", addresses=list(addresses))
+    async def resources(self, addresses: Sequence[str]) -> Resources:
+        """Huge pages, NUMA nodes, CPUs, USB devices, and which addresses are the host's."""
+        return await self._ask(answers.resources, "resources", addresses=list(addresses))
 
     async def probe(self, ssh: Sequence[str], known_hosts: str, measured: bool = True) -> answers.Probe:
         """Whether the host can run a command by `ssh`."""
-        return await self._ask(answers.probe, "probe", ssh=list(ssh), known_hosts=known_hosts, measured=measured)
+        read = record(answers.Probe)
+        return await self._ask(read, "probe", ssh=list(ssh), known_hosts=known_hosts, measured=measured)
 
     async def relay(self, fenced: bool) -> int:
         """Open libvirt's socket; the number of the channel that carries it."""
@@ -81,9 +72,9 @@ class AgentClient:
 
     # Files and directories
 
-    async def directory(self, path: str, stems: Sequence[str] = (), tried: bool = True) -> dict[str, Any]:
-        """What the directory is and can do, for planning.facts.directory_facts."""
-        return await self._ask(answers.fields(*_DIRECTORY), "directory", path=path, stems=list(stems), tried=tried)
+    async def directory(self, path: str, stems: Sequence[str] = (), tried: bool = True) -> Directory:
+        """What the directory is and can do, and its entries that begin with the stems."""
+        return await self._ask(answers.directory, "directory", path=path, stems=list(stems), tried=tried)
 
     async def exists(self, path: str) -> bool:
         """Whether the path is there."""
@@ -115,7 +106,7 @@ class AgentClient:
     ) -> list[answers.Use]:
         """Who uses each candidate, in their order."""
         return await self._ask(
-            listed(answers.use, len(candidates)),
+            listed(record(answers.Use), len(candidates)),
             "uses",
             candidates=list(candidates),
             claims=[list(claim) for claim in claims],
@@ -132,9 +123,10 @@ class AgentClient:
 
     # Images
 
-    async def disk(self, path: str, image_format: str, live: bool = False) -> dict[str, Any]:
-        """What is known of an image file, for planning.facts.image_facts; `error` when it cannot be known."""
-        return await self._ask(answers.fields(*_DISK), "disk", path=path, image_format=image_format, live=live)
+    async def disk(self, path: str, image_format: str, live: bool = False) -> ImageFacts:
+        """What is known of an image file; `live`: a VM may be writing it."""
+        read = answers.image(path, image_format)
+        return await self._ask(read, "disk", path=path, image_format=image_format, live=live)
 
     async def lock_image(self, path: str) -> None:
         """Keep every QEMU from writing the image."""
@@ -151,7 +143,7 @@ class AgentClient:
 
     async def ranges_of(self, path: str, image_format: str, data: bool) -> answers.Ranges:
         """Where the image is known to be zero, or with `data` where it is not."""
-        return await self._ask(listed(answers.pair), "ranges_of", path=path, image_format=image_format, data=data)
+        return await self._ask(listed(pair), "ranges_of", path=path, image_format=image_format, data=data)
 
     async def digests(self) -> list[str]:
         """The digest functions that the host has, the fastest first."""
@@ -173,7 +165,7 @@ class AgentClient:
 
     async def dirty(self, uri: str, bitmap: str) -> answers.Ranges:
         """What a dirty bitmap of an NBD export names."""
-        return await self._ask(listed(answers.pair), "dirty", uri=uri, bitmap=bitmap)
+        return await self._ask(listed(pair), "dirty", uri=uri, bitmap=bitmap)
 
     async def reader(self, domain: str) -> str:
         """Which operation copies the domain (by its UUID) by a backup job; nothing when none does."""
@@ -197,9 +189,9 @@ class AgentClient:
 
     # Operations that were interrupted
 
-    async def staged(self, directories: Sequence[str], name: str | None = None) -> list[dict[str, Any]]:
-        """The operations whose journals lie there, for planning.facts.staged_facts; one may be an `error`."""
-        return await self._ask(listed(answers.fields(*_STAGED)), "staged", directories=list(directories), name=name)
+    async def staged(self, directories: Sequence[str], name: str | None = None) -> list[answers.Journalled]:
+        """The operations whose journals lie there; one that is malformed has an `error`."""
+        return await self._ask(listed(answers.journalled), "staged", directories=list(directories), name=name)
 
     async def record_outcome(
         self, directory: str, name: str, operation: str, directories: Sequence[str], committed: bool
@@ -278,7 +270,7 @@ class AgentClient:
 
     async def overlays(self) -> list[answers.Overlay]:
         """The overlays of the committed VM that are still there."""
-        return await self._ask(listed(answers.overlay), "overlays")
+        return await self._ask(listed(record(answers.Overlay)), "overlays")
 
     async def merge(self) -> None:
         """Merge the overlays into what they rest on."""

@@ -1,16 +1,21 @@
-"""What agents answer, checked.
+"""What agents answer: the types that nothing else has, and the readers of those that need more than their fields.
 
-Each reader takes an answer and returns it typed. Raises ValueError, TypeError or KeyError for one that is malformed.
+What becomes a fact of a plan has its type in `planning`. Readers raise ValueError, TypeError or KeyError for an answer
+that is malformed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-_T = TypeVar("_T")
-Read = Callable[[Any], _T]
+from kvm_clone.hosts.readers import Read, anything, listed, mapped, record, text, truth, whole
+from kvm_clone.planning.facts import Directory, HostFacts, ImageFacts, StagedDisk
+from kvm_clone.planning.identity import HostIdentity
+from kvm_clone.planning.things import HugePages, Resources, parse_set
+
 Ranges = list[tuple[int, int]]
 """[start, end) pairs in bytes."""
 
@@ -31,7 +36,7 @@ class Removed:
 
     path: str
     result: str
-    error: str
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,107 +56,184 @@ class Probe:
     rate: float
 
 
-def nothing(answer: Any) -> None:
-    """The answer of a call that has none."""
-    if answer is not None:
-        raise ValueError("it is not null")
+@dataclass(frozen=True)
+class Origin:
+    """The VM that an operation copies, as its journal names it."""
+
+    uuid: str = ""
+    name: str = ""
+    host: str = ""
 
 
-def truth(answer: Any) -> bool:
-    """A boolean."""
-    return _of(bool, answer)
+@dataclass(frozen=True)
+class Journalled:
+    """An operation whose journal lies at `path` in `directory`; only these are known of one with an `error`.
 
+    `holder`: the process that runs it, while `active`. `foreign`: the other host that it belongs to. `changed`: when
+    the journal last changed, in seconds since 1970. `defining`: libvirt may have the definition; `committed`: it is
+    known to have had it. `remove`, `forget`: files and snapshots of the VM that it replaces. `published`: the files
+    that have their final names. `kind`: clone or sync.
+    """
 
-def text(answer: Any) -> str:
-    """A string."""
-    return _of(str, answer)
-
-
-def whole(answer: Any) -> int:
-    """An integer that is not negative."""
-    if type(answer) is not int or answer < 0:
-        raise ValueError("it is no whole number")
-    return answer
-
-
-def rate(answer: Any) -> float:
-    """A number of bytes a second."""
-    if type(answer) not in (int, float) or answer < 0:
-        raise ValueError("it is no rate")
-    return float(answer)
-
-
-def optional(read: Read[_T]) -> Read[_T | None]:
-    """A reader that takes null too."""
-    return lambda answer: None if answer is None else read(answer)
-
-
-def listed(read: Read[_T], count: int | None = None) -> Read[list[_T]]:
-    """A reader of lists, of `count` items if that is given."""
-
-    def take(answer: Any) -> list[_T]:
-        items = _of(list, answer)
-        if count is not None and len(items) != count:
-            raise ValueError(f"it has {len(items)} items, {count} were asked for")
-        return [read(item) for item in items]
-
-    return take
-
-
-def mapped(read: Read[_T]) -> Read[dict[str, _T]]:
-    """A reader of objects whose values are alike."""
-    return lambda answer: {key: read(value) for key, value in _of(dict, answer).items()}
-
-
-def fields(*names: str) -> Read[dict[str, Any]]:
-    """A reader of objects that have these fields at least, or an `error` that says why they have not."""
-
-    def take(answer: Any) -> dict[str, Any]:
-        found: dict[str, Any] = _of(dict, answer)
-        if "error" in found:
-            text(found["error"])
-            return found
-        missing = [name for name in names if name not in found]
-        if missing:
-            raise ValueError(f"it has no {', '.join(missing)}")
-        return found
-
-    return take
-
-
-def use(answer: Any) -> Use:
-    """One file's use."""
-    return Use(*(text(answer[name]) for name in ("path", "state", "why", "identity")))
+    directory: str
+    path: str
+    error: str = ""
+    operation: str = ""
+    name: str = ""
+    kind: str = "clone"
+    source: Origin = field(default_factory=Origin)
+    active: bool = False
+    holder: str = ""
+    foreign: str = ""
+    changed: float = 0.0
+    defining: bool = False
+    committed: bool = False
+    remove: tuple[str, ...] = ()
+    forget: tuple[str, ...] = ()
+    published: tuple[str, ...] = ()
+    disks: Mapping[str, StagedDisk] = field(default_factory=dict)
 
 
 def removed(answer: Any) -> Removed:
-    """What came of one file."""
-    result = text(answer["result"])
-    return Removed(text(answer["path"]), result, text(answer["error"]) if result == "error" else "")
-
-
-def overlay(answer: Any) -> Overlay:
-    """One overlay."""
-    return Overlay(*(text(answer[name]) for name in ("path", "base", "base_format")))
-
-
-def probe(answer: Any) -> Probe:
-    """What came of a probe."""
-    return Probe(text(answer["error"]), rate(answer["rate"]))
-
-
-def pair(answer: Any) -> tuple[int, int]:
-    """One [start, end) pair in bytes."""
-    start, end = listed(whole, 2)(answer)
-    return start, end
+    """What came of one file; why it could not be removed is there whenever it could not."""
+    return record(Removed, *(() if answer["result"] == "error" else ("error",)))(answer)
 
 
 def digests(answer: Any) -> dict[int, str]:
     """Digests by the segment's first byte."""
-    return {whole(at): text(digest) for at, digest in _of(list, answer)}
+    return {whole(at): text(digest) for at, digest in listed(listed(anything, 2))(answer)}
 
 
-def _of(kind: type[_T], answer: Any) -> _T:
-    if not isinstance(answer, kind):
-        raise TypeError(f"it is no {kind.__name__}")
-    return answer
+def host(name: str) -> Read[HostFacts]:
+    """The host and its tools; the clock is compared with ours now. `name`: what we call the host."""
+
+    def take(answer: Any) -> HostFacts:
+        about = record(_Host)(answer)
+        identity = HostIdentity(about.identity.boot, about.identity.libvirt, about.identity.machine)
+        tools = (about.hostname, about.python, about.qemu_img, about.qemu_nbd)
+        return HostFacts(name, *tools, about.time - time.time(), identity, about.locks)
+
+    return take
+
+
+def resources(answer: Any) -> Resources:
+    """Huge pages, NUMA nodes, CPUs, USB devices, and which addresses are the host's."""
+    about = record(_Resources)(answer)
+    pages = {int(size): HugePages(*counts) for size, counts in about.hugepages.items()}
+    sets = (parse_set(about.nodes), parse_set(about.cpus), about.usb)
+    return Resources(pages, about.default_hugepage, about.hugetlbfs, *sets, about.addresses)
+
+
+def directory(answer: Any) -> Directory:
+    """What a directory is; where nothing was tried, its filesystem is taken to be able to do everything."""
+    given = mapped(anything)(answer)
+    if given.get("abilities") == {}:
+        del given["abilities"]
+        return record(Directory, "abilities")(given)
+    return record(Directory)(given)
+
+
+def image(path: str, image_format: str) -> Read[ImageFacts]:
+    """What is known of the image at `path`, or the `error` for which nothing is."""
+
+    def take(answer: Any) -> ImageFacts:
+        if "error" in answer:
+            return ImageFacts(path, image_format, error=text(answer["error"]))
+        about = record(_Disk, "backing", "data_file", "encrypted")(answer)
+        corrupt, snapshots, options = _qcow2(answer.get("image", {}))
+        return ImageFacts(path, image_format, **vars(about), corrupt=corrupt, snapshots=snapshots, options=options)
+
+    return take
+
+
+def journalled(answer: Any) -> Journalled:
+    """One operation's journal."""
+    if "error" in answer:
+        return Journalled(text(answer["directory"]), text(answer["path"]), text(answer["error"]))
+    return _journalled(answer)
+
+
+_journalled = record(Journalled, "error", "kind", "source")
+
+
+@dataclass(frozen=True)
+class _Identity:
+    boot: str
+    libvirt: str
+    machine: str
+
+
+@dataclass(frozen=True)
+class _Host:
+    identity: _Identity
+    hostname: str
+    python: str
+    qemu_img: str | None
+    qemu_nbd: str | None
+    time: float
+    locks: str
+
+
+@dataclass(frozen=True)
+class _Resources:
+    hugepages: Mapping[str, tuple[int, ...]]
+    default_hugepage: int
+    hugetlbfs: bool
+    nodes: str | None
+    cpus: str | None
+    usb: frozenset[str]
+    addresses: Mapping[str, bool | None]
+
+
+@dataclass(frozen=True)
+class _Disk:
+    """The fields of ImageFacts that the agent's answer has under the same names."""
+
+    regular: bool
+    virtual_size: int
+    allocated: int
+    data: int
+    stored: int
+    mode: int
+    user: str
+    group: str
+    fingerprint: str
+    backing: str = ""
+    data_file: str = ""
+    encrypted: bool = False
+
+
+_QCOW2_OPTIONS = {
+    "compat": "compat",
+    "compression-type": "compression_type",
+    "extended-l2": "extended_l2",
+    "lazy-refcounts": "lazy_refcounts",
+    "refcount-bits": "refcount_bits",
+}
+"""The names of qcow2 features in `qemu-img info`, and in `qemu-img create -o`."""
+
+_DEFAULTS = {"compression_type": "zlib", "extended_l2": "off", "lazy_refcounts": "off"}
+"""Values that are left out of `-o`: older tools do not know these options."""
+
+
+def _qcow2(info: Any) -> tuple[bool, tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Whether a qcow2 image is marked corrupt, its snapshots' names, and the options that make one like it.
+
+    `info`: what `qemu-img info` says of it, nothing for a raw image.
+    """
+    about = mapped(anything)(info)
+    specific = mapped(anything)(mapped(anything)(about.get("format-specific", {})).get("data", {}))
+    snapshots = tuple(text(one["name"]) for one in listed(mapped(anything))(about.get("snapshots", [])))
+    options = _options(about, specific) if specific else {}
+    return truth(specific.get("corrupt", False)), snapshots, tuple(sorted(options.items()))
+
+
+def _options(about: Mapping[str, Any], specific: Mapping[str, Any]) -> dict[str, str]:
+    options = {"cluster_size": str(whole(about["cluster-size"]))}
+    for theirs, ours in _QCOW2_OPTIONS.items():
+        if theirs in specific:
+            value = specific[theirs]
+            said = ("on" if value else "off") if isinstance(value, bool) else str(value)
+            if said != _DEFAULTS.get(ours):
+                options[ours] = said
+    return options

@@ -6,9 +6,7 @@ import asyncio
 import os
 import posixpath
 import time
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from kvm_clone.agent.host import peer, uses
 from kvm_clone.agent.protocol import errors as kinds
@@ -19,6 +17,7 @@ from kvm_clone.errors import RefusedError
 from kvm_clone.gather import together
 from kvm_clone.hosts import ssh, vms
 from kvm_clone.hosts.agent_errors import AgentCallError
+from kvm_clone.hosts.answers import Journalled
 from kvm_clone.hosts.children import kill_process, spawn
 from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.libvirt_host import LibvirtHost
@@ -29,13 +28,11 @@ from kvm_clone.planning.facts import (
     DestinationFacts,
     Existing,
     Facts,
+    HostFacts,
     ImageFacts,
     RouteFacts,
     SourceFacts,
-    directory_facts,
-    host_facts,
-    image_facts,
-    staged_facts,
+    Staged,
 )
 from kvm_clone.planning.file_names import home_of, scratch_prefix, stems
 
@@ -95,7 +92,7 @@ async def _source(host: Host, libvirt: LibvirtHost, vm: str) -> SourceFacts:
         host.agent.look(paths=things.paths_of(kept)),
     )
     facts = SourceFacts(
-        host_facts(host.name, about, uuid),
+        _identified(about, uuid),
         domain,
         xml,
         images,
@@ -126,8 +123,13 @@ async def _running(host: Host, libvirt: LibvirtHost, facts: SourceFacts) -> Sour
             for path in sorted(paths)
         ),
     )
-    found = {answer["path"]: directory_facts(answer) for answer in directories}
+    found = {directory.path: directory for directory in directories}
     return replace(facts, live=now, directories=found, reader=reader, libvirt=version)
+
+
+def _identified(host: HostFacts, uuid: str) -> HostFacts:
+    """The host with its UUID by its libvirt."""
+    return replace(host, identity=replace(host.identity, uuid=uuid))
 
 
 async def _images(host: Host, xml: domain_xml.DomainXml, state: str) -> tuple[ImageFacts, ...]:
@@ -145,9 +147,9 @@ async def _image(host: Host, disk: domain_xml.DiskXml, state: str) -> ImageFacts
         if not running:
             await host.agent.lock_image(path=path)
     except AgentCallError as error:
-        return image_facts(disk.target, path, format_, {"error": str(error), "in_use": error.kind == kinds.IN_USE})
-    answer = await host.agent.disk(path=path, image_format=format_, live=running)
-    return image_facts(disk.target, path, format_, answer)
+        in_use = error.kind == kinds.IN_USE
+        return ImageFacts(path, format_, target=disk.target, error=str(error), in_use=in_use)
+    return replace(await host.agent.disk(path=path, image_format=format_, live=running), target=disk.target)
 
 
 async def _settled(
@@ -194,22 +196,22 @@ async def _destination(
         host.agent.look(paths=sorted(referred)),
         host.agent.resources(addresses=sorted(addresses)),
     )
-    attempt = next((staged_facts(answer) for answer in staged if "error" not in answer), None)
+    attempt = next((_attempt(one) for one in staged if not one.error), None)
     if attempt is not None:
         used = await vms.judge(host, known, attempt.published)
         attempt = replace(attempt, in_use=tuple(use.path for use in used if use.state == uses.USED))
     return DestinationFacts(
-        host_facts(host.name, about, abilities.uuid),
+        _identified(about, abilities.uuid),
         names,
         pools,
-        {path: directory_facts(answer) for path, answer in zip(paths, directories, strict=True)},
+        dict(zip(paths, directories, strict=True)),
         {path: kind != things.MISSING for path, kind in found.items()},
         existing,
         attempt,
-        "; ".join(_error(answer) for answer in staged if "error" in answer),
+        "; ".join(_error(one) for one in staged if one.error),
         abilities,
         _names_by_path(known),
-        things.Things(found, things.resources(resources), objects),
+        things.Things(found, resources, objects),
     )
 
 
@@ -220,10 +222,27 @@ def _names_by_path(known: vms.Users) -> dict[str, frozenset[str]]:
     return {path: frozenset(names) for path, names in found.items()}
 
 
-def _error(answer: Mapping[str, Any]) -> str:
+def _attempt(one: Journalled) -> Staged:
+    return Staged(
+        one.directory,
+        one.operation,
+        one.source.uuid,
+        one.source.name,
+        one.defining,
+        one.committed,
+        one.remove,
+        one.forget,
+        one.disks,
+        one.holder,
+        one.kind,
+        one.published,
+        one.foreign,
+    )
+
+
+def _error(one: Journalled) -> str:
     """Why a journal does not count, with its path."""
-    path, error = answer["path"], answer["error"]
-    return str(error) if path in error else f"{path}: {error}"
+    return one.error if one.path in one.error else f"{one.path}: {one.error}"
 
 
 async def _existing(host: Host, libvirt: LibvirtHost, name: str, known: vms.Users, *, replica: bool) -> Existing | None:

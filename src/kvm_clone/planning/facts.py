@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from kvm_clone.agent.disks import fingerprint
 from kvm_clone.definition.domain_xml import DomainXml
@@ -39,12 +37,13 @@ class HostFacts:
 class ImageFacts(Image):
     """What the inspection found out about one disk's image file. Sizes are in bytes.
 
-    `target`: the guest's name for the disk. `data`: how much has to be sent, which is a guess while a VM writes to it.
-    `stored`: what a fresh copy takes where that is less than `data`, since compressed clusters stay compressed; else 0.
-    `error`: why nothing is known. `in_use`: another process writes to it. `backing`: the file that it rests on.
+    `target`: the guest's name for the disk, empty for an image that was looked at by its path alone. `data`: how
+    much has to be sent, which is a guess while a VM writes to it. `stored`: what a fresh copy takes where that is
+    less than `data`, since compressed clusters stay compressed; else 0. `error`: why nothing is known. `in_use`:
+    another process writes to it. `backing`: the file that it rests on.
     """
 
-    target: str = field(kw_only=True)
+    target: str = field(default="", kw_only=True)
     error: str = ""
     in_use: bool = False
     regular: bool = True
@@ -315,90 +314,3 @@ class Facts:
             self.route.direct,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-_QCOW2_OPTIONS = {
-    "compat": "compat",
-    "compression-type": "compression_type",
-    "extended-l2": "extended_l2",
-    "lazy-refcounts": "lazy_refcounts",
-    "refcount-bits": "refcount_bits",
-}
-"""The names of qcow2 features in `qemu-img info`, and in `qemu-img create -o`."""
-
-_DEFAULTS = {"compression_type": "zlib", "extended_l2": "off", "lazy_refcounts": "off"}
-"""Values that are left out of `-o`: older tools do not know these options."""
-
-
-def host_facts(name: str, answer: Mapping[str, Any], uuid: str = "") -> HostFacts:
-    """Return the facts in the agent's answer to `host`; `uuid` is the host's by its libvirt."""
-    clock = answer["time"] - time.time()
-    tools = (answer["hostname"], answer["python"], answer["qemu_img"], answer["qemu_nbd"])
-    return HostFacts(name, *tools, clock, HostIdentity(**answer["identity"], uuid=uuid), answer["locks"])
-
-
-def directory_facts(answer: Mapping[str, Any]) -> Directory:
-    """Return the facts in the agent's answer to `directory`."""
-    abilities = FilesystemAbilities(**answer["abilities"])
-    return Directory(**{**answer, "names": frozenset(answer["names"]), "abilities": abilities})
-
-
-def image_facts(target: str, path: str, format_: str, answer: Mapping[str, Any]) -> ImageFacts:
-    """Return the facts in the agent's answer to `disk`."""
-    if "error" in answer:
-        return ImageFacts(path, format_, target=target, error=answer["error"], in_use=answer.get("in_use", False))
-    image = answer.get("image", {})
-    specific = image.get("format-specific", {}).get("data", {})
-    return ImageFacts(
-        path,
-        format_,
-        target=target,
-        regular=answer["regular"],
-        virtual_size=answer["virtual_size"],
-        allocated=answer["allocated"],
-        data=answer["data"],
-        mode=answer["mode"],
-        user=answer["user"],
-        group=answer["group"],
-        fingerprint=answer["fingerprint"],
-        backing=answer.get("backing", ""),
-        data_file=answer.get("data_file", ""),
-        encrypted=answer.get("encrypted", False),
-        corrupt=bool(specific.get("corrupt", False)),
-        snapshots=tuple(snapshot["name"] for snapshot in image.get("snapshots", [])),
-        options=tuple(sorted(_options(image, specific).items())),
-        stored=answer["stored"],
-    )
-
-
-def _options(image: Mapping[str, Any], specific: Mapping[str, Any]) -> dict[str, str]:
-    if not specific:
-        return {}
-    options = {"cluster_size": str(image["cluster-size"])}
-    for theirs, ours in _QCOW2_OPTIONS.items():
-        if theirs in specific:
-            value = specific[theirs]
-            text = ("on" if value else "off") if isinstance(value, bool) else str(value)
-            if text != _DEFAULTS.get(ours):
-                options[ours] = text
-    return options
-
-
-def staged_facts(answer: Mapping[str, Any]) -> Staged:
-    """Return the facts in one of the agent's answers to `staged`."""
-    source = answer.get("source", {})
-    return Staged(
-        answer["directory"],
-        answer["operation"],
-        source.get("uuid", ""),
-        source.get("name", ""),
-        answer["defining"],
-        answer["committed"],
-        tuple(answer["remove"]),
-        tuple(answer["forget"]),
-        {target: StagedDisk(**disk) for target, disk in answer["disks"].items()},
-        answer["holder"],
-        answer.get("kind", "clone"),
-        tuple(answer["published"]),
-        answer["foreign"],
-    )

@@ -6,7 +6,6 @@ import posixpath
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from kvm_clone.definition.domain_xml import DomainXml
 from kvm_clone.definition.references import Reference, Role
@@ -144,16 +143,3 @@ def parse_set(text: str | None) -> frozenset[int] | None:
         numbers = range(int(match[2]), int(match[3] or match[2]) + 1)
         found = found - set(numbers) if match[1] else found | set(numbers)
     return frozenset(found)
-
-
-def resources(answer: Mapping[str, Any]) -> Resources:
-    """Return what the agent's answer to `resources` says."""
-    return Resources(
-        {int(size): HugePages(*counts) for size, counts in answer["hugepages"].items()},
-        answer["default_hugepage"],
-        answer["hugetlbfs"],
-        parse_set(answer["nodes"]),
-        parse_set(answer["cpus"]),
-        frozenset(answer["usb"]),
-        answer["addresses"],
-    )

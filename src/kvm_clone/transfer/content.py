@@ -312,9 +312,9 @@ class Content:
     async def _other_size(self, asset: Asset, finished: Image) -> str:
         """Return why the finished image cannot be equal whatever it holds; nothing when it has the source's size."""
         found = await self.destination.agent.disk(finished.path, finished.format, live=True)
-        if "error" in found or not found["regular"]:
-            return f"cannot be read: {found.get('error', 'it is no regular file')}"
-        size, wanted = found["virtual_size"], asset.size
+        if found.error or not found.regular:
+            return f"cannot be read: {found.error or 'it is no regular file'}"
+        size, wanted = found.virtual_size, asset.size
         return f"has {size} bytes, the source's {wanted}" if size != wanted else ""
 
     async def _each(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from kvm_clone.errors import KvmCloneError, RefusedError, TransferError
 from kvm_clone.execution import replica
 from kvm_clone.gather import together
 from kvm_clone.hosts import connections, live, vms
+from kvm_clone.hosts.answers import Journalled
 from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.libvirt_host import FencedLibvirt, LibvirtHost
 from kvm_clone.planning import domain_facts
@@ -70,25 +70,25 @@ async def sweep(host: Host, libvirt: LibvirtHost) -> list[str]:
     return list(await host.agent.sweep(directories=await _directories(libvirt)))
 
 
-def _data(host: str, answer: Mapping[str, Any], directories: tuple[str, ...]) -> StagedData:
-    if "error" in answer:
-        return StagedData(host, answer["directory"], answer["path"], error=answer["error"])
+def _data(host: str, one: Journalled, directories: tuple[str, ...]) -> StagedData:
+    if one.error:
+        return StagedData(host, one.directory, one.path, error=one.error)
     return StagedData(
         host,
-        answer["directory"],
-        answer["path"],
-        answer["operation"],
-        answer["name"],
-        answer.get("source", {}).get("host", ""),
-        answer["active"],
-        answer["defining"],
-        sum(disk["allocated"] for disk in answer["disks"].values()),
-        max(0.0, time.time() - answer["changed"]),
-        committed=answer["committed"],
-        kind=answer.get("kind", "clone"),
-        published=tuple(answer["published"]),
-        remove=tuple(answer["remove"]),
-        foreign=answer["foreign"],
+        one.directory,
+        one.path,
+        one.operation,
+        one.name,
+        one.source.host,
+        one.active,
+        one.defining,
+        sum(disk.allocated for disk in one.disks.values()),
+        max(0.0, time.time() - one.changed),
+        committed=one.committed,
+        kind=one.kind,
+        published=one.published,
+        remove=one.remove,
+        foreign=one.foreign,
         directories=directories,
     )
 

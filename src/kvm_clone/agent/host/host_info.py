@@ -236,7 +236,7 @@ _NO_DIRECTORY = {
     "exists": False,
     "writable": False,
     "free": 0,
-    "names": (),
+    "names": [],
     "more": False,
     "inodes": 0,
     "filesystem": 0,
