@@ -49,8 +49,8 @@ async def connected(directory: Path) -> AsyncIterator[Host]:
     """This machine as a host, with its agent; it is to end soon, whatever was said, and to leave no process."""
     host = Host(parse_address("localhost"), SshOptions(), directory, interactive=False)
     await host.connect()
-    assert host._process is not None
-    agent = host._process.pid
+    assert host.ssh._process is not None
+    agent = host.ssh._process.pid
     try:
         yield host
     finally:
@@ -81,10 +81,10 @@ def test_an_answer_that_is_too_large_is_an_error(travelling: Any, tmp_path: Path
         async with connected(tmp_path) as host:
             begun = time.monotonic()
             with pytest.raises(AgentCallError, match="localhost: the answer to host: a message of") as caught:
-                await host.call("host")
+                await host.link.call("host")
             assert caught.value.kind == errors.PROTOCOL
             assert time.monotonic() - begun < 20
-            assert await host.call("exists", path=str(tmp_path)) is True
+            assert await host.link.call("exists", path=str(tmp_path)) is True
 
     asyncio.run(run())
 
@@ -94,11 +94,11 @@ def test_a_call_that_is_too_large_is_an_error(tmp_path: Path) -> None:
         async with connected(tmp_path) as host:
             for question in (LONG, [float("nan")]):
                 with pytest.raises(AgentCallError, match="localhost: exists cannot be asked for: a message") as caught:
-                    await host.call("exists", path=question)
+                    await host.link.call("exists", path=question)
                 assert caught.value.kind == errors.PROTOCOL
                 assert isinstance(caught.value, TransferError)
-            assert not host._calls
-            assert await host.call("exists", path=str(tmp_path)) is True
+            assert not host.link._calls
+            assert await host.link.call("exists", path=str(tmp_path)) is True
 
     asyncio.run(run())
 
@@ -109,7 +109,7 @@ def test_an_error_without_end_arrives_cut(travelling: Any, tmp_path: Path) -> No
     async def run() -> None:
         async with connected(tmp_path) as host:
             with pytest.raises(AgentCallError) as caught:
-                await host.call("host")
+                await host.link.call("host")
             assert 1000 < len(str(caught.value)) < 100_000
 
     asyncio.run(run())
@@ -162,10 +162,10 @@ def test_an_agent_that_lies_is_lost(name: str, travelling: Any, tmp_path: Path) 
     async def run() -> KvmCloneError:
         async with connected(tmp_path) as host:
             with pytest.raises(InterruptedTransferError, match="the connection to localhost was lost") as caught:
-                await asyncio.wait_for(host.call("host"), 20)
-            assert host.lost
+                await asyncio.wait_for(host.link.call("host"), 20)
+            assert host.link.lost
             with pytest.raises(InterruptedTransferError):
-                await host.call("host")
+                await host.link.call("host")
             return caught.value
 
     error = asyncio.run(run())
@@ -182,8 +182,8 @@ def test_the_bytes_of_a_channel_that_is_not_open_are_nobodys(travelling: Any, tm
 
     async def run() -> None:
         async with connected(tmp_path) as host:
-            assert await asyncio.wait_for(host.call("host"), 20) == 5
-            assert not host.lost
+            assert await asyncio.wait_for(host.link.call("host"), 20) == 5
+            assert not host.link.lost
 
     asyncio.run(run())
 
@@ -194,7 +194,7 @@ def test_an_error_of_a_kind_that_is_none(travelling: Any, tmp_path: Path) -> Non
     async def run() -> None:
         async with connected(tmp_path) as host:
             with pytest.raises(KvmCloneError, match="no reason given"):
-                await host.call("host")
+                await host.link.call("host")
 
     asyncio.run(run())
 
@@ -206,7 +206,7 @@ def test_an_agent_that_cannot_even_answer_ends(travelling: Any, tmp_path: Path) 
     async def run() -> None:
         async with connected(tmp_path) as host:
             with pytest.raises(InterruptedTransferError, match="no answer could be given: MemoryError"):
-                await asyncio.wait_for(host.call("host"), 20)
+                await asyncio.wait_for(host.link.call("host"), 20)
 
     asyncio.run(run())
 
@@ -271,7 +271,7 @@ def test_an_agent_that_stops_in_the_middle_is_lost(
         async with connected(tmp_path) as host:
             await asyncio.sleep(1)  # between frames it may be silent
             with pytest.raises(InterruptedTransferError):
-                await asyncio.wait_for(host.call("host"), 20)
+                await asyncio.wait_for(host.link.call("host"), 20)
 
     asyncio.run(run())
 
@@ -326,7 +326,7 @@ def test_progress_that_its_hearer_does_not_bear_ends_the_call(travelling: Any, t
     async def run() -> None:
         async with connected(tmp_path) as host:
             with pytest.raises(LookupError, match="of the hearer's own"):
-                await asyncio.wait_for(host.call("host", hear), 20)
-            assert not host.lost
+                await asyncio.wait_for(host.link.call("host", hear), 20)
+            assert not host.link.lost
 
     asyncio.run(run())

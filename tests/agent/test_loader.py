@@ -30,7 +30,7 @@ from kvm_clone.agent.disks.chain import Node
 from kvm_clone.agent.protocol import errors
 from kvm_clone.agent.protocol.wire import MARKER, RECORD_HEADER, pack_frame, read_frame
 from kvm_clone.agent.transfer import Job, Sender
-from kvm_clone.hosts import host, payload
+from kvm_clone.hosts import frames, payload
 from kvm_clone.hosts.children import end_process
 
 from .naive_hash import BY_SHA256, naive_hash
@@ -154,8 +154,8 @@ def test_login_noise_is_skipped(name: str, tmp_path: Path) -> None:
         assert process.stdin
         assert process.stdout
         process.stdin.write(WHOLE + pack_frame({"mode": "control"}) + pack_frame({"id": 7, "call": "ping"}))
-        identity = await host.read_marker(process.stdout, 20)
-        answer = await host.read_frame(process.stdout)
+        identity = await frames.read_marker(process.stdout, 20)
+        answer = await frames.read_frame(process.stdout)
         await end_process(process)
         return identity, answer
 

@@ -13,8 +13,7 @@ import pytest
 from kvm_clone.agent.host import peer
 from kvm_clone.agent.protocol.wire import MARKER, NOISE_LIMIT
 from kvm_clone.errors import ConnectError, ExitCode, RefusedError
-from kvm_clone.hosts import host as hosts
-from kvm_clone.hosts import payload
+from kvm_clone.hosts import payload, ssh_connection
 from kvm_clone.hosts.children import end_process, kill_process
 from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.outputs import lines_of
@@ -126,7 +125,7 @@ async def connect(server: SshServer, directory: Path) -> None:
                  interactive=False)  # fmt: skip
     try:
         await there.connect()
-        assert (await there.call("host"))["uid"] == os.geteuid()
+        assert (await there.link.call("host"))["uid"] == os.geteuid()
     finally:
         await there.close()
 
@@ -157,7 +156,7 @@ def test_a_connection_gives_up_on_a_login_that_prints_without_end(name: str, log
 
 @pytest.mark.parametrize("name", ["a login that says nothing", "stderr without end"])
 def test_a_connection_is_made_in_time(name: str, login: Login, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "_READY_SECONDS", 2.0)
+    monkeypatch.setattr(ssh_connection, "START_SECONDS", 2.0)
     server, rc = login
     rc.write_text(SILENT[name])
     begun = time.monotonic()

@@ -18,6 +18,7 @@ from kvm_clone.hosts import payload
 from kvm_clone.hosts.agent_errors import AgentCallError
 from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.ssh import SshOptions, parse_address
+from kvm_clone.hosts.ssh_connection import SshConnection
 from kvm_clone.image import Image
 from kvm_clone.options import Route, TransferOptions
 from kvm_clone.transfer import transport
@@ -64,7 +65,7 @@ def login(monkeypatch: pytest.MonkeyPatch) -> Login:
         sessions = iter(range(10))
         agent = payload.remote_command()
         monkeypatch.setattr(
-            Host,
+            SshConnection,
             "agent_command",
             lambda _: f"{command if next(sessions) == number else ''}\n{agent}",
         )
@@ -110,7 +111,7 @@ def test_a_login_that_prints_without_end(name: str, end: int, login: Login, tmp_
 
 @pytest.mark.parametrize("end", [0, 1], ids=["sender", "receiver"])
 def test_a_login_that_says_nothing(end: int, login: Login, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "_READY_SECONDS", 1.0)
+    monkeypatch.setattr(transport, "START_SECONDS", 1.0)
     monkeypatch.setattr(transport, "_END_SECONDS", 1.0)
     login("exec sleep 77", end)
     begun = time.monotonic()
@@ -121,7 +122,7 @@ def test_a_login_that_says_nothing(end: int, login: Login, tmp_path: Path, monke
 
 def test_a_pipe_that_takes_little(login: Login, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The receiver does not read itself out of it: what is written must not wait for ever."""
-    monkeypatch.setattr(transport, "_READY_SECONDS", 1.0)
+    monkeypatch.setattr(transport, "START_SECONDS", 1.0)
     monkeypatch.setattr(transport, "enlarge_pipe", lambda _: None)
     content = altered("wire", "#" * (1 << 17))
     monkeypatch.setattr(payload, "package", lambda: content)

@@ -16,7 +16,7 @@ from typing import Any
 
 from kvm_clone.cli import main
 from kvm_clone.hosts import payload
-from kvm_clone.hosts.host import Host
+from kvm_clone.hosts.agent_link import AgentLink
 
 WRITES = {"stage": "begin", "create": "create", "publish": "publish", "merge": "merged"}
 """The record that a call of the agent writes; `note` writes the one that it is given."""
@@ -24,7 +24,7 @@ WRITES = {"stage": "begin", "create": "create", "publish": "publish", "merge": "
 
 def hold_at(record: str) -> None:
     """Wrap the calls to agents."""
-    call = Host.call
+    call = AgentLink.call
     held: list[str] = []
 
     def hold() -> None:
@@ -32,7 +32,7 @@ def hold_at(record: str) -> None:
             held.append(record)
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    async def holding(self: Host, name: str, progress: Any = None, /, **arguments: Any) -> Any:
+    async def holding(self: AgentLink, name: str, progress: Any = None, /, **arguments: Any) -> Any:
         if record == f"before {name}":
             hold()
         answer = await call(self, name, progress, **arguments)
@@ -40,7 +40,7 @@ def hold_at(record: str) -> None:
             hold()
         return answer
 
-    Host.call = holding  # type: ignore[method-assign]
+    AgentLink.call = holding  # type: ignore[method-assign]
 
 
 _WRITE = "        if os.write(self._fd, line) != len(line):\n"

@@ -67,7 +67,7 @@ def test_a_second_operation_opens_no_new_connection(lab: Lab, row: Vm, monkeypat
             idle = [host for several in client._pool._idle.values() for host, _ in several]
             assert len(idle) == 2
             ended = "the tunnels of operations that are over are closed: one is left to look through"
-            await asyncio.to_thread(wait_until, ended, lambda: all(len(host._tunnels) == 1 for host in idle))
+            await asyncio.to_thread(wait_until, ended, lambda: all(host.link.tunnels == 1 for host in idle))
 
     asyncio.run(both())
     assert_equal(lab, row, "two")
@@ -117,7 +117,7 @@ def test_a_connection_that_is_lost_as_it_is_given_back_is_closed(lab: Lab, row: 
                 (pid,) = agents(lab, "kc-b")
                 kill(lab, "kc-b", pid)
                 with pytest.raises(Exception, match="was lost"):
-                    await host.wait_lost()
+                    await host.link.wait_lost()
             assert not client._pool._idle.get("kc-b")
 
     asyncio.run(killed())

@@ -336,7 +336,7 @@ def test_closing_a_host_is_done_to_the_end(tmp_path: Path, run: Run, steps: int)
         host = Host(ssh.parse_address("localhost"), ssh.SshOptions(), tmp_path, interactive=False)
         await host.connect()
         await cancelled(host.close, steps=steps, times=3)
-        assert host.lost
+        assert host.link.lost
 
     run(main)
 

@@ -17,8 +17,9 @@ from kvm_clone.agent.disks.image import NBD
 from kvm_clone.agent.protocol import errors as kinds
 from kvm_clone.errors import InterruptedTransferError, KvmCloneError, RefusedError, TransferError
 from kvm_clone.hosts.agent_errors import AgentCallError
-from kvm_clone.hosts.host import Host, once_free
+from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.libvirt_host import LibvirtHost
+from kvm_clone.hosts.locks import once_free
 from kvm_clone.image import Image
 from kvm_clone.options import Quiesce
 from kvm_clone.planning import domain_facts

@@ -6,7 +6,7 @@ from kvm_clone.agent.disks import fingerprint
 from kvm_clone.errors import InterruptedTransferError
 from kvm_clone.execution.backup import Guarding
 from kvm_clone.execution.context import Context
-from kvm_clone.hosts.host import LOCK_PATIENCE_SECONDS
+from kvm_clone.hosts.locks import LOCK_PATIENCE_SECONDS
 from kvm_clone.planning import steps
 from kvm_clone.progress import Phase
 

@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable
 from kvm_clone.errors import KvmCloneError
 from kvm_clone.execution.context import Context
 from kvm_clone.execution.stages import Failure
-from kvm_clone.hosts.host import LOCK_PATIENCE_SECONDS, Host, once_free
+from kvm_clone.hosts.host import Host
+from kvm_clone.hosts.locks import LOCK_PATIENCE_SECONDS, once_free
 from kvm_clone.planning import steps
 from kvm_clone.progress import Note, Phase
 
@@ -71,7 +72,7 @@ _DEFINED = "{} was defined before the failure, and is complete"
 
 async def _is_defined(run: Context) -> bool:
     """Whether libvirt has the definition already; a lost host is not asked."""
-    if run.row.failure is not Failure.LIBVIRT_DECIDES or run.destination.lost:
+    if run.row.failure is not Failure.LIBVIRT_DECIDES or run.destination.link.lost:
         return False
     name, operation = run.plan.name, run.plan.identity.operation
     return await run.libvirt.defined_by(name, operation)
@@ -79,7 +80,7 @@ async def _is_defined(run: Context) -> bool:
 
 async def _undo(run: Context, reconnect: Reconnect) -> list[str]:
     """Undo by the journal; what could not be undone. Raises ConnectError, TransferError."""
-    if run.destination.lost:
+    if run.destination.link.lost:
         return await _recover(run, reconnect)
     failed = []
     if run.stopped:

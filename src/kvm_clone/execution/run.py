@@ -75,8 +75,8 @@ class Run:
         """
         taken_by = handlers(self._context.plan.steps)
         run = self._context
-        watch = {asyncio.create_task(run.source.wait_lost()), asyncio.create_task(run.backup.watch())}
-        destination = asyncio.create_task(run.destination.wait_lost())
+        watch = {asyncio.create_task(run.source.link.wait_lost()), asyncio.create_task(run.backup.watch())}
+        destination = asyncio.create_task(run.destination.link.wait_lost())
         work = asyncio.create_task(self._take(taken_by))
         try:
             try:

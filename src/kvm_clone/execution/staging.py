@@ -11,7 +11,7 @@ from kvm_clone.execution.context import Context
 from kvm_clone.execution.removal import fingerprints_at_source
 from kvm_clone.execution.stages import Stage
 from kvm_clone.hosts import vms
-from kvm_clone.hosts.host import LOCK_PATIENCE_SECONDS, once_free
+from kvm_clone.hosts.locks import LOCK_PATIENCE_SECONDS, once_free
 from kvm_clone.planning import decide, steps
 from kvm_clone.progress import Phase
 from kvm_clone.version import __version__

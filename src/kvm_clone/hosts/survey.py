@@ -276,13 +276,13 @@ async def _measure_relay(source: Host, destination: Host) -> float:
     devnull = asyncio.subprocess.DEVNULL
     children: list[asyncio.subprocess.Process] = []
     try:
-        argv = destination.session_argv(peer.MEASURE)
+        argv = destination.ssh.session_argv(peer.MEASURE)
         reader = await spawn(*argv, stdin=out, stdout=asyncio.subprocess.PIPE, stderr=devnull)
         children.append(reader)
         assert reader.stdout is not None
         await read_past_noise(reader.stdout, peer.READY, peer.PROBE_SECONDS)
         began = time.monotonic()
-        argv = source.session_argv(f"timeout {peer.MEASURED_SECONDS} head -c {peer.MEASURED_BYTES} /dev/zero")
+        argv = source.ssh.session_argv(f"timeout {peer.MEASURED_SECONDS} head -c {peer.MEASURED_BYTES} /dev/zero")
         children.append(await spawn(*argv, stdin=devnull, stdout=into, stderr=devnull))
         os.close(into)
         into = -1
@@ -303,7 +303,7 @@ async def direct_ssh(destination: Host) -> tuple[list[str], str]:
     The other host has a configuration of its own: it gets the plain address that ours comes to, and the host keys that
     this machine knows, under a name that only they have.
     """
-    known = destination.known
+    known = destination.ssh.known
     keys = await ssh.known_host_lines(known)
     options = {
         "BatchMode": "yes",

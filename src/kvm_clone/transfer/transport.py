@@ -25,7 +25,8 @@ from kvm_clone.gather import undisturbed
 from kvm_clone.hosts import payload
 from kvm_clone.hosts.agent_errors import call_error
 from kvm_clone.hosts.children import deaf, end_process, kill_process, spawn
-from kvm_clone.hosts.host import Host, read_frame, read_marker
+from kvm_clone.hosts.frames import START_SECONDS, read_frame, read_marker
+from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.survey import direct_ssh
 from kvm_clone.image import Image
 from kvm_clone.options import Route, TransferOptions
@@ -33,7 +34,6 @@ from kvm_clone.options import Route, TransferOptions
 READY_SECONDS = 45.0
 """How long a stream may be kept ready before it is used: less than its agents' patience, agent.__main__."""
 
-_READY_SECONDS = 60.0
 _END_SECONDS = 20.0
 _STDERR_LIMIT = 64 * 1024
 
@@ -276,7 +276,7 @@ async def _direct(source: Host, destination: Host) -> AsyncIterator[Stream]:
         "preamble": payload.preamble(),
     }
     sender = await _spawn(
-        source.session_argv(source.agent_command()), source.name, destination.name, asyncio.subprocess.PIPE,
+        source.ssh.session_argv(source.ssh.agent_command()), source.name, destination.name, asyncio.subprocess.PIPE,
         asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -291,7 +291,7 @@ async def _direct(source: Host, destination: Host) -> AsyncIterator[Stream]:
 
 async def _ready(child: _Child, stream: asyncio.StreamReader) -> None:
     try:
-        await read_marker(stream, _READY_SECONDS)
+        await read_marker(stream, START_SECONDS)
     except (EOFError, OSError, TimeoutError, wire.ProtocolError) as error:
         raise await _not_ready(child, error) from error
 
@@ -301,7 +301,7 @@ async def _write_code(receiver: _Child, into: int) -> None:
     package = payload.preamble().encode() + payload.package()
     writing = asyncio.create_task(asyncio.to_thread(wire.write_all, into, package))
     try:
-        async with asyncio.timeout(_READY_SECONDS):
+        async with asyncio.timeout(START_SECONDS):
             await asyncio.shield(writing)
     except (OSError, TimeoutError, asyncio.CancelledError) as error:
         await receiver.kill()  # this ends the writing: the pipe has no other reader
@@ -327,7 +327,7 @@ async def _relay(source: Host, destination: Host) -> AsyncIterator[Stream]:
     try:
         enlarge_pipe(into)
         sender = await _spawn(
-            source.session_argv(source.agent_command()),
+            source.ssh.session_argv(source.ssh.agent_command()),
             source.name,
             destination.name,
             asyncio.subprocess.PIPE,
@@ -341,7 +341,7 @@ async def _relay(source: Host, destination: Host) -> AsyncIterator[Stream]:
         # The receiver reads its code and its request from the same pipe, before the sender's records.
         into = os.open(f"/proc/self/fd/{out}", os.O_WRONLY | os.O_CLOEXEC)
         receiver = await _spawn(
-            destination.session_argv(destination.agent_command()), destination.name, destination.name, out,
+            destination.ssh.session_argv(destination.ssh.agent_command()), destination.name, destination.name, out,
             asyncio.subprocess.PIPE,
         )  # fmt: skip
         children.append(receiver)
@@ -367,7 +367,7 @@ async def _relay(source: Host, destination: Host) -> AsyncIterator[Stream]:
 async def _pipe_ready(sender: _Child, out: int) -> None:
     """Wait for the marker in a pipe that another process reads from afterwards."""
     try:
-        async with asyncio.timeout(_READY_SECONDS):
+        async with asyncio.timeout(START_SECONDS):
             await _take_marker(out)
     except (EOFError, OSError, TimeoutError, wire.ProtocolError) as error:
         raise await _not_ready(sender, error) from error
