@@ -47,7 +47,7 @@ class Server:
         self._over = False
         self._hold: Optional[hold.Hold] = None
         self._relays: Dict[int, Relay] = {}
-        self._channels = 0  # no number is given twice: late words to a channel that has ended reach nobody
+        self._channels = 0  # no number is given twice: data for a channel that has ended reaches nobody
         self._calls: Dict[str, Callable[..., Any]] = {
             "ping": lambda: None,
             "host": host_info.host,

@@ -190,13 +190,16 @@ class Receiver:
         report: Callable[[List[int]], None],
         durable: Callable[[List[Optional[Ranges]]], None] = lambda _: None,
     ) -> None:
-        """`report` hears how many bytes each disk got, `durable` which ranges of are, None where nothing is new."""
+        """`report` is called with the bytes that each disk got, `durable` with the ranges that have become durable.
+
+        `durable` gets None for a disk of which nothing has since its last call.
+        """
         self._source = Incoming(source, SILENCE_SECONDS)
-        self._say_durable = durable
+        self._durable = durable
         self._reached = [0] * len(jobs)
-        self._told: List[Ranges] = [union(job.durable, ()) for job in jobs]
-        self._settled = time.monotonic()
-        self._unsettled = 0
+        self._reported_durable: List[Ranges] = [union(job.durable, ()) for job in jobs]
+        self._durable_since = time.monotonic()
+        self._not_durable = 0
         self._jobs = jobs
         self._report = report
         self._reported = time.monotonic()
@@ -264,24 +267,24 @@ class Receiver:
         be missing yet, which a resumed copy finds by their digests.
         """
         self._reached[record.disk] = max(self._reached[record.disk], record.offset + record.length)
-        self._unsettled += record.length if record.type == DATA else 0
+        self._not_durable += record.length if record.type == DATA else 0
         now = time.monotonic()
         enough = min(DURABLE_BYTES, max(DURABLE_LEAST, sum(disk.size for disk in self._open.values()) // DURABLE_PARTS))
-        if self._unsettled >= enough or now - self._settled >= DURABLE_SECONDS:
+        if self._not_durable >= enough or now - self._durable_since >= DURABLE_SECONDS:
             for disk in self._open.values():
                 disk.flush()
-            self._tell_durable(list(self._open))
-            self._settled, self._unsettled = time.monotonic(), 0
+            self._report_durable(list(self._open))
+            self._durable_since, self._not_durable = time.monotonic(), 0
 
-    def _tell_durable(self, flushed: List[int]) -> None:
+    def _report_durable(self, flushed: List[int]) -> None:
         """Report the disks of which more is durable than was said before."""
         said: List[Optional[Ranges]] = [None] * len(self._jobs)
         for index in flushed:
-            ranges = _fewest(union(self._told[index], [(0, self._reached[index])]))
-            if ranges != self._told[index]:
-                self._told[index] = said[index] = ranges
+            ranges = _fewest(union(self._reported_durable[index], [(0, self._reached[index])]))
+            if ranges != self._reported_durable[index]:
+                self._reported_durable[index] = said[index] = ranges
         if any(ranges is not None for ranges in said):
-            self._say_durable(said)
+            self._durable(said)
 
     def _disk(self, index: int) -> Disk:
         if index not in self._open:
@@ -298,7 +301,7 @@ class Receiver:
         image.flush_and_drop_cache(self._jobs[index].path)
         self._finished.add(index)
         self._reached[index] = size
-        self._tell_durable([index])
+        self._report_durable([index])
 
     def _end(self, record: Record) -> None:
         if record.length != sum(self.written):

@@ -20,7 +20,7 @@ class WatcherError(KvmCloneError):
 class Watcher:
     """Passes events on until the callback raises, which then interrupts the task that this was made in.
 
-    Events come from many places, few of which could end in good order with a stranger's exception.
+    Events come from many places, few of which could end cleanly with somebody else's exception.
     """
 
     def __init__(self, on_event: OnEvent) -> None:

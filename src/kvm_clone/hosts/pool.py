@@ -27,7 +27,7 @@ _ANSWER_SECONDS = 5.0
 class Pool:
     """Idle connections by the host's address. One connection serves one operation at a time.
 
-    Only what an operation has given back in good order, with an agent that holds nothing, is used again.
+    Only what an operation that succeeded has given back, with an agent that holds nothing, is used again.
     """
 
     def __init__(self, make_host: Callable[[str], Host]) -> None:

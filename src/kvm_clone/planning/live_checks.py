@@ -106,7 +106,7 @@ def _scratch(source: SourceFacts) -> tuple[dict[str, str], list[Finding]]:
         if free[chosen.filesystem] < image.data:
             text = (
                 f"{chosen.path} on {source.host.name} has {format_bytes(free[chosen.filesystem])} for what the guest "
-                f"writes to {image.target} while it is copied; should that not do, the copy is ended before it hurts."
+                f"writes to {image.target} while it is copied; if that runs out, the copy is ended, not the guest."
             )
             findings.append(Finding("scratch-small", Severity.WARNING, image.target, text))
         free[chosen.filesystem] -= least

@@ -170,7 +170,7 @@ def _directory_for(
 
 def _usable(host: str, directory: Directory) -> tuple[Directory | None, Finding | None]:
     if UNKEPT.search(directory.path) or not is_plain(directory.path):
-        text = f"The path {directory.path!r} on {host} is none for a disk: it has line breaks, tabs, or '..' in it."
+        text = f"The path {directory.path!r} on {host} cannot hold a disk: it has line breaks, tabs, or '..' in it."
         return None, block("directory-name", directory.path, text, "name another pool with --pool")
     if not directory.exists:
         text = f"{host} has no directory {directory.path}, although it has a storage pool there."

@@ -1,4 +1,4 @@
-"""The plan of a clone: facts and options in, findings and steps out. Pure: no I/O, no clock, no chance."""
+"""The plan of a clone: facts and options in, findings and steps out. Pure: no I/O, no clock, nothing random."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def probe(ssh: List[str], known_hosts: str, measured: bool = True) -> Dict[str, 
 
 
 def _ended_early(program: str, child: subprocess.Popen[bytes], words: bytes) -> str:
-    """Why a child did that has closed its outputs."""
+    """Why a child has closed its outputs before it answered."""
     try:
         status = child.wait(_END_SECONDS)
     except subprocess.TimeoutExpired:
