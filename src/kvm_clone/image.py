@@ -17,3 +17,8 @@ class Image:
     path: str
     format: str
     below: Image | None = field(default=None, kw_only=True)
+
+    @property
+    def layers(self) -> tuple[Image, ...]:
+        """The images that it rests on, the nearest first."""
+        return (self.below, *self.below.layers) if self.below is not None else ()

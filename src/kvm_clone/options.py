@@ -68,7 +68,8 @@ class Options(TransferOptions):
     `pool`: a storage pool of the destination. `timeout`: seconds for the whole operation, None for no limit.
     `retries`: how often the operation reconnects after a dropped connection. `keep_partial`: staged data outlives an
     interruption. `wait`: wait for another operation on the same VM instead of failing. `track`: leave a checkpoint on
-    a running source, from which the next sync knows what has changed.
+    a running source, from which the next sync knows what has changed. `without_saved_state`: copy the disks of a VM
+    that has a managed save, whose memory image is not copied.
 
     Raises UsageError for a number that is out of range, and for an empty name.
     """
@@ -81,6 +82,7 @@ class Options(TransferOptions):
     wait: bool = False
     quiesce: Quiesce = Quiesce.AUTO
     track: bool = False
+    without_saved_state: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,7 @@ from kvm_clone.agent.disks.header import Header
 from kvm_clone.agent.protocol import errors
 from kvm_clone.agent.protocol.errors import AgentError
 
-from .images import encrypted, make, put, qcow2_header, qemu_img, without_base_format
+from .images import SIZE, encrypted, make, put, qcow2_header, qemu_img, without_base_format
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -81,7 +81,27 @@ HEADERS: dict[str, tuple[Make, Header]] = {
 def test_what_a_header_says(what: str, tmp_path: Path) -> None:
     how, expected = HEADERS[what]
     expected = expected._replace(data_name=expected.data_name.replace("{at}", str(tmp_path)))
-    assert header.read(str(how(tmp_path))) == expected
+    found = header.read(str(how(tmp_path)))
+    assert found._replace(cluster=0, size=0, subclusters=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "cluster", "subclusters"),
+    [
+        ([], 65536, False),
+        (["-o", "cluster_size=512"], 512, False),
+        (["-o", "extended_l2=on,cluster_size=2M"], 2 << 20, True),
+    ],
+)
+def test_clusters_and_size(options: list[str], cluster: int, subclusters: bool, tmp_path: Path) -> None:
+    found = header.read(str(make(tmp_path / "top", *options)))
+    assert (found.cluster, found.size, found.subclusters) == (cluster, SIZE, subclusters)
+
+
+def test_clusters_that_qemu_does_not_make(tmp_path: Path) -> None:
+    path = put(make(tmp_path / "top"), 20, struct.pack(">I", 22))
+    with pytest.raises(AgentError, match="damaged"):
+        header.read(str(path))
 
 
 NO_HEADERS: dict[str, bytes] = {

@@ -65,7 +65,7 @@ CALLS: list[tuple[str, Frame]] = [
     ("host", {}),
     ("disk", {"path": "{}/disk", "image_format": "qcow2"}),
     ("directory", {"path": "{}"}),
-    ("lock_image", {"path": "{}/disk"}),
+    ("lock_image", {"path": "{}/disk", "image_format": "raw"}),
     ("stage", {"directory": "{}", "name": "{}", "operation": "0f", "about": {}, "directories": []}),
     ("ranges_of", {"path": "{}/disk", "image_format": "qcow2", "data": True}),
     ("probe", {"ssh": ["ssh", "-F", "/dev/null", "-p", "1", "--", "127.0.0.1"], "known_hosts": "x"}),

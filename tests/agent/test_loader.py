@@ -555,8 +555,10 @@ def test_digests_with_progress(tmp_path: Path) -> None:
 def test_an_image_stays_locked_until_the_agent_ends(tmp_path: Path) -> None:
     disk = make_qcow2(tmp_path / "disk", MIB)
     with control() as running:
-        assert running.call("lock_image", path=str(disk)) == {"id": 1, "ok": None}
-        assert running.call("lock_image", path=str(tmp_path / "no"))["error"]["kind"] == errors.MISSING
+        assert running.call("lock_image", path=str(disk), image_format="raw") == {"id": 1, "ok": None}
+        assert (
+            running.call("lock_image", path=str(tmp_path / "no"), image_format="raw")["error"]["kind"] == errors.MISSING
+        )
         with pytest.raises(errors.AgentError):
             qemu.open_nbd([Node(str(disk), "qcow2")], writable=True)
         running.end()

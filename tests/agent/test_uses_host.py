@@ -187,7 +187,7 @@ def test_a_file_that_qemu_has_locked(format_: str, writable: bool, tmp_path: Pat
 def test_what_the_agent_itself_has_locked_is_no_use(disk: Path) -> None:
     serving = server.Server(0, 1)
     question: dict[str, Any] = {"candidates": [str(disk)], "claims": [], "directories": [], "elsewhere": []}
-    serving._lock_image(str(disk))
+    serving._lock_image(str(disk), "raw")
     assert serving._uses(**question, processes=True)[0]["state"] == FREE
     serving._unlock_images()
     lock = ImageLock(str(disk))

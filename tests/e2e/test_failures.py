@@ -438,18 +438,6 @@ def test_a_refused_key_is_not_tried_again(lab: Lab, victim: Vm, tmp_path: Path) 
     assert "trying again" not in err
 
 
-def _overlay(lab: Lab, vm: Vm) -> str:
-    path = vm.disks["vda"]
-    lab.run("kc-a", "mv", path, f"{path}.base")
-    lab.run("kc-a", "qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", f"{path}.base", path)
-    return f"{path}.base"
-
-
-def _internal_snapshot(lab: Lab, vm: Vm) -> str:
-    lab.run("kc-a", "qemu-img", "snapshot", "-c", "kept-state", vm.disks["vda"])
-    return "kept-state"
-
-
 def _written_by_another(lab: Lab, vm: Vm) -> str:
     lab.run("kc-a", "sh", "-c", f"qemu-nbd -f qcow2 -t -k /run/other.sock --fork {vm.disks['vda']}")
     return "in use"
@@ -479,8 +467,6 @@ _NVRAM = (
 )
 
 REFUSALS: dict[str, Callable[[Lab, Vm], str]] = {
-    "a backing file": _overlay,
-    "an internal snapshot": _internal_snapshot,
     "an image in use": _written_by_another,
     "a block device": _with_xml("</devices>", f"{_BLOCK_DISK}</devices>", "/dev/loop7"),
     "a network disk": _with_xml("</devices>", f"{_NETWORK_DISK}</devices>", "vdy"),

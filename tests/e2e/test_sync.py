@@ -20,10 +20,12 @@ from clonekit import (
     ended,
     held,
     interrupt,
+    kill,
     kvm_clone,
     leftovers,
     parts,
     picture,
+    pids,
     remove,
     running,
     wait_for_durable,
@@ -539,11 +541,13 @@ def test_a_running_replica_is_stopped_by_force_alone(lab: Lab, source: Vm) -> No
         assert "running" in done.err + done.out
     shown = sync(lab, "--force", "--dry-run")
     assert (shown.code, shown.document["action"]) == (0, "stop the replica"), shown.err
-    image, _ = image_of(lab, "kc-a", NAME, "vda")
-    for command in (("-c", "one"), ("-d", "one")):
-        subprocess.run(["qemu-img", "snapshot", *command, str(image)], check=True)
-        if command[0] == "-c":
-            assert sync(lab, "--force").code == 3
+    image, format_ = disks_of(lab, "kc-a", NAME)["vda"]
+    lab.run("kc-a", "sh", "-c", f"qemu-nbd -f {format_} -t -k /run/other.sock --fork {image}")
+    try:
+        assert sync(lab, "--force").code == 3
+    finally:
+        for pid in pids(lab, "kc-a", "qemu-nbd"):
+            kill(lab, "kc-a", pid)
     assert lab.run("kc-b", "virsh", "domid", NAME).stdout == before
     synced(lab, "--force")
     assert virsh(lab, "kc-b", "domstate", NAME).strip() == "shut off"

@@ -114,6 +114,7 @@ RAW = {
     "user": "root",
     "group": "kvm",
     "fingerprint": "1:2:3:4:5",
+    "layers": [],
 }
 QCOW2 = {**RAW, "image": {"cluster-size": 65536, "format-specific": {"data": {"corrupt": False}}}}
 DIRECTORY = {
@@ -205,7 +206,8 @@ MALFORMED: list[tuple[str, dict[str, Any], Any]] = [
     ("host", {}, {**HOST, "identity": {"boot": "x"}}),
     ("host", {}, {**HOST, "time": float("nan")}),
     ("disk", {"path": "/d", "image_format": "raw"}, {"error": None}),
-    ("disk", {"path": "/d", "image_format": "raw"}, {**RAW, "backing": 1}),
+    ("disk", {"path": "/d", "image_format": "raw"}, {**RAW, "layers": [["/b"]]}),
+    ("disk", {"path": "/d", "image_format": "raw"}, {**RAW, "data_file": 1}),
     ("disk", {"path": "/d", "image_format": "qcow2"}, {**QCOW2, "image": [1]}),
     ("disk", {"path": "/d", "image_format": "qcow2"}, {**QCOW2, "image": {"snapshots": [{}]}}),
     ("disk", {"path": "/d", "image_format": "qcow2"}, {**RAW, "image": {"format-specific": {"data": {"x": 1}}}}),

@@ -14,6 +14,7 @@ import pytest
 from kvm_clone.agent.disks import fingerprint, qemu
 from kvm_clone.agent.host import host_info as agent
 from kvm_clone.hosts import answers
+from kvm_clone.image import Image
 from kvm_clone.planning.facts import HostFacts, ImageFacts
 
 MIB = 1 << 20
@@ -127,7 +128,37 @@ def test_a_raw_image_has_no_options(tmp_path: Path) -> None:
 def test_a_backing_file(tmp_path: Path) -> None:
     make(tmp_path / "base.qcow2")
     path = make(tmp_path / "a.qcow2", "", "-b", str(tmp_path / "base.qcow2"), "-F", "qcow2")
-    assert known(path).backing == str(tmp_path / "base.qcow2")
+    found = known(path)
+    assert found.layers == (Image(str(tmp_path / "base.qcow2"), "qcow2"),)
+    assert len(found.fingerprint.split(":")) == 6
+
+
+def test_a_chain(tmp_path: Path) -> None:
+    """What the guest sees lies in any of the layers."""
+    (tmp_path / "raw").write_bytes(bytes(range(256)) * (SIZE // 256))
+    make(tmp_path / "middle.qcow2", "", "-b", "raw", "-F", "raw")
+    path = make(tmp_path / "a.qcow2", "", "-b", "middle.qcow2", "-F", "qcow2", size=SIZE + MIB)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 1M", str(path)], check=True, capture_output=True)
+    found = known(path)
+    assert [(layer.path, layer.format) for layer in found.layers] == [
+        (str(tmp_path / "middle.qcow2"), "qcow2"),
+        (str(tmp_path / "raw"), "raw"),
+    ]
+    assert (found.data, found.virtual_size) == (SIZE, SIZE + MIB)
+    assert answers.image(str(path), "qcow2")(agent.disk(str(path), "qcow2", live=True)).data == SIZE
+
+
+BROKEN_CHAINS: dict[str, tuple[tuple[str, ...], str]] = {
+    "a base that is gone": (("-b", "gone.qcow2", "-F", "qcow2", "-u"), "gone.qcow2"),
+    "a base on a server": (("-b", "nbd://h/x", "-F", "raw", "-u"), "nbd://h/x"),
+    "a device": (("-b", "/dev/zero", "-F", "raw", "-u"), "/dev/zero, which is no regular file"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_CHAINS)
+def test_a_chain_that_cannot_be_read(what: str, tmp_path: Path) -> None:
+    options, said = BROKEN_CHAINS[what]
+    assert said in known(make(tmp_path / "a.qcow2", "", *options)).error
 
 
 def test_a_data_file(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from kvm_clone.definition.marks import Pending
 from kvm_clone.errors import DomainExistsError, ExitCode, RefusedError
 from kvm_clone.findings import Finding, Severity
 from kvm_clone.hosts.domains import STATES
+from kvm_clone.image import Image
 from kvm_clone.options import Quiesce, Retry, Route, Verify
 from kvm_clone.planning import checks, decide, placement, steps, storage
 from kvm_clone.planning import plan as planning
@@ -53,6 +54,12 @@ def codes(plan: Plan) -> list[str]:
     return [finding.code for finding in plan.findings]
 
 
+def store(path: str, inside: str = "") -> str:
+    """A <backingStore> of a file. `inside`: its format, or what is below it."""
+    return f"<backingStore type='file'>{inside}<source file='{path}'/></backingStore>"
+
+
+BASE = Image("/srv/b.qcow2", "qcow2")
 ISO = disk_xml("/iso/debian.iso", "sda", "<readonly/>", device="cdrom", format_="raw")
 SHARED = disk_xml("/shared/data.raw", "vdb", "<shareable/>", format_="raw")
 READ_ONLY = disk_xml("/shared/base.raw", "vdb", "<readonly/>", format_="raw")
@@ -66,6 +73,8 @@ NETWORK = "<interface type='network'><source network='%s'/></interface>"
 BRIDGE = "<interface type='bridge'><source bridge='br0'/></interface>"
 
 WARNINGS = {
+    "snapshots",
+    "disk-snapshots",
     "hostdev",
     "filesystem",
     "shmem",
@@ -154,7 +163,37 @@ APPEARS: dict[str, tuple[str, str, Case]] = {
     "an image in use": ("disk-in-use", "vda", Case(image={"error": "kc-a: it is locked", "in_use": True})),
     "an image that is gone": ("disk-unreadable", "vda", Case(image={"error": "No such file or directory"})),
     "a link to a device": ("disk-block-device", "vda", Case(image={"regular": False})),
-    "a backing file": ("disk-backing", "vda", Case(image={"backing": "/b.qcow2"})),
+    "a chain that the definition ends": (
+        "disk-backing",
+        "vda",
+        Case(disk_xml(f"{IMAGES}/web.qcow2", "vda", "<backingStore/>"), image={"below": BASE}),
+    ),
+    "a chain that is longer by the definition": (
+        "disk-backing",
+        "vda",
+        Case(disk_xml(f"{IMAGES}/web.qcow2", "vda", store(BASE.path, store("/c"))), image={"below": BASE}),
+    ),
+    "a chain that goes on by the image": (
+        "disk-backing",
+        "vda",
+        Case(
+            disk_xml(f"{IMAGES}/web.qcow2", "vda", store(BASE.path, "<backingStore/>")),
+            image={"below": replace(BASE, below=Image("/c", "raw"))},
+        ),
+    ),
+    "a base of another format by the definition": (
+        "disk-backing",
+        "vda",
+        Case(disk_xml(f"{IMAGES}/web.qcow2", "vda", store(BASE.path, "<format type='raw'/>")), image={"below": BASE}),
+    ),
+    "a base that is no file by the definition": (
+        "disk-backing",
+        "vda",
+        Case(
+            disk_xml(f"{IMAGES}/web.qcow2", "vda", store("").replace("file=''", "dev='/dev/sdx'")),
+            image={"below": BASE},
+        ),
+    ),
     "a data file": ("disk-data-file", "vda", Case(image={"data_file": "/d.raw"})),
     "encryption within": ("disk-encrypted", "vda", Case(image={"encrypted": True})),
     "a corrupt image": ("disk-corrupt", "vda", Case(image={"corrupt": True})),
@@ -353,6 +392,18 @@ APPEARS: dict[str, tuple[str, str, Case]] = {
 }
 
 DOES_NOT_APPEAR: dict[str, tuple[tuple[str, ...], Case]] = {
+    "a backing file that the definition does not name": (("disk-backing",), Case(image={"below": BASE})),
+    "a chain that the definition begins": (
+        ("disk-backing",),
+        Case(
+            disk_xml(f"{IMAGES}/web.qcow2", "vda", store("/srv/./b.qcow2", "<format type='qcow2'/>")),
+            image={"below": replace(BASE, below=Image("/c", "raw"))},
+        ),
+    ),
+    "a chain that the definition names to its end": (
+        ("disk-backing",),
+        Case(disk_xml(f"{IMAGES}/web.qcow2", "vda", store(BASE.path, "<backingStore/>")), image={"below": BASE}),
+    ),
     "a plain VM": (("source-state", "managed-save", "snapshots", "tool-missing", "name"), Case()),
     "a raw disk": (("disk-format",), Case(disk_xml(f"{IMAGES}/web.img", format_="raw"))),
     "an explicit end of the chain": (
@@ -478,9 +529,7 @@ def test_a_vm_that_runs_is_cloned(state: str) -> None:
     [
         (APPEARS["an image in use"][2], ["vda", f"{IMAGES}/web.qcow2"]),
         (APPEARS["an image that is gone"][2], ["No such file or directory", f"{IMAGES}/web.qcow2"]),
-        (APPEARS["a backing file"][2], ["/b.qcow2"]),
-        (APPEARS["snapshots"][2], ["before, after"]),
-        (APPEARS["internal snapshots"][2], ["(one)"]),
+        (APPEARS["a chain that the definition ends"][2], [BASE.path, "nothing"]),
         (APPEARS["no kernel"][2], ["kc-b", "/boot/vmlinuz", "kernel"]),
         (APPEARS["no medium"][2], ["kc-b", "/iso/debian.iso"]),
         (APPEARS["a taken UUID"][2], ["other", UUID, "kc-b"]),
@@ -494,6 +543,37 @@ def test_a_finding_says_what_it_is_about(case: Case, words: list[str]) -> None:
     assert [word for word in words if word not in finding.text] == []
 
 
+LEFT_BEHIND: dict[str, tuple[Case, list[str], str]] = {
+    "snapshots": (Case(domain={"snapshots": ("before", "after")}), ["snapshots"], "before, after"),
+    "internal snapshots": (Case(image={"snapshots": ("one",)}), ["disk-snapshots"], "(one)"),
+    "internal snapshots that libvirt knows": (
+        Case(domain={"snapshots": ("one",)}, image={"snapshots": ("one",)}),
+        ["snapshots"],
+        "one",
+    ),
+    "internal snapshots of which libvirt knows some": (
+        Case(domain={"snapshots": ("one",)}, image={"snapshots": ("one", "two")}),
+        ["snapshots", "disk-snapshots"],
+        "(two)",
+    ),
+    "a managed save": (
+        Case(domain={"managed_save": True}, options=options(without_saved_state=True)),
+        ["managed-save"],
+        "crash-consistent",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_BEHIND)
+def test_what_is_not_copied_is_said_and_no_reason_to_refuse(what: str) -> None:
+    case, expected, words = LEFT_BEHIND[what]
+    plan = case.plan()
+    assert [finding.code for finding in plan.findings] == expected
+    assert {finding.severity for finding in plan.findings} == {Severity.WARNING}
+    assert words in plan.findings[-1].text
+    assert plan.refusal() is None
+
+
 AT_AN_OLD_LIBVIRT = running()
 AT_AN_OLD_LIBVIRT["source"]["libvirt"] = 6_000_000
 
@@ -502,7 +582,7 @@ AT_AN_OLD_LIBVIRT["source"]["libvirt"] = 6_000_000
     ("case", "remedy"),
     [
         (Case(**AT_AN_OLD_LIBVIRT), "virsh shutdown web"),
-        (APPEARS["a saved VM"][2], "virsh managedsave-remove"),
+        (APPEARS["a saved VM"][2], "--without-saved-state"),
         (APPEARS["an existing VM"][2], "--new-name"),
         (APPEARS["a taken UUID"][2], "--preserve-uuid"),
         (APPEARS["no pool of that name"][2], "default"),
@@ -523,7 +603,7 @@ def test_every_finding_is_reported_at_once() -> None:
         devices=ONE_DISK + disk_xml("/data/log.raw", "vdb", format_="raw") + ISO + SHARED + "<tpm model='tpm-crb'/>",
         os="<kernel>/boot/vmlinuz</kernel>",
         domain={"managed_save": True, "snapshots": ("s",)},
-        image={"corrupt": True, "backing": "/b", "snapshots": ("i",)},
+        image={"corrupt": True, "below": BASE, "snapshots": ("i",)},
         source_host={"qemu_img": None, "qemu_nbd": None},
         destination_host={"qemu_nbd": None},
         domains={"other": UUID},
@@ -532,7 +612,7 @@ def test_every_finding_is_reported_at_once() -> None:
         options=options(pool="fast", preserve_uuid=True, route=Route.DIRECT),
     )
     plan = case.plan()
-    of_each_image = ["disk-backing", "disk-corrupt", "disk-snapshots"]
+    of_each_image = ["disk-corrupt", "disk-snapshots"]
     assert codes(plan) == [
         "domain-exists",
         "managed-save",

@@ -30,6 +30,7 @@ from cases import (
 from kvm_clone.errors import DomainExistsError, ExitCode, LockedError, RefusedError
 from kvm_clone.findings import EXISTS_CODES, Severity
 from kvm_clone.hosts.domains import STATES
+from kvm_clone.image import Image
 from kvm_clone.options import CloneOptions, Retry, Route, SyncOptions, Verify
 from kvm_clone.planning import live_checks as running_source
 from kvm_clone.planning import steps, sync
@@ -352,7 +353,7 @@ UNUSABLE: dict[str, tuple[dict[str, Any], str]] = {
     "in use": ({"error": "another process uses it", "in_use": True}, "another process uses it"),
     "a device": ({"regular": False}, "no image file"),
     "a foreign format": ({"format": "vmdk"}, "no image file"),
-    "a chain": ({"backing": "/b.qcow2"}, "backing file"),
+    "a chain": ({"below": Image("/b.qcow2", "qcow2")}, "backing file"),
     "a data file": ({"data_file": "/d.raw"}, "data file"),
     "encrypted": ({"encrypted": True}, "encryption"),
     "internal snapshots": ({"snapshots": ("one",)}, "internal snapshots"),
@@ -402,7 +403,7 @@ def test_what_an_attempt_has_of_an_overlay(kept: StagedDisk, used: bool) -> None
 
 def test_an_overlay_that_is_kept_cannot_become_a_whole_disk() -> None:
     """The replica's image has become unusable since."""
-    found = replica(FACTS, replace(REPLICA_IMAGE, backing="/b.qcow2"))
+    found = replica(FACTS, replace(REPLICA_IMAGE, below=Image("/b.qcow2", "qcow2")))
     attempt = replace(ATTEMPT, operation=IDENTITY.operation)
     plan = case(found, attempt).sync(retry=Retry.FORCE, own_operation=IDENTITY.operation)
     assert [(disk.staged, disk.base) for disk in plan.disks] == [(None, None)]

@@ -12,12 +12,12 @@ import os
 import select
 import signal
 import threading
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from kvm_clone.agent import watchdog
 from kvm_clone.agent.digests import hashing
 from kvm_clone.agent.digests.service import DigestService
-from kvm_clone.agent.disks import fingerprint
+from kvm_clone.agent.disks import chain
 from kvm_clone.agent.disks.image_lock import ImageLock
 from kvm_clone.agent.host import host_info, peer, things, uses
 from kvm_clone.agent.protocol.errors import INTERRUPTED, UNSUPPORTED, AgentError, from_exception
@@ -40,6 +40,7 @@ class Server:
         self._source = source
         self._out = out
         self._writing = threading.Lock()
+        self._locking = threading.Lock()
         self._locks: Dict[str, ImageLock] = {}
         self._digests = DigestService()
         self._watchdog = watchdog.Watchdog()
@@ -59,7 +60,7 @@ class Server:
             "probe": peer.probe,
             "lock_image": self._lock_image,
             "unlock_images": self._unlock_images,
-            "fingerprint": fingerprint.of,
+            "fingerprint": host_info.image_fingerprint,
             "fingerprints": host_info.fingerprints,
             "uses": self._uses,
             "marks": host_info.marks,
@@ -181,17 +182,34 @@ class Server:
         if relay is not None:
             relay.send(frame.data)
 
-    def _lock_image(self, path: str) -> None:
-        """Keep every QEMU from writing this image until `unlock_images`, or until this process ends."""
+    def _lock_image(self, path: str, image_format: str) -> None:
+        """Keep every QEMU from writing this image until `unlock_images`, or until this process ends.
+
+        What it rests on is locked too, each before what that rests on is read. A chain that cannot be established is
+        locked as far as it is: `disk` says what is wrong with it.
+        """
+        with self._locking, contextlib.suppress(chain.UnknownError):
+            for node in chain.walk(path, image_format):
+                self._lock_file(node.path)
+
+    def _lock_file(self, path: str) -> None:
+        """Lock one file, which several images may rest on, unless this process has the lock."""
         try:
-            self._locks[path] = ImageLock(path)
+            held = self._locks.get(path)
+            if held is not None and held.file_id == _file_id(path):
+                return
+            lock = ImageLock(path)
         except OSError as error:
             raise from_exception(error, f"opening {path}") from error
+        if held is not None:  # another file has got this name since
+            held.release()
+        self._locks[path] = lock
 
     def _unlock_images(self) -> None:
         """Let others write the images again."""
-        while self._locks:
-            self._locks.popitem()[1].release()
+        with self._locking:
+            while self._locks:
+                self._locks.popitem()[1].release()
 
     def _uses(self, **question: Any) -> List[Dict[str, Any]]:
         """See uses.uses. The images that this process itself keeps from being written do not count as used by it."""
@@ -214,3 +232,8 @@ class Server:
         if not isinstance(self._hold, stage.Stage):
             raise AgentError(UNSUPPORTED, "this agent has no operation")
         return self._hold
+
+
+def _file_id(path: str) -> Tuple[int, int]:
+    about = os.stat(path)
+    return about.st_dev, about.st_ino

@@ -133,8 +133,8 @@ def _print(result: Result) -> None:
         print(f"  {disk.target}: {disk.destination} ({disk.format}, {format_bytes(disk.virtual_size)}{sent})")
     if point.consistency != "offline":
         frozen = f", its filesystems frozen for {point.frozen_seconds:.2f} s" if point.frozen_seconds else ""
-        scratch = format_bytes(point.scratch_bytes)
-        print(f"  copied while it ran: {point.consistency}-consistent{frozen}; {scratch} of scratch used")
+        scratch = f"; {format_bytes(point.scratch_bytes)} of scratch used" if point.scratch_bytes else ""
+        print(f"  the copy is {point.consistency}-consistent{frozen}{scratch}")
     if point.no_bitmap_reason and not point.no_bitmap_reason.startswith("the source is") and synced:
         print(f"  no dirty bitmap was used: {point.no_bitmap_reason}")
     if transfer.bytes_reused:

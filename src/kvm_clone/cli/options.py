@@ -58,6 +58,10 @@ class Copying(OptionGroup):
         bool,
         typer.Option("--track", help="Leave a checkpoint on a running source: the next sync sends what changed since."),
     ] = False
+    without_saved_state: Annotated[
+        bool,
+        typer.Option("--without-saved-state", help="Copy the disks of a VM with a managed save, but not its memory."),
+    ] = False
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted attempt.")] = False
     keep_partial: Annotated[
         bool, typer.Option("--keep-partial/--no-keep-partial", help="Keep what was copied after an interruption.")
@@ -88,6 +92,7 @@ class Copying(OptionGroup):
             timeout=settings.timeout_seconds,
             quiesce=self.quiesce,
             track=self.track,
+            without_saved_state=self.without_saved_state,
             retry=retry_of({**given, Retry.RESUME: self.resume}),
             retries=self.retries,
             keep_partial=self.keep_partial,

@@ -29,8 +29,9 @@ _REFUSED_STORAGE = {
 class DiskXml:
     """One <disk>. `path` is its file or device, describes a source that is neither, or is None for no source.
 
-    `backing`: the image that it rests on, if the definition names one. `storage` names what makes
-    it more than a plain image, among the keys of _REFUSED_STORAGE. `direct`: QEMU opens it past the page cache.
+    `backing`: the images that it rests on, as far as the definition names them, the nearest first; a format is empty
+    where it is not said. `ends`: the definition says that the last one rests on nothing. `storage` names what makes it
+    more than a plain image, among the keys of _REFUSED_STORAGE. `direct`: QEMU opens it past the page cache.
     """
 
     target: str
@@ -42,8 +43,8 @@ class DiskXml:
     readonly: bool = False
     shareable: bool = False
     transient: bool = False
-    has_backing: bool = False
-    backing: Image | None = None
+    backing: tuple[Image, ...] = ()
+    ends: bool = False
     encrypted: bool = False
     storage: tuple[str, ...] = ()
     direct: bool = False
@@ -325,6 +326,7 @@ def _disk(disk: Node) -> DiskXml:
     parts = flags | set(source.attributes) | {child.tag for child in source.children} if source else flags
     kind = disk.attributes.get("type", "file")
     driver = disk.find_attributes("driver")
+    backing, ends = _backing(disk)
     return DiskXml(
         target=target.get("dev", ""),
         bus=target.get("bus"),
@@ -335,17 +337,23 @@ def _disk(disk: Node) -> DiskXml:
         readonly="readonly" in flags,
         shareable="shareable" in flags,
         transient="transient" in flags,
-        has_backing=disk.find("backingStore", "source") is not None,
-        backing=_backing(disk),
+        backing=backing,
+        ends=ends,
         encrypted=any(node.tag == "encryption" for node in disk.walk()),
         storage=tuple(name for name in _REFUSED_STORAGE if name in parts),
         direct=driver.get("cache") in ("none", "directsync") or driver.get("io") == "native",
     )
 
 
-def _backing(disk: Node) -> Image | None:
-    path = disk.find_attributes("backingStore", "source").get("file")
-    return Image(path, disk.find_attributes("backingStore", "format").get("type", "raw")) if path else None
+def _backing(disk: Node) -> tuple[tuple[Image, ...], bool]:
+    """Return the images of the nested <backingStore>, and whether an empty one ends the chain."""
+    found: list[Image] = []
+    store = disk.find("backingStore")
+    while store is not None and store.find("source") is not None:
+        path = _path(store.attributes.get("type", "file"), store) or ""
+        found.append(Image(path, store.find_attributes("format").get("type", "")))
+        store = store.find("backingStore")
+    return tuple(found), store is not None
 
 
 def _path(kind: str, disk: Node) -> str | None:
@@ -373,8 +381,6 @@ def _disk_reasons(disk: DiskXml) -> Iterator[tuple[str, str]]:
             "disk-encryption",
             "is encrypted with a secret of its host's libvirt, which cannot be cloned yet",
         )
-    if disk.has_backing:
-        yield "disk-backing", "has a backing file; a chain of images cannot be cloned yet"
     for name in disk.storage:
         yield f"disk-{name.lower()}", _REFUSED_STORAGE[name]
 

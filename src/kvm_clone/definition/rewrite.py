@@ -126,8 +126,8 @@ def _set_disks(document: Document, domain: Node, change: Change) -> None:
             document.set_attribute(source, "file", change.disk_paths[target])
             if target in change.disk_formats:
                 _set_format(document, disk, source, change.disk_formats[target])
-            if target in change.disk_bases:
-                _set_base(document, disk, source, change.disk_bases[target])
+            if target in change.disk_bases or disk.find("backingStore", "source"):
+                _set_base(document, disk, source, change.disk_bases.get(target))
     if missing:
         raise RefusedError(f"The domain has no disk with a file as {', '.join(sorted(missing))}.")
 

@@ -44,7 +44,7 @@ _THAW_PAUSE = 0.5
 
 
 class Consistency(StrEnum):
-    """What the copied state is: of a VM at rest, with frozen filesystems, or as after a power cut."""
+    """What the copied state is: of a VM that was shut down, with frozen filesystems, or as after a power cut."""
 
     OFFLINE = "offline"
     FILESYSTEM = "filesystem"
@@ -86,7 +86,8 @@ class Backup:
         self._guarded = False
         self._can_thaw = False
         self._frozen = False
-        self.point_in_time = PointInTime()
+        at_rest = Consistency.CRASH if source.domain.managed_save else Consistency.OFFLINE
+        self.point_in_time = PointInTime(at_rest)
 
     def _know(self, **found: Any) -> None:
         self.point_in_time = replace(self.point_in_time, **found)

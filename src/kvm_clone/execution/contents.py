@@ -38,7 +38,7 @@ async def end_backup(_: steps.EndBackup, run: Context) -> None:
 async def check_source(step: steps.CheckSource, run: Context) -> None:
     """See steps.CheckSource. Raises InterruptedTransferError for an image that has changed."""
     for disk in step.disks:
-        now = await run.source.agent.fingerprint(disk.source.path)
+        now = await run.source.agent.fingerprint(disk.source.path, disk.source.format)
         if fingerprint.content(now) != fingerprint.content(disk.fingerprint):
             raise InterruptedTransferError(
                 f"the source's image {disk.source.path} was changed while it was being copied",

@@ -54,8 +54,8 @@ def _is_of(disk: DiskXml, overlay: str, base: Image) -> bool:
     What the journal says of it is no reason to write into a file: it lies where others may write.
     """
     if disk.path == overlay:
-        return disk.backing == base
-    return disk.path == base.path and disk.format == base.format and disk.backing is None
+        return disk.backing == (base,)
+    return disk.path == base.path and disk.format == base.format and not disk.backing
 
 
 async def _forget_older_memory(libvirt: FencedLibvirt, name: str, bases: Mapping[str, Image]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from kvm_clone.agent.disks.image import RAW
 from kvm_clone.agent.protocol import errors as kinds
 from kvm_clone.hosts import answers
 from kvm_clone.hosts.agent_errors import AgentCallError
@@ -88,9 +89,9 @@ class AgentClient:
         """Bytes that the path's filesystem has room for."""
         return await self._ask(whole, "free", path=path)
 
-    async def fingerprint(self, path: str) -> str:
-        """The file's fingerprint."""
-        return await self._ask(text, "fingerprint", path=path)
+    async def fingerprint(self, path: str, image_format: str = RAW) -> str:
+        """The fingerprint of an image with all that it rests on; of format raw, of the file alone."""
+        return await self._ask(text, "fingerprint", path=path, image_format=image_format)
 
     async def fingerprints(self, paths: Sequence[str]) -> list[str | None]:
         """The fingerprint of each file, None of one that cannot be looked at."""
@@ -128,9 +129,9 @@ class AgentClient:
         read = answers.image(path, image_format)
         return await self._ask(read, "disk", path=path, image_format=image_format, live=live)
 
-    async def lock_image(self, path: str) -> None:
-        """Keep every QEMU from writing the image."""
-        return await self._ask(nothing, "lock_image", path=path)
+    async def lock_image(self, path: str, image_format: str) -> None:
+        """Keep every QEMU from writing the image, and what it rests on."""
+        return await self._ask(nothing, "lock_image", path=path, image_format=image_format)
 
     async def unlock_images(self) -> None:
         """Let others write the images again."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvm_clone.hosts.readers import Read, anything, listed, mapped, record, text, truth, whole
+from kvm_clone.image import Image
 from kvm_clone.planning.facts import Directory, HostFacts, ImageFacts, StagedDisk
 from kvm_clone.planning.identity import HostIdentity
 from kvm_clone.planning.things import HugePages, Resources, parse_set
@@ -139,9 +140,17 @@ def image(path: str, image_format: str) -> Read[ImageFacts]:
     def take(answer: Any) -> ImageFacts:
         if "error" in answer:
             return ImageFacts(path, image_format, error=text(answer["error"]))
-        about = record(_Disk, "backing", "data_file", "encrypted")(answer)
+        about = record(_Disk, "data_file", "encrypted")(answer)
         corrupt, snapshots, options = _qcow2(answer.get("image", {}))
-        return ImageFacts(path, image_format, **vars(about), corrupt=corrupt, snapshots=snapshots, options=options)
+        return ImageFacts(
+            path,
+            image_format,
+            below=_below(answer["layers"]),
+            corrupt=corrupt,
+            snapshots=snapshots,
+            options=options,
+            **vars(about),
+        )
 
     return take
 
@@ -198,9 +207,16 @@ class _Disk:
     user: str
     group: str
     fingerprint: str
-    backing: str = ""
     data_file: str = ""
     encrypted: bool = False
+
+
+def _below(layers: Any) -> Image | None:
+    """The image that another one rests on, with all below it. `layers`: [path, format] of each, the nearest first."""
+    below: Image | None = None
+    for path, format_ in reversed(listed(listed(text, 2))(layers)):
+        below = Image(path, format_, below=below)
+    return below
 
 
 _QCOW2_OPTIONS = {

@@ -6,6 +6,7 @@ import asyncio
 import os
 import posixpath
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 
 from kvm_clone.agent.host import peer, uses
@@ -85,10 +86,9 @@ async def _source(host: Host, libvirt: LibvirtHost, vm: str) -> SourceFacts:
     xml = domain_xml.read_domain(domain.xml)
     running = domain.state in domain_facts.RUNNING
     kept = things.kept(references(domain.xml), xml)
-    about, images, files, paths = await together(
+    about, images, paths = await together(
         host.agent.host(),
         _images(host, xml, domain.state),
-        fingerprints(host, xml),
         host.agent.look(paths=things.paths_of(kept)),
     )
     facts = SourceFacts(
@@ -96,16 +96,20 @@ async def _source(host: Host, libvirt: LibvirtHost, vm: str) -> SourceFacts:
         domain,
         xml,
         images,
-        files=files,
+        files=await fingerprints(host, xml, images),
         references=kept,
         things=things.Things(paths),
     )
     return await _running(host, libvirt, facts) if running else facts
 
 
-async def fingerprints(host: Host, xml: domain_xml.DomainXml) -> dict[str, str]:
-    """The fingerprints of all files and devices that a VM has as disks or media, of those that are there."""
-    paths = sorted({disk.path for disk in xml.disks if disk.path and disk.type in ("file", "block")})
+async def fingerprints(host: Host, xml: domain_xml.DomainXml, images: Iterable[ImageFacts]) -> dict[str, str]:
+    """The fingerprints of all files and devices that a VM has as disks or media, of those that are there.
+
+    `images`: its own disks' images, which may rest on more files.
+    """
+    named = {disk.path for disk in xml.disks if disk.path and disk.type in ("file", "block")}
+    paths = sorted(named | {layer.path for image in images for layer in image.layers})
     answers = await host.agent.fingerprints(paths=paths)
     return {path: answer for path, answer in zip(paths, answers, strict=True) if answer}
 
@@ -145,7 +149,7 @@ async def _image(host: Host, disk: domain_xml.DiskXml, state: str) -> ImageFacts
         return ImageFacts(path, format_, target=disk.target, error="not looked at")
     try:
         if not running:
-            await host.agent.lock_image(path=path)
+            await host.agent.lock_image(path=path, image_format=format_)
     except AgentCallError as error:
         in_use = error.kind == kinds.IN_USE
         return ImageFacts(path, format_, target=disk.target, error=str(error), in_use=in_use)

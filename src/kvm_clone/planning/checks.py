@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from kvm_clone.definition import domain_xml
 from kvm_clone.definition.spans import is_xml
 from kvm_clone.findings import Finding, Severity, block
+from kvm_clone.image import Image
 from kvm_clone.options import CloneOptions, Options, Route
 from kvm_clone.planning import domain_facts
 from kvm_clone.planning.cpu_checks import cpu_findings
@@ -30,7 +32,7 @@ _LONGEST_NAME = 255 - len(".xml.new")
 """Bytes of a VM's name: libvirt writes a file NAME.xml.new."""
 
 
-def source_findings(source: SourceFacts) -> Iterator[Finding]:
+def source_findings(source: SourceFacts, options: Options) -> Iterator[Finding]:
     """Yield the findings about the source."""
     domain = source.domain
     if domain.state not in (domain_facts.SHUT_OFF, *domain_facts.RUNNING):
@@ -41,21 +43,7 @@ def source_findings(source: SourceFacts) -> Iterator[Finding]:
             "shut off.",
             "wait until it is",
         )
-    if domain.managed_save:
-        yield block(
-            "managed-save",
-            domain.name,
-            f"VM {domain.name} has a saved memory image (managed save), which cannot be cloned yet.",
-            "start it and shut it down, or drop the image with virsh managedsave-remove",
-        )
-    if domain.snapshots:
-        listed = ", ".join(domain.snapshots)
-        yield block(
-            "snapshots",
-            domain.name,
-            f"VM {domain.name} has snapshots ({listed}), which cannot be cloned yet.",
-            "",
-        )
+    yield from _left_behind(domain, options)
     for reason in domain_xml.unsupported(source.xml):
         yield block(reason.code, reason.subject, reason.text, "")
     for warning in domain_xml.warnings(source.xml):
@@ -64,25 +52,41 @@ def source_findings(source: SourceFacts) -> Iterator[Finding]:
         refused = {reason.subject for reason in domain_xml.unsupported(source.xml)}
         for image in source.images:
             if image.target not in refused:
-                yield from _image_findings(image)
+                yield from _image_findings(image, domain.snapshots)
+                yield from _chain_findings(source.xml, image)
     yield from _tool_findings(source.host.name, source.host.qemu_img, source.host.qemu_nbd)
 
 
-def _image_findings(image: ImageFacts) -> Iterator[Finding]:
+def _left_behind(domain: domain_facts.Domain, options: Options) -> Iterator[Finding]:
+    """Yield the findings about states of the VM that are not copied: only its current disks are."""
+    if domain.managed_save and options.without_saved_state:
+        text = (
+            f"VM {domain.name} has a saved memory image (managed save), which is not copied: the copy of its disks is "
+        )
+        yield Finding("managed-save", Severity.WARNING, domain.name, f"{text}crash-consistent, as after a power cut.")
+    elif domain.managed_save:
+        yield block(
+            "managed-save",
+            domain.name,
+            f"VM {domain.name} has a saved memory image (managed save), which cannot be copied.",
+            "start it and shut it down, or copy its disks alone with --without-saved-state",
+        )
+    if domain.snapshots:
+        listed = ", ".join(domain.snapshots)
+        text = f"VM {domain.name} has snapshots ({listed}): its current state is copied, without them."
+        yield Finding("snapshots", Severity.WARNING, domain.name, text)
+
+
+def _image_findings(image: ImageFacts, listed: Collection[str]) -> Iterator[Finding]:
+    """Yield the findings about a disk's image. `listed`: the snapshots that libvirt knows, of which is said already."""
     what = f"Disk {image.target} ({image.path})"
     reasons = (
-        ("disk-in-use", image.in_use, "is in use by another process", "shut down whatever uses it"),
+        ("disk-in-use", image.in_use, f"is in use by another process ({image.error})", "shut down whatever uses it"),
         ("disk-unreadable", image.error and not image.in_use, f"cannot be read: {image.error}", ""),
         (
             "disk-block-device",
             not image.regular,
             "is no regular file but a device, which cannot be cloned yet",
-            "",
-        ),
-        (
-            "disk-backing",
-            image.backing,
-            f"has the backing file {image.backing}, which cannot be cloned yet",
             "",
         ),
         (
@@ -93,16 +97,33 @@ def _image_findings(image: ImageFacts) -> Iterator[Finding]:
         ),
         ("disk-encrypted", image.encrypted, "is encrypted, which cannot be cloned yet", ""),
         ("disk-corrupt", image.corrupt, "is marked as corrupt", "repair it: qemu-img check -r all"),
-        (
-            "disk-snapshots",
-            image.snapshots,
-            f"has internal snapshots ({', '.join(image.snapshots)}), which cannot be cloned yet",
-            "",
-        ),
     )
     for code, applies, text, remedy in reasons:
         if applies:
             yield block(code, image.target, f"{what} {text}.", remedy)
+    unlisted = [name for name in image.snapshots if name not in listed]
+    if unlisted:
+        text = f"{what} has internal snapshots ({', '.join(unlisted)}), which are not copied."
+        yield Finding("disk-snapshots", Severity.WARNING, image.target, text)
+
+
+def _chain_findings(xml: domain_xml.DomainXml, image: ImageFacts) -> Iterator[Finding]:
+    """Yield a finding where the definition has libvirt open another chain than the one that the image names."""
+    disk = next(one for one in xml.own_disks if one.target == image.target)
+    there = image.layers
+    agree = (
+        len(disk.backing) <= len(there)
+        and all(map(_is_same_layer, disk.backing, there))
+        and not (disk.ends and len(disk.backing) < len(there))
+    )
+    if not (image.error or image.data_file or image.encrypted or agree):
+        said, found = (", ".join(layer.path for layer in layers) or "nothing" for layers in (disk.backing, there))
+        text = f"Disk {image.target} ({image.path}) rests on {said} by the definition, and on {found} by its image."
+        yield block("disk-backing", image.target, text, "let both name the same: virsh edit, or qemu-img rebase -u")
+
+
+def _is_same_layer(said: Image, found: Image) -> bool:
+    return posixpath.normpath(said.path) == posixpath.normpath(found.path) and said.format in ("", found.format)
 
 
 def _tool_findings(host: str, qemu_img: str | None, qemu_nbd: str | None) -> Iterator[Finding]:

@@ -40,7 +40,8 @@ class ImageFacts(Image):
     `target`: the guest's name for the disk, empty for an image that was looked at by its path alone. `data`: how
     much has to be sent, which is a guess while a VM writes to it. `stored`: what a fresh copy takes where that is
     less than `data`, since compressed clusters stay compressed; else 0. `error`: why nothing is known. `in_use`:
-    another process writes to it. `backing`: the file that it rests on.
+    another process writes to it. `fingerprint`: of the image with all that it rests on, see
+    agent/disks/fingerprint.py.
     """
 
     target: str = field(default="", kw_only=True)
@@ -54,7 +55,6 @@ class ImageFacts(Image):
     user: str = "root"
     group: str = "root"
     fingerprint: str = ""
-    backing: str = ""
     data_file: str = ""
     encrypted: bool = False
     corrupt: bool = False

@@ -139,7 +139,7 @@ def make_plan(facts: Facts, options: CloneOptions, identity: Identity, own_opera
         findings = same  # nothing else matters
     elif decision.action not in DONE_ALREADY:
         findings += (
-            *source_findings(facts.source),
+            *source_findings(facts.source, options),
             *duplicate_findings(facts),
             *live_findings(facts.source, options, own_operation),
         )

@@ -74,7 +74,7 @@ def make_sync_plan(facts: Facts, options: SyncOptions, identity: Identity, own_o
     if same:
         found = same  # nothing else matters
     elif decision.action in (Action.SYNC, Action.RESUME, Action.REFUSE, Action.STOP_REPLICA):
-        found += [*source_findings(facts.source), *duplicate_findings(facts), *replica_findings(facts)]
+        found += [*source_findings(facts.source, options), *duplicate_findings(facts), *replica_findings(facts)]
         found += [*live_findings(facts.source, options, own_operation)]
         found += [*host_findings(facts, name), *storage_findings(facts, disks)]
         found += findings if decision.action is not Action.REFUSE else []
@@ -204,7 +204,7 @@ def _unusable(base: ImageFacts) -> Iterator[str]:
         yield f"cannot be read: {base.error}"
     elif not base.regular or base.format not in FORMATS:
         yield f"is no image file of the formats {' and '.join(FORMATS)}"
-    elif base.backing or base.data_file or base.encrypted or base.snapshots:
+    elif base.below or base.data_file or base.encrypted or base.snapshots:
         yield "has a backing file, a data file, internal snapshots or encryption"
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from typing import Any, Dict, Iterator, List, NamedTuple, Set, Tuple
 
-from kvm_clone.agent.disks import header
+from kvm_clone.agent.disks import fingerprint, header
 from kvm_clone.agent.protocol.errors import UNSUPPORTED, AgentError
 
 RAW, QCOW2 = "raw", "qcow2"
@@ -105,6 +106,60 @@ def linear(path: str, format_: str) -> List[Node]:
         if len(found) > _DEEPEST:
             raise AgentError(UNSUPPORTED, f"{path} rests on more than {_DEEPEST} images")
     return found
+
+
+def layers(path: str, format_: str) -> List[Node]:
+    """As `linear`, for an image that others have made: what the chain holds is what libvirt gives to the guest.
+
+    libvirt starts no VM on a base whose format nobody says, unless it looks raw; and options of a node, such as an
+    offset, change what is read from a file. Raises AgentError (unsupported) for such a chain, for one with a layer
+    that is missing, cannot be read or is no regular file, and as `linear` does.
+    """
+    try:
+        found = linear(path, format_)
+        for position, below in enumerate(found[1:]):
+            _check_base(found[position], below)
+    except OSError as error:
+        if error.filename in (None, path):
+            raise
+        raise AgentError(
+            UNSUPPORTED, f"it rests on {error.filename}, which cannot be read: {error.strerror}"
+        ) from error
+    return found
+
+
+def _check_base(above: Node, below: Node) -> None:
+    about = header.read(above.path)
+    if not stat.S_ISREG(os.stat(below.path).st_mode):
+        raise AgentError(UNSUPPORTED, f"it rests on {below.path}, which is no regular file")
+    if below.format not in (RAW, QCOW2):
+        raise AgentError(UNSUPPORTED, f"it rests on {below.path} of the format {below.format}, which is not handled")
+    if about.base.startswith("json:"):
+        tree = _unflattened(json.loads(about.base[len("json:") :]))
+        if not _is_plain(tree):
+            raise AgentError(UNSUPPORTED, f"{above.path} names its base with options that are not understood here")
+        said = about.base_format or tree.get("driver") in _NESTED
+    else:
+        said = bool(about.base_format)
+    if not said and header.guess(header.beginning(below.path)):
+        raise AgentError(
+            UNSUPPORTED,
+            f"{above.path} does not say which format its base {below.path} has (qemu-img rebase -u -F says it)",
+        )
+
+
+_PLAIN_KEYS = frozenset(("driver", "file", "filename", "node-name", "read-only", "auto-read-only", "locking"))
+"""Keys of a node which leave open nothing of what is read from it."""
+
+
+def _is_plain(tree: Dict[str, Any]) -> bool:
+    return tree.keys() <= _PLAIN_KEYS and all(_is_plain(one) for one in tree.values() if isinstance(one, dict))
+
+
+def fingerprint_of(found: List[Node]) -> str:
+    """The fingerprint of an image that consists of these layers: see fingerprint.py. Raises OSError."""
+    top, *below = [os.stat(node.path) for node in found]
+    return fingerprint.of_layers(top, below)
 
 
 def opened(name: str, format_: str, beside: str) -> List[Node]:

@@ -1,5 +1,8 @@
 """How a file was, in a line of text: device, inode, size in bytes, mtime and ctime in nanoseconds, with colons between.
 
+An image that rests on others has a sixth part, a digest of what stays of those when nothing is written: inode, size and
+mtime of each. Their ctimes do not count: libvirt changes a base's owner whenever any VM on it starts or stops.
+
 Whoever compares two says what has to be equal. The device's number is another one after some reboots and on another
 host. The inode is 0 where its number does not last: see filesystem.lasting_inode. The ctime changes with the content,
 and also when a file is renamed, linked, or given to another user.
@@ -7,8 +10,9 @@ and also when a file is renamed, linked, or given to another user.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from typing import Callable, Tuple
+from typing import Callable, Sequence, Tuple
 
 from kvm_clone.agent.disks.filesystem import lasting_inode
 
@@ -23,14 +27,23 @@ def of_stat(about: os.stat_result) -> str:
     return f"{about.st_dev}:{lasting_inode(about)}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
 
 
+def of_layers(top: os.stat_result, below: Sequence[os.stat_result]) -> str:
+    """The fingerprint of an image, by what stat(2) answers for it and for each image that it rests on."""
+    if not below:
+        return of_stat(top)
+    contents = "\n".join(":".join(content(of_stat(one))) for one in below)
+    return f"{of_stat(top)}:{hashlib.sha256(contents.encode()).hexdigest()[:16]}"
+
+
 def identity(path: str) -> str:
     """By which a file of ours is known again under another name: inode, size and mtime. Raises OSError."""
     return ":".join(of_stat(os.lstat(path)).split(":")[1:4])
 
 
 def content(fingerprint: str) -> Tuple[str, ...]:
-    """What stays when nothing is written: inode, size and mtime."""
-    return tuple(fingerprint.split(":")[1:4])
+    """What stays when nothing is written: inode, size and mtime, and what stays of the images below."""
+    parts = fingerprint.split(":")
+    return (*parts[1:4], *parts[5:])
 
 
 def whole(fingerprint: str) -> Tuple[str, ...]:

@@ -9,9 +9,12 @@ QEMU's docs/interop/qcow2.txt; all integers are big-endian:
     4       4     version, 2 or 3
     8       8     where the name of the base begins, 0 without a base
     16      4     the name's length, 1023 at most
+    20      4     the cluster's size in bytes, as a power of two
+    24      8     the guest's disk's size in bytes
     32      4     encryption method, 0 for none
     60      4     number of internal snapshots
-    72      8     (version 3) incompatible features; bit 2: the data lie in another file
+    72      8     (version 3) incompatible features; bit 2: the data lie in another file, bit 4: there are
+                  subclusters
     100     4     (version 3) length of the header; extensions follow, in version 2 at 72
 
 An extension is its type and length, 4 bytes each, and data padded to a multiple of 8; type 0 ends them.
@@ -30,9 +33,10 @@ MAGIC = b"QFI\xfb"
 
 _FIXED = struct.Struct(">4sIQIIQIIQQIIQ")  # the first 72 bytes
 _FEATURES_AT, _LENGTH_AT, _VERSION_2_END = 72, 100, 72
-_DATA_FILE = 1 << 2
+_DATA_FILE, _SUBCLUSTERS = 1 << 2, 1 << 4
 _BASE_FORMAT, _DATA_FILE_NAME = 0xE2792ACA, 0x44415441
 _LONGEST_NAME = 1023
+_MOST_CLUSTER_BITS = 21
 _HEAD = 64 * 1024
 """Bytes that are read: names and extensions lie in the first cluster, before which no larger one ends."""
 
@@ -56,7 +60,7 @@ class Header(NamedTuple):
 
     `base`: the name of the image that it rests on, as written, empty for none; `base_format`: that one's format, empty
     where the image does not say. `data_file`: whether the content lies in another file; `data_name`: that one's name,
-    empty where the image does not say.
+    empty where the image does not say. `cluster`, `size`: of a cluster and of the disk in bytes.
     """
 
     base: str = ""
@@ -65,6 +69,9 @@ class Header(NamedTuple):
     data_name: str = ""
     encrypted: bool = False
     snapshots: int = 0
+    cluster: int = 0
+    size: int = 0
+    subclusters: bool = False
 
 
 def read(path: str) -> Header:
@@ -99,8 +106,15 @@ def guess(head: bytes) -> str:
 
 def _parse(head: bytes) -> Header:
     fields = _FIXED.unpack_from(head)
-    version, base_at, base_length, encryption, snapshots = (fields[index] for index in (1, 2, 3, 6, 11))
-    if version not in (2, 3) or base_length > _LONGEST_NAME or base_at + base_length > len(head):
+    version, base_at, base_length, cluster_bits, size, encryption, snapshots = (
+        fields[index] for index in (1, 2, 3, 4, 5, 6, 11)
+    )
+    if (
+        version not in (2, 3)
+        or cluster_bits > _MOST_CLUSTER_BITS
+        or base_length > _LONGEST_NAME
+        or base_at + base_length > len(head)
+    ):
         raise ValueError("out of bounds")
     features, end = 0, _VERSION_2_END
     if version == 3:
@@ -114,6 +128,9 @@ def _parse(head: bytes) -> Header:
         data_name=_text(named.get(_DATA_FILE_NAME, b"")),
         encrypted=bool(encryption),
         snapshots=snapshots,
+        cluster=1 << cluster_bits,
+        size=size,
+        subclusters=bool(features & _SUBCLUSTERS),
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Dict, Iterator, Optional
+from typing import Dict, Iterator, Optional, Sequence
 
-from kvm_clone.agent.disks import chain, nbd, qemu
+from kvm_clone.agent.disks import chain, header, nbd, qemu
 from kvm_clone.agent.disks.disk import Disk, Extent, Ranges, bounded, intersect, open_flags
 from kvm_clone.agent.disks.file import FileDisk
 from kvm_clone.agent.disks.nbd import NbdDisk
@@ -32,10 +32,7 @@ class MappedDisk(Disk):
         about = qemu.info(path, format_)
         self._files: Dict[int, FileDisk] = {}
         self.size = int(about["virtual-size"])
-        # A compressed cluster has to be written by one request, and a request carries a chunk at most; QEMU's compress
-        # filter wants a whole last cluster too.
-        cluster = int(about["cluster-size"])
-        self._keeps_compression = cluster <= CHUNK and self.size % cluster == 0
+        self._keeps_compression = _are_alike(self._layers)
 
     def extents(self, start: int = 0, end: Optional[int] = None) -> Iterator[Extent]:
         """See Disk."""
@@ -107,6 +104,19 @@ class MappedDisk(Disk):
             file.close()
         if self._nbd is not None:
             self._nbd.close()
+
+
+def _are_alike(layers: Sequence[chain.Node]) -> bool:
+    """Whether every compressed cluster of these layers can be a compressed cluster of one image of the top's kind.
+
+    It has to be written by one request, and a request carries a chunk at most; QEMU's compress filter wants whole
+    clusters, a last one too. A layer with other clusters than the top's, or an upper one with subclusters, may leave a
+    part of one to be seen.
+    """
+    headers = [header.read(layer.path) for layer in layers if layer.format == QCOW2]
+    cluster = headers[0].cluster
+    split = len(headers) > 1 and any(one.subclusters for one in headers)
+    return cluster <= CHUNK and not split and all((one.cluster, one.size % cluster) == (cluster, 0) for one in headers)
 
 
 class StagedImage(Disk):

@@ -28,6 +28,7 @@ class ImageLock:
 
     def __init__(self, path: str) -> None:
         """Raises AgentError (in-use) when a process has the image open for writing."""
+        self._path = path
         self._fd = os.open(path, open_flags(writable=False))
         try:
             for byte in (_USES + _CONSISTENT_READ, _DOES_NOT_SHARE + _WRITE, _DOES_NOT_SHARE + _RESIZE):
@@ -51,7 +52,7 @@ class ImageLock:
             answer = fcntl.fcntl(self._fd, command, FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise AgentError(IN_USE, "another process holds the image's lock") from error
+                raise AgentError(IN_USE, f"another process holds the lock of {self._path}") from error
             raise
         kind_answered: int = FLOCK.unpack(answer)[0]
         return kind_answered

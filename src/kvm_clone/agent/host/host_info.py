@@ -76,6 +76,14 @@ def fingerprints(paths: List[str]) -> List[Optional[str]]:
     return found
 
 
+def image_fingerprint(path: str, image_format: str = image.RAW) -> str:
+    """The fingerprint of an image with all that it rests on; of format raw, of the file alone.
+
+    Raises as chain.layers does.
+    """
+    return chain.fingerprint_of(chain.layers(path, image_format))
+
+
 def marks(operation: str, directories: List[str]) -> List[Optional[str]]:
     """For each directory the one that an agent of the operation has marked, if they are the same (names.mark_path).
 
@@ -107,8 +115,9 @@ def _version(program: str) -> Optional[str]:
 def disk(path: str, image_format: str, live: bool = False) -> Dict[str, Any]:
     """What is known of an image file. `error` is there instead when it cannot be known.
 
-    `data`: how much of it is not known to be zero; a guess with `live`, when a VM may be writing it. `stored`: what a
-    fresh copy takes where that is less, for clusters that stay compressed; else 0.
+    `layers`: [path, format] of each image that it rests on, the nearest first. `data`: how much of what the guest sees
+    is not known to be zero; a guess with `live`, when a VM may be writing it. `stored`: what a fresh copy takes where
+    that is less, for clusters that stay compressed; else 0.
     """
     try:
         about = os.stat(path)
@@ -122,10 +131,11 @@ def disk(path: str, image_format: str, live: bool = False) -> Dict[str, Any]:
             "allocated": about.st_blocks * 512,
             "fingerprint": fingerprint.of_stat(about),
             "virtual_size": disk_size(about.st_size),
+            "layers": [],
         }
         if answer["regular"] and image_format == image.QCOW2:
             answer.update(_image(path, live))
-        known = answer["regular"] and not {"backing", "data_file", "encrypted"} & answer.keys()
+        known = answer["regular"] and not {"data_file", "encrypted"} & answer.keys()
         answer["data"], answer["stored"] = (
             _content(path, image_format, answer["virtual_size"], live) if known else (0, 0)
         )
@@ -135,13 +145,19 @@ def disk(path: str, image_format: str, live: bool = False) -> Dict[str, Any]:
 
 
 def _image(path: str, live: bool) -> Dict[str, Any]:
-    """What a qcow2 image says of itself; the plan refuses one that is not alone by name, and nobody opens it."""
+    """What a qcow2 image says of itself; the plan refuses one with a data file or encryption, and nobody opens it."""
     about = header.read(path)
     if about.data_file or about.encrypted:
         refused: Dict[str, Any] = {"data_file": about.data_name or "another file"} if about.data_file else {}
         return {**refused, **({"encrypted": True} if about.encrypted else {})}
+    found = chain.layers(path, image.QCOW2)
     info = qemu.info(path, image.QCOW2, live=live)
-    return {"image": info, "virtual_size": info["virtual-size"], **({"backing": about.base} if about.base else {})}
+    return {
+        "image": info,
+        "virtual_size": info["virtual-size"],
+        "layers": [list(node) for node in found[1:]],
+        "fingerprint": chain.fingerprint_of(found),
+    }
 
 
 def _content(path: str, image_format: str, size: int, live: bool) -> Tuple[int, int]:
@@ -156,20 +172,25 @@ def _content(path: str, image_format: str, size: int, live: bool) -> Tuple[int, 
             kept += extent.length if extent.compressed else 0
     finally:
         opened.close()
-    # How large a compressed cluster is nobody says; all of them are in the file, with the others.
-    stored = data_in(path, image.RAW) if kept else data
+    # How large a compressed cluster is nobody says; all of them are in the files, with the others.
+    stored = _held_by(path, image_format) if kept else data
     return data, stored if stored < data else 0
+
+
+def _held_by(path: str, image_format: str) -> int:
+    """How many bytes the files of the image and of all that it rests on hold."""
+    return sum(data_in(node.path, image.RAW) for node in chain.linear(path, image_format))
 
 
 def _guessed(path: str, image_format: str, size: int) -> int:
     """The image's content while a VM writes it: by its tables as they are just now, else by what the file holds."""
     if image_format == image.QCOW2:
         try:
-            found = qemu.map_extents([chain.Node(path, image_format)], 0, size, shared=True)
+            found = qemu.map_extents(chain.linear(path, image_format), 0, size, shared=True)
             return sum(extent.length for extent in found if extent.kind == DATA)
         except AgentError:  # torn in the midst of a change
             pass
-    return data_in(path, image.RAW)
+    return _held_by(path, image_format)
 
 
 def data_held(path: str, image_format: str) -> int:
