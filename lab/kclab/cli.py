@@ -7,7 +7,8 @@ Usage: lab/lab COMMAND …
   status                          what there is
   exec HOST -- CMD…               run a command on a host
   vm HOST NAME [--disk FORMAT:SIZE[:DATA]]… [--no-boot-disk] [--guest MODE] [--guest-agent]
-               [--start] [--json] make and define a VM; one that has the name already is replaced
+               [--uefi] [--start] [--json]
+                                  make and define a VM; one that has the name already is replaced
   power off|on HOST               cut the host's power (its disks stay), or switch it on
   net cut|heal HOST               take the host's link down, or up
   net shape HOST [--rate 1gbit] [--delay 25ms] | --clear
@@ -23,7 +24,8 @@ A guest prints `GUEST-UP` and the first line of vdb on its serial port. Then, by
            begin with a line of CRC-32 and length; `last` has the number of the last finished round
 
 The last two print `TICK SECONDS N` up to ten times a second, by the guest's clock, and go on where
-they were when they boot again. With --guest-agent the VM has the QEMU guest agent and its channel.
+they were when they boot again. With --guest-agent the VM has the QEMU guest agent and its channel. With --uefi
+it boots by UEFI and prints `EFI-VARIABLE TEXT`, of a variable that it makes at its first start.
 
 Examples:
   lab/lab up
@@ -163,10 +165,11 @@ def make_vm(lab: Lab, argv: list[str]) -> None:
     parser.add_argument("--no-boot-disk", dest="boot", action="store_false")
     parser.add_argument("--guest", default=TICK, choices=MODES)
     parser.add_argument("--guest-agent", action="store_true")
+    parser.add_argument("--uefi", action="store_true")
     parser.add_argument("--start", action="store_true")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(argv)
-    wanted = Extras(asked.guest, asked.guest_agent)
+    wanted = Extras(asked.guest, asked.guest_agent, asked.uefi)
     made = vm.make(lab.host(asked.host), asked.name, asked.disk or [], asked.boot, asked.start, wanted)
     print(json.dumps(made.fields()) if asked.json else made.report())
 

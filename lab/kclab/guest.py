@@ -1,5 +1,7 @@
 """The boot disk of the test guests: a Debian cloud kernel, busybox and a small init, on FAT with syslinux.
 
+UEFI finds nothing to boot there and starts its shell, which runs startup.nsh: the kernel is a program of UEFI, too.
+
 The guest prints `GUEST-UP <first line of its second disk>` on its serial port, then writes a counter to
 that disk once a second, and powers off when asked by ACPI. What else it may do is in `kclab.extras`.
 """
@@ -36,16 +38,19 @@ MODULES = (
 )
 APPLETS = ("sh", "mount", "umount", "mkdir", "cat", "insmod", "seq", "sleep", "dd", "tar", "acpid", "poweroff")
 # For what is in `kclab.extras`, with what these depend on.
-EXTRA_MODULES = ("crc32c_generic", "ext4", "virtio_console")
+EXTRA_MODULES = ("crc32c_generic", "ext4", "virtio_console", "efivarfs")
 KERNEL_PACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual")
 FAT_KIB = 24 * 1024
-SYSLINUX = """\
+KERNEL = "vmlinuz.efi"
+COMMAND_LINE = "console=ttyS0 quiet panic=1 mitigations=off"
+SYSLINUX = f"""\
 DEFAULT guest
 PROMPT 0
 LABEL guest
-  KERNEL vmlinuz
-  APPEND initrd=initrd.gz console=ttyS0 quiet panic=1 mitigations=off
+  KERNEL {KERNEL}
+  APPEND initrd=initrd.gz {COMMAND_LINE}
 """
+STARTUP = f"FS0:\\{KERNEL} initrd=\\initrd.gz {COMMAND_LINE}\r\n"
 # The counter goes to one sector after another of the second MiB, so that the first line stays.
 INIT = """\
 #!/bin/sh
@@ -81,7 +86,7 @@ POWER_BUTTON = "#!/bin/sh\n[ ! -e /stop ] || . /stop\nexec /bin/poweroff -f\n"
 
 def boot_disk(lab: Lab) -> Path:
     """Return the cached qcow2 boot disk, which the first call makes; `extra_modules` tells what lies beside it."""
-    recipe = (INIT, SYSLINUX, MODULES, EXTRA_MODULES, APPLETS, POWER_BUTTON)
+    recipe = (INIT, SYSLINUX, STARTUP, MODULES, EXTRA_MODULES, APPLETS, POWER_BUTTON)
     key = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
     image = lab.cache / f"guest-{key}.qcow2"
     with lab.locked():
@@ -101,9 +106,10 @@ def extra_modules(image: Path) -> Path:
 def _build(directory: Path, image: Path) -> None:
     kernel, modules = _kernel(directory)
     files = {
-        "vmlinuz": kernel.read_bytes(),
+        KERNEL: kernel.read_bytes(),
         "initrd.gz": gzip.compress(_initramfs(modules), 6),
         "syslinux.cfg": SYSLINUX.encode(),
+        "startup.nsh": STARTUP.encode(),
     }
     fat = directory / "guest.fat"
     run("mkfs.vfat", "-C", "-n", "GUEST", str(fat), str(FAT_KIB))

@@ -19,6 +19,13 @@ IMAGES = "/var/lib/libvirt/images"
 SERIAL_LOGS = "/var/log/libvirt/qemu"
 DEFAULT_DISK = Disk("qcow2", 64 << 20, 8 << 20)
 MEMORY_MIB = 96
+UEFI_MEMORY_MIB = 256
+BIOS = "<os><type arch='x86_64' machine='pc'>hvm</type><boot dev='hd'/></os>"
+# libvirt chooses the loader, and makes the file of the variables at the first start.
+UEFI = (
+    "<os firmware='efi'><type arch='x86_64' machine='q35'>hvm</type>"
+    "<firmware><feature enabled='no' name='secure-boot'/></firmware><boot dev='hd'/></os>"
+)
 CHANNEL = """
     <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"""
 UNDEFINE = ("--managed-save", "--snapshots-metadata", "--checkpoints-metadata", "--nvram")
@@ -91,7 +98,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_extras(extras: Extras, disks: list[Disk], boot: bool) -> None:
-    if extras.any and not boot:
+    if extras.has_guest and not boot:
         raise LabError("a VM without a boot disk has no guest for --guest and --guest-agent")
     if len(disks) < DISKS[extras.mode]:
         raise LabError(f"--guest {extras.mode} needs {DISKS[extras.mode]} data disks: give --disk as often, or never")
@@ -148,9 +155,9 @@ def _definition(
 <domain type='qemu'>
   <name>{escape(name)}</name>
   <uuid>{uuid}</uuid>
-  <memory unit='MiB'>{MEMORY_MIB}</memory>
+  <memory unit='MiB'>{UEFI_MEMORY_MIB if extras.uefi else MEMORY_MIB}</memory>
   <vcpu>1</vcpu>
-  <os><type arch='x86_64' machine='pc'>hvm</type><boot dev='hd'/></os>
+  {UEFI if extras.uefi else BIOS}
   <features><acpi/></features>
   <clock offset='utc'/>
   <devices>{drives}{card if "default" in networks else ""}{CHANNEL if extras.agent else ""}

@@ -79,6 +79,7 @@ class Lab:
         start: bool = False,
         guest: str = "tick",
         guest_agent: bool = False,
+        uefi: bool = False,
     ) -> Vm:
         """Make a VM, in place of one of this name; disks are FORMAT:SIZE[:DATA], guest is `--guest`'s MODE."""
         options = [option for disk in disks for option in ("--disk", disk)]
@@ -86,6 +87,7 @@ class Lab:
         options += ["--start"] if start else []
         options += ["--guest", guest] if guest != "tick" else []
         options += ["--guest-agent"] if guest_agent else []
+        options += ["--uefi"] if uefi else []
         made = self.command("vm", host, "--json", *options, "--", name)
         return Vm(**json.loads(made.stdout))
 
@@ -116,15 +118,15 @@ class Lab:
             timeout=timeout,
         )
 
-    def wait_for_guest(self, host: str, serial: str, seconds: float = 60) -> str:
-        """Wait for the guest's line on its serial port and return the text after GUEST-UP."""
+    def wait_for_guest(self, host: str, serial: str, seconds: float = 60, word: str = "GUEST-UP") -> str:
+        """Wait for the guest's line on its serial port that begins with the word, and return the text after it."""
         file = self.outside(host, serial)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             printed = file.read_text(errors="replace") if file.exists() else ""
             for line in printed.splitlines(keepends=True):
-                if line.startswith("GUEST-UP ") and line.endswith("\n"):
-                    return line.removeprefix("GUEST-UP ").strip()
+                if line.startswith(f"{word} ") and line.endswith("\n"):
+                    return line.removeprefix(f"{word} ").strip()
             time.sleep(0.1)
         raise AssertionError(f"no guest came up within {seconds} s; its serial port printed {printed!r}")
 

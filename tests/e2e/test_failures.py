@@ -461,17 +461,14 @@ _NETWORK_DISK = (
     "<target dev='vdy'/></disk>"
 )
 _TPM = "<tpm model='tpm-tis'><backend type='passthrough'><device path='/dev/tpm0'/></backend></tpm>"
-_NVRAM = (
-    "</type><loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE.fd</loader>"
-    "<nvram>/var/lib/libvirt/qemu/nvram/refused_VARS.fd</nvram>"
-)
+_WRITTEN_LOADER = "</type><loader type='pflash'>/var/lib/libvirt/images/refused.fd</loader>"
 
 REFUSALS: dict[str, Callable[[Lab, Vm], str]] = {
     "an image in use": _written_by_another,
     "a block device": _with_xml("</devices>", f"{_BLOCK_DISK}</devices>", "/dev/loop7"),
     "a network disk": _with_xml("</devices>", f"{_NETWORK_DISK}</devices>", "vdy"),
     "a TPM": _with_xml("</devices>", f"{_TPM}</devices>", "TPM"),
-    "NVRAM": _with_xml("</type>", _NVRAM, "UEFI"),
+    "UEFI variables in the loader": _with_xml("</type>", _WRITTEN_LOADER, "UEFI"),
 }
 
 

@@ -75,7 +75,8 @@ class Case:
 
     `image` changes what is known of every image, `domain` of the VM, `source` of where that is, `present` holds the
     paths at the destination. `here`, `there`: what paths are on the two hosts; those left out are devices, and
-    directories where the VM writes. `resources`, `objects`: what else the destination has.
+    directories where the VM writes. `resources`, `objects`: what else the destination has. `variables`: the source's
+    file of UEFI variables.
     """
 
     devices: str = ONE_DISK
@@ -102,6 +103,7 @@ class Case:
     objects: Objects = field(default_factory=Objects)
     route: RouteFacts = DIRECT
     options: CloneOptions = NOTHING_ASKED
+    variables: ImageFacts | None = None
 
     def facts(self) -> Facts:
         xml = domain_xml(self.devices, self.os, self.cpu).replace("NAME", self.name)
@@ -118,7 +120,7 @@ class Case:
                 replace(tools, **self.source_host),
                 domain,
                 read,
-                tuple(self._image(disk) for disk in read.own_disks),
+                (*map(self._image, read.own_disks), *([self.variables] if self.variables else [])),
                 references=refs,
                 things=Things({**usual, **self.here}),
                 **self.source,
@@ -189,9 +191,10 @@ def existing(
     touched: bool = False,
     kept: tuple[tuple[str, str], ...] = (),
     pending: Pending | None = None,
+    os: str = "",
 ) -> Existing:
     """A VM that the destination has; by default not ours, and shut off. `touched`: its disk since it was sealed."""
-    xml = domain_xml(disk_xml(f"{IMAGES}/old.qcow2")).replace("NAME", name).replace(UUID, uuid)
+    xml = domain_xml(disk_xml(f"{IMAGES}/old.qcow2"), os).replace("NAME", name).replace(UUID, uuid)
     if pending is not None:
         xml = xml.replace("<os>", f"<metadata>{pending_markup(pending)}</metadata><os>")
     domain, files = (

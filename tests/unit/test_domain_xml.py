@@ -360,7 +360,6 @@ NVRAM = "<nvram template='/usr/share/OVMF/VARS.fd'>/var/lib/libvirt/qemu/nvram/v
 PFLASH = "<loader readonly='yes' type='pflash'>/usr/share/OVMF/CODE.fd</loader>"
 UNSUPPORTED = [
     # (id, XML, code, subject, what the text must name)
-    ("efi", SIMPLE.replace("<os>", "<os firmware='efi'>"), "nvram", "vm", "firmware efi"),
     (
         "nvram",
         SIMPLE.replace("</os>", NVRAM + "</os>"),
@@ -384,10 +383,24 @@ UNSUPPORTED = [
     ),
     (
         "pflash",
-        SIMPLE.replace("</os>", PFLASH + "</os>"),
+        SIMPLE.replace("</os>", PFLASH.replace(" readonly='yes'", "") + "</os>"),
         "nvram",
         "vm",
-        "pflash loader /usr/share/OVMF/CODE.fd",
+        "kept in the loader itself, /usr/share/OVMF/CODE.fd",
+    ),
+    (
+        "nvram on a server",
+        SIMPLE.replace("</os>", PFLASH + "<nvram type='network'><source protocol='nbd'/></nvram></os>"),
+        "nvram",
+        "vm",
+        "type network",
+    ),
+    (
+        "nvram of another format",
+        SIMPLE.replace("</os>", PFLASH + "<nvram format='vmdk'>/v</nvram></os>"),
+        "nvram",
+        "vm",
+        "format vmdk",
     ),
     (
         "tpm",

@@ -40,7 +40,7 @@ from kvm_clone.options import Quiesce, Retry, Route, Verify
 from kvm_clone.planning import checks, decide, placement, steps, storage
 from kvm_clone.planning import plan as planning
 from kvm_clone.planning.domain_facts import RUNNING, CpuFacts, Pool
-from kvm_clone.planning.facts import Directory, FilesystemAbilities, RouteFacts
+from kvm_clone.planning.facts import Directory, FilesystemAbilities, ImageFacts, RouteFacts
 from kvm_clone.planning.live_checks import chain_of
 from kvm_clone.planning.plan import Plan, make_plan
 from kvm_clone.planning.steps import Step
@@ -60,6 +60,8 @@ def store(path: str, inside: str = "") -> str:
 
 
 BASE = Image("/srv/b.qcow2", "qcow2")
+UEFI = "<loader readonly='yes' type='pflash'>/c</loader><nvram>/v</nvram>"
+VARIABLES = ImageFacts("/v", "raw", target="nvram")
 ISO = disk_xml("/iso/debian.iso", "sda", "<readonly/>", device="cdrom", format_="raw")
 SHARED = disk_xml("/shared/data.raw", "vdb", "<shareable/>", format_="raw")
 READ_ONLY = disk_xml("/shared/base.raw", "vdb", "<readonly/>", format_="raw")
@@ -159,6 +161,16 @@ APPEARS: dict[str, tuple[str, str, Case]] = {
     "a crashed VM": ("source-state", "web", Case(domain={"state": "crashed"}, image={"error": "not looked at"})),
     "a saved VM": ("managed-save", "web", Case(domain={"managed_save": True})),
     "snapshots": ("snapshots", "web", Case(domain={"snapshots": ("before", "after")})),
+    "variables that a VM in another format runs with": (
+        "variables-format",
+        "web",
+        Case(**running(variables="/v"), os=UEFI, variables=replace(VARIABLES, format="qcow2"), present=("/c",)),
+    ),
+    "variables that the definition does not have": (
+        "variables-live",
+        "web",
+        Case(**running(variables="/w"), os=UEFI, variables=VARIABLES, present=("/c",)),
+    ),
     # what the source says of the images
     "an image in use": ("disk-in-use", "vda", Case(image={"error": "kc-a: it is locked", "in_use": True})),
     "an image that is gone": ("disk-unreadable", "vda", Case(image={"error": "No such file or directory"})),

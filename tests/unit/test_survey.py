@@ -67,5 +67,5 @@ class Refusing:
 def test_an_error_says_whether_the_image_is_in_use(kind: str, in_use: bool) -> None:
     host: Any = SimpleNamespace(name="kc-a", agent=AgentClient(Refusing(kind)))
     disk = DiskXml("vda", "virtio", "disk", "file", "raw", "/a")
-    image = asyncio.run(survey._image(host, disk, SHUT_OFF))
+    image = asyncio.run(survey._disk(host, disk, SHUT_OFF))
     assert image == ImageFacts("/a", "raw", target="vda", error="kc-a: lock_image of /a", in_use=in_use)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvm_clone.agent.host import uses
+from kvm_clone.definition import variables
 from kvm_clone.definition.spans import Document, Node
 
 _CHAIN = ("backingStore", "mirror", "dataStore")
@@ -64,7 +65,11 @@ def claims_of(xml: str, by: Owner) -> Iterator[Claim | VolumeClaim]:
 
     Raises RefusedError when the XML is malformed.
     """
-    yield from _below(Document(xml).root, by)
+    root = Document(xml).root
+    yield from _below(root, by)
+    chosen = variables.read(root) if root.tag == "domain" else None
+    if chosen is not None and not chosen.path:  # libvirt does not say which
+        yield from (Claim(by, uses.FILE, path) for path in chosen.paths(by.name))
 
 
 def _below(node: Node, by: Owner) -> Iterator[Claim | VolumeClaim]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kvm_clone.definition import variables
 from kvm_clone.definition.spans import Document, Node
+from kvm_clone.definition.variables import Variables
 from kvm_clone.errors import RefusedError
 from kvm_clone.image import Image
 from kvm_clone.units import scaled
@@ -92,6 +94,7 @@ class DomainXml:
     """What a plan needs to know of a definition.
 
     `memory` is in bytes, `vcpus` the maximum. `uuid` is empty, and `memory` 0, only in XML written by hand.
+    `variables`: of UEFI, None for a VM that keeps none.
     """
 
     name: str
@@ -110,6 +113,7 @@ class DomainXml:
     networks: tuple[str, ...] = ()
     bridges: tuple[str, ...] = ()
     cpu: CpuXml | None = None
+    variables: Variables | None = None
 
     @property
     def own_disks(self) -> tuple[DiskXml, ...]:
@@ -170,6 +174,7 @@ def read_domain(xml: str) -> DomainXml:
         networks=tuple(_connected_to(domain, "network")),
         bridges=tuple(_connected_to(domain, "bridge")),
         cpu=_cpu(document, domain),
+        variables=variables.read(domain),
     )
 
 
@@ -253,7 +258,7 @@ def _os_files(domain: Node) -> Iterator[OsFile]:
 
 def _outside_state(domain: Node) -> Iterator[Feature]:
     """Yield the state that is in none of the disks."""
-    signs = [*_firmware_state(domain)]
+    signs = [*variables.refused(domain)]
     if signs:
         yield Feature("nvram", ", ".join(signs))
     for tpm in domain.find_all("devices", "tpm"):
@@ -262,17 +267,6 @@ def _outside_state(domain: Node) -> Iterator[Feature]:
         path = memory.find_text("source", "path")
         if path:
             yield Feature("memory", f"{memory.attributes.get('model', 'memory')} {path}")
-
-
-def _firmware_state(domain: Node) -> Iterator[str]:
-    """Yield each sign of UEFI variables; libvirt may keep them in a file that it does not print."""
-    if domain.find_attributes("os").get("firmware") == "efi":
-        yield "firmware efi"
-    if domain.find_attributes("os", "loader").get("type") == "pflash":
-        yield f"pflash loader {domain.find_text('os', 'loader') or ''}".strip()
-    for tag in ("nvram", "varstore"):
-        for node in domain.find_all("os", tag):
-            yield f"{tag} {node.text.strip() or node.attributes.get('path') or _source(node)}".strip()
 
 
 def _host_devices(domain: Node) -> Iterator[Feature]:

@@ -9,6 +9,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kvm_clone.definition import variables
 from kvm_clone.definition.domain_xml import macs_of, parse
 from kvm_clone.definition.marks import (
     NAMESPACE,
@@ -32,7 +33,8 @@ class Change:
     `new_macs` has one entry for each of `DomainXml.macs`, in the same order. `disk_paths` maps a disk's
     target ("vda") to the file it gets, `disk_formats` to that one's format where it is not the source's, and
     `disk_bases` to the image that it rests on. `new_genid` replaces a generation ID, where there is one.
-    `host_paths`: new paths of logs and sockets by their old ones. `pending`: what the commit leaves to be done.
+    `host_paths`: new paths of logs and sockets by their old ones. `variables`: the file of the UEFI variables.
+    `pending`: what the commit leaves to be done.
     """
 
     new_name: str
@@ -44,6 +46,7 @@ class Change:
     disk_bases: Mapping[str, Image] = field(default_factory=dict)
     new_genid: str | None = None
     host_paths: Mapping[str, str] = field(default_factory=dict)
+    variables: Image | None = None
     pending: Pending | None = None
 
 
@@ -68,6 +71,8 @@ def rewrite(xml: str, change: Change) -> str:
         _set_genid(document, domain, change.new_genid)
     _set_disks(document, domain, change)
     _set_host_paths(document, domain, change.host_paths)
+    if change.variables is not None:
+        variables.set_path(document, domain, change.variables.path, change.variables.format)
     _set_marks(document, domain, name, change)
     return document.result()
 

@@ -36,7 +36,8 @@ def look(connection: libvirt.virConnect, name: str) -> Live:
     """Look at a running domain. Raises libvirt.libvirtError."""
     domain = connection.lookupByName(name)
     xml = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_SECURE)
-    disks = domain_xml.read_domain(xml).own_disks
+    read = domain_xml.read_domain(xml)
+    disks = read.own_disks
     jobs = [disk.target for disk in disks if disk.path and domain.blockJobInfo(disk.target)]
     root = Document(xml).root
     channels = [channel.find_attributes("target") for channel in root.find_all("devices", "channel")]
@@ -45,6 +46,7 @@ def look(connection: libvirt.virConnect, name: str) -> Live:
         tuple(jobs),
         _backup_server(domain),
         any(one.get("name") == _AGENT_CHANNEL and one.get("state") == "connected" for one in channels),
+        read.variables.path if read.variables is not None else "",
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from kvm_clone.agent.host import peer, uses
 from kvm_clone.agent.protocol import errors as kinds
 from kvm_clone.agent.protocol.wire import ProtocolError
-from kvm_clone.definition import domain_xml
+from kvm_clone.definition import domain_xml, variables
 from kvm_clone.definition.references import Role, references
 from kvm_clone.errors import RefusedError
 from kvm_clone.gather import together
@@ -23,6 +23,7 @@ from kvm_clone.hosts.children import kill_process, spawn
 from kvm_clone.hosts.host import Host
 from kvm_clone.hosts.libvirt_host import LibvirtHost
 from kvm_clone.hosts.outputs import read_past_noise
+from kvm_clone.image import Image
 from kvm_clone.options import Options, Route, SyncOptions
 from kvm_clone.planning import domain_facts, things
 from kvm_clone.planning.facts import (
@@ -86,11 +87,13 @@ async def _source(host: Host, libvirt: LibvirtHost, vm: str) -> SourceFacts:
     xml = domain_xml.read_domain(domain.xml)
     running = domain.state in domain_facts.RUNNING
     kept = things.kept(references(domain.xml), xml)
-    about, images, paths = await together(
+    about, disks, uefi, paths = await together(
         host.agent.host(),
         _images(host, xml, domain.state),
+        _variables(host, xml, domain.state),
         host.agent.look(paths=things.paths_of(kept)),
     )
+    images = (*disks, *uefi)
     facts = SourceFacts(
         _identified(about, uuid),
         domain,
@@ -106,10 +109,10 @@ async def _source(host: Host, libvirt: LibvirtHost, vm: str) -> SourceFacts:
 async def fingerprints(host: Host, xml: domain_xml.DomainXml, images: Iterable[ImageFacts]) -> dict[str, str]:
     """The fingerprints of all files and devices that a VM has as disks or media, of those that are there.
 
-    `images`: its own disks' images, which may rest on more files.
+    `images`: those of its own, which may rest on more files, and be no disks.
     """
     named = {disk.path for disk in xml.disks if disk.path and disk.type in ("file", "block")}
-    paths = sorted(named | {layer.path for image in images for layer in image.layers})
+    paths = sorted(named | {layer.path for image in images for layer in (image, *image.layers)})
     answers = await host.agent.fingerprints(paths=paths)
     return {path: answer for path, answer in zip(paths, answers, strict=True) if answer}
 
@@ -138,22 +141,41 @@ def _identified(host: HostFacts, uuid: str) -> HostFacts:
 
 async def _images(host: Host, xml: domain_xml.DomainXml, state: str) -> tuple[ImageFacts, ...]:
     """The VM's own disks' images."""
-    return tuple(await together(*(_image(host, disk, state) for disk in xml.own_disks)))
+    return tuple(await together(*(_disk(host, disk, state) for disk in xml.own_disks)))
 
 
-async def _image(host: Host, disk: domain_xml.DiskXml, state: str) -> ImageFacts:
-    """A disk's image, locked if its VM is at rest. Nothing is asked of one that the plan refuses by its definition."""
-    path, format_ = disk.path or "", disk.format
+async def _disk(host: Host, disk: domain_xml.DiskXml, state: str) -> ImageFacts:
+    """A disk's image. Nothing is asked of one that the plan refuses by its definition."""
+    if disk.type != "file" or disk.format not in domain_xml.FORMATS:
+        return ImageFacts(disk.path or "", disk.format, target=disk.target, error="not looked at")
+    return await _image(host, disk.target, Image(disk.path or "", disk.format), state)
+
+
+async def _variables(host: Host, xml: domain_xml.DomainXml, state: str) -> tuple[ImageFacts, ...]:
+    """The file of the VM's UEFI variables, if there is one: libvirt makes it when the VM first starts."""
+    if xml.variables is None:
+        return ()
+    kinds = await host.agent.look(paths=xml.variables.paths(xml.name))
+    there = [Image(path, xml.variables.format_of(path)) for path, kind in kinds.items() if kind != things.MISSING]
+    if len(there) > 1:
+        why = f"{there[1].path} is there as well, and which of them the VM has is not known"
+        return (ImageFacts(there[0].path, there[0].format, target=variables.KEY, error=why),)
+    return tuple([await _image(host, variables.KEY, one, state) for one in there])
+
+
+async def _image(host: Host, target: str, image: Image, state: str) -> ImageFacts:
+    """An image, locked if its VM is at rest."""
+    path, format_ = image.path, image.format
     running = state in domain_facts.RUNNING
-    if disk.type != "file" or format_ not in domain_xml.FORMATS or not (running or state == domain_facts.SHUT_OFF):
-        return ImageFacts(path, format_, target=disk.target, error="not looked at")
+    if not (running or state == domain_facts.SHUT_OFF):
+        return ImageFacts(path, format_, target=target, error="not looked at")
     try:
         if not running:
             await host.agent.lock_image(path=path, image_format=format_)
     except AgentCallError as error:
         in_use = error.kind == kinds.IN_USE
-        return ImageFacts(path, format_, target=disk.target, error=str(error), in_use=in_use)
-    return replace(await host.agent.disk(path=path, image_format=format_, live=running), target=disk.target)
+        return ImageFacts(path, format_, target=target, error=str(error), in_use=in_use)
+    return replace(await host.agent.disk(path=path, image_format=format_, live=running), target=target)
 
 
 async def _settled(
@@ -187,12 +209,17 @@ async def _destination(
     own = (*xml.own_disks, *(existing.xml.own_disks if existing is not None else ()))
     wanted = {pool.path for pool in pools if pool.path}
     files = [disk.path for disk in own if disk.path and disk.type == "file"]
+    files += [image.path for image in source.images if image.target == variables.KEY]
+    files += existing.variables if existing is not None else ()
+    wanted |= {variables.DIRECTORY} if xml.variables is not None else set()
     wanted |= {posixpath.dirname(path) for path in files} | {home_of(path) for path in files}
     referred = {*(file.path for file in xml.os_files), *things.paths_of(source.references)}
     referred |= {disk.path for disk in (*xml.media, *xml.referenced_disks) if disk.path and disk.type == "file"}
     addresses = {one.value for one in source.references if one.role is Role.ADDRESS}
     paths = sorted(wanted)
     files_like = list(stems((disk.path for disk in xml.own_disks if disk.path), xml.name, name))
+    if xml.variables is not None:
+        files_like.append(f"{name}_VARS")
     about, staged, directories, found, resources = await together(
         host.agent.host(),
         host.agent.staged(directories=paths, name=name),

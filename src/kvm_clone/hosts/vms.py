@@ -72,13 +72,14 @@ async def existing(host: Host, libvirt: LibvirtHost, name: str, known: Users) ->
         return None
     xml = domain_xml.read_domain(domain.xml)
     mark = marks.read_provenance(domain.xml)
-    own = tuple(disk.path for disk in xml.own_disks if disk.type == "file" and disk.path)
+    disks = [disk.path for disk in xml.own_disks if disk.type == "file" and disk.path]
+    own = (*disks, *(xml.variables.paths(name) if xml.variables is not None else ()))
     found, prints = await together(judge(host, known, own, but=domain.uuid), host.agent.fingerprints(paths=list(own)))
     return Existing(
         domain,
         xml,
         mark if mark is not None and mark.uuid == domain.uuid else None,
-        whole=all(prints),
+        whole=all(prints[: len(disks)]),
         removable=tuple(use.path for use in found if use.is_free),
         seal=marks.read_seal(domain.xml),
         kept=tuple((use.path, use.why) for use in found if use.state not in (uses.FREE, uses.ABSENT)),

@@ -6,7 +6,8 @@ import posixpath
 import re
 from collections.abc import Collection, Iterator
 
-from kvm_clone.definition import domain_xml
+from kvm_clone.agent.disks.image import RAW
+from kvm_clone.definition import domain_xml, variables
 from kvm_clone.definition.spans import is_xml
 from kvm_clone.findings import Finding, Severity, block
 from kvm_clone.image import Image
@@ -54,6 +55,7 @@ def source_findings(source: SourceFacts, options: Options) -> Iterator[Finding]:
             if image.target not in refused:
                 yield from _image_findings(image, domain.snapshots)
                 yield from _chain_findings(source.xml, image)
+    yield from _variables_findings(source)
     yield from _tool_findings(source.host.name, source.host.qemu_img, source.host.qemu_nbd)
 
 
@@ -79,7 +81,7 @@ def _left_behind(domain: domain_facts.Domain, options: Options) -> Iterator[Find
 
 def _image_findings(image: ImageFacts, listed: Collection[str]) -> Iterator[Finding]:
     """Yield the findings about a disk's image. `listed`: the snapshots that libvirt knows, of which is said already."""
-    what = f"Disk {image.target} ({image.path})"
+    what = f"{'File of UEFI variables' if image.target == variables.KEY else f'Disk {image.target}'} ({image.path})"
     reasons = (
         ("disk-in-use", image.in_use, f"is in use by another process ({image.error})", "shut down whatever uses it"),
         ("disk-unreadable", image.error and not image.in_use, f"cannot be read: {image.error}", ""),
@@ -109,7 +111,9 @@ def _image_findings(image: ImageFacts, listed: Collection[str]) -> Iterator[Find
 
 def _chain_findings(xml: domain_xml.DomainXml, image: ImageFacts) -> Iterator[Finding]:
     """Yield a finding where the definition has libvirt open another chain than the one that the image names."""
-    disk = next(one for one in xml.own_disks if one.target == image.target)
+    disk = next((one for one in xml.own_disks if one.target == image.target), None)
+    if disk is None:
+        return
     there = image.layers
     agree = (
         len(disk.backing) <= len(there)
@@ -120,6 +124,21 @@ def _chain_findings(xml: domain_xml.DomainXml, image: ImageFacts) -> Iterator[Fi
         said, found = (", ".join(layer.path for layer in layers) or "nothing" for layers in (disk.backing, there))
         text = f"Disk {image.target} ({image.path}) rests on {said} by the definition, and on {found} by its image."
         yield block("disk-backing", image.target, text, "let both name the same: virsh edit, or qemu-img rebase -u")
+
+
+def _variables_findings(source: SourceFacts) -> Iterator[Finding]:
+    """Yield why the UEFI variables of a running VM cannot be copied: they are read from the file that it has open."""
+    image = next((one for one in source.images if one.target == variables.KEY), None)
+    if source.live is None or source.xml.variables is None:
+        return
+    name, remedy = source.domain.name, f"shut it down: virsh shutdown {source.domain.name}"
+    if image is not None and image.format != RAW:
+        text = f"The UEFI variables of VM {name} ({image.path}) can be copied only while it is shut off."
+        yield block("variables-format", name, text, remedy)
+    if source.live.variables != (image.path if image is not None else ""):
+        there = image.path if image is not None else "no file"
+        text = f"The UEFI variables of VM {name} are {source.live.variables or 'no file'} while it runs, {there} after."
+        yield block("variables-live", name, text, remedy)
 
 
 def _is_same_layer(said: Image, found: Image) -> bool:

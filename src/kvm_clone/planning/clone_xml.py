@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvm_clone.definition import rewrite
+from kvm_clone.definition import rewrite, variables
 from kvm_clone.definition.marks import Pending, Provenance
 from kvm_clone.planning.plan import Plan
 from kvm_clone.version import __version__
@@ -21,11 +21,12 @@ def clone_xml(plan: Plan, mark: Provenance, pending: Pending | None = None, name
         provenance=mark,
         new_uuid=None if plan.uuid == source.domain.uuid else plan.uuid,
         new_macs=plan.macs,
-        disk_paths={disk.target: disk.final for disk in plan.disks},
+        disk_paths={disk.target: disk.final for disk in plan.disks if disk.target != variables.KEY},
         disk_formats={disk.target: disk.format for disk in plan.disks if disk.base is not None},
         disk_bases={disk.target: disk.below for disk in plan.disks if disk.below is not None},
         new_genid=plan.identity.genid,
         host_paths=plan.host_paths,
+        variables=plan.variables,
         pending=pending if pending is not None and (pending.remove or pending.forget) else None,
     )
     return rewrite.rewrite(source.domain.xml, change)

@@ -85,12 +85,14 @@ class Live:
 
     `paths`: its own disks' files by target, as QEMU has them open. `jobs`: the block jobs under way, by target.
     `backup`: the backup job's socket or server, empty without a job. `agent`: whether a guest agent is connected.
+    `variables`: the file of its UEFI variables, empty where it has none.
     """
 
     paths: Mapping[str, str] = field(default_factory=dict)
     jobs: tuple[str, ...] = ()
     backup: str = ""
     agent: bool = False
+    variables: str = ""
 
     @property
     def backup_is_ours(self) -> bool:

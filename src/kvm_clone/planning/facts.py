@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvm_clone.agent.disks import fingerprint
+from kvm_clone.definition import variables
 from kvm_clone.definition.domain_xml import DomainXml
 from kvm_clone.definition.marks import Pending, Provenance, Seal, definition_digest, read_pending
 from kvm_clone.definition.references import Reference
@@ -121,7 +122,8 @@ class SourceFacts:
     `live`: its running state, None when it does not run. `directories`: where a backup job's scratch files may lie.
     `reader`: the operation that copies it by a backup job, if there is one. `libvirt`: the version, see Abilities.
     `files`: the fingerprints of all files that it uses as disks or media, by path. `references`: what the definition
-    refers to, its own disks left out. `things`: what the source has of these.
+    refers to, its own disks left out. `things`: what the source has of these. `images`: of its disks, and the file of
+    its UEFI variables, if there is one.
     """
 
     host: HostFacts
@@ -135,6 +137,11 @@ class SourceFacts:
     files: Mapping[str, str] = field(default_factory=dict)
     references: tuple[Reference, ...] = ()
     things: Things = field(default_factory=Things)
+
+    @property
+    def disk_images(self) -> tuple[ImageFacts, ...]:
+        """The disks' images, without the file of UEFI variables."""
+        return tuple(image for image in self.images if image.target != variables.KEY)
 
     @property
     def fingerprint(self) -> str:
@@ -179,6 +186,11 @@ class Existing:
         return (*self.domain.snapshots, *self.domain.checkpoints)
 
     @property
+    def variables(self) -> tuple[str, ...]:
+        """Where the file of its UEFI variables can be."""
+        return self.xml.variables.paths(self.domain.name) if self.xml.variables is not None else ()
+
+    @property
     def unused(self) -> bool:
         """Whether nobody has used or changed it since our last operation had finished, as far as the seal shows."""
         if self.seal is None or self.domain.managed_save:
@@ -195,6 +207,9 @@ class Existing:
         if self.seal is None or not self.whole:
             return False
         prints = {disk.target: self.files.get(disk.path or "", "") for disk in self.xml.own_disks}
+        for path in self.variables:
+            if path in self.files:
+                prints[variables.KEY] = self.files[path]
         prints.update({image.target: image.fingerprint for image in self.images})  # taken under a lock
         now = {target: fingerprint.whole(text) for target, text in prints.items()}
         return all(now.values()) and now == {

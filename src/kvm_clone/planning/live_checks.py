@@ -93,7 +93,7 @@ def _scratch(source: SourceFacts) -> tuple[dict[str, str], list[Finding]]:
     free = {one.filesystem: one.free for one in usable}
     placed: dict[str, str] = {}
     findings: list[Finding] = []
-    for image in source.images:
+    for image in source.disk_images:
         least = max(_LEAST_SCRATCH, image.data * _LEAST_SCRATCH_PERCENT // 100)
         chosen = _roomiest(usable, free, posixpath.dirname(image.path), max(image.data, least))
         if chosen is None or free[chosen.filesystem] < least:
@@ -162,7 +162,7 @@ def backup_job(facts: Facts, options: Options, name: str, operation: str, since:
     placed, _ = _scratch(facts.source)
     disks = tuple(
         BackupDisk(image.target, placed[image.target], _is_trackable(image))
-        for image in facts.source.images
+        for image in facts.source.disk_images
         if image.target in placed
     )
     tracked = options.track and any(disk.trackable for disk in disks)

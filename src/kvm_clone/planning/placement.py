@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from kvm_clone.agent.disks.image import QCOW2
 from kvm_clone.agent.names import is_plain
+from kvm_clone.definition import variables
 from kvm_clone.findings import Finding, block
 from kvm_clone.image import Image
 from kvm_clone.options import Options
@@ -136,7 +138,7 @@ def place(
         if kept is not None and kept.durable and _is_same(kept, image):
             placed.append(PlannedDisk(image, Place.of_file(kept.final), kept))
             continue
-        directory, finding = _directory_for(facts.destination, home_of(image.path), options.pool)
+        directory, finding = _directory_of(facts.destination, image, options.pool)
         if finding is not None and finding not in findings:
             findings.append(finding)
         if directory is not None:
@@ -150,6 +152,40 @@ def place(
 def _is_same(kept: StagedDisk, image: ImageFacts) -> bool:
     """Whether a staged file can become this disk as the source has it now."""
     return not kept.backing and (kept.size, kept.format) == (image.virtual_size, image.format)
+
+
+def _directory_of(
+    destination: DestinationFacts, image: ImageFacts, pool_name: str | None
+) -> tuple[Directory | None, Finding | None]:
+    """Return the directory where the image lands: libvirt's own for UEFI variables, if it has one there."""
+    own = destination.directories.get(variables.DIRECTORY)
+    if image.target == variables.KEY:
+        pool_name = None
+        if own is not None and own.exists:
+            return _usable(destination.host.name, own)
+    return _directory_for(destination, home_of(image.path), pool_name)
+
+
+def variables_image(facts: Facts, names: Names, disks: Iterable[PlannedDisk]) -> Image | None:
+    """Return the file of UEFI variables that the clone's definition has to name; None where libvirt names it itself.
+
+    A VM that was never started has no such file yet, and its clone's must not be one that is there.
+    """
+    wanted = facts.source.xml.variables
+    if wanted is None:
+        return None
+    copied = next((disk for disk in disks if disk.target == variables.KEY), None)
+    if copied is not None:
+        found = Image(copied.final, copied.format)
+    else:
+        image = ImageFacts(wanted.paths(names.new)[0], wanted.format, target=variables.KEY)
+        directory, _ = _directory_of(facts.destination, image, None)
+        if directory is None:
+            return None
+        place = _free_place(directory, image, names, set(facts.destination.paths_in_use))
+        found = Image(place.path, wanted.format)
+    chosen_by_libvirt = not wanted.path and found.path in wanted.paths(names.new)
+    return None if chosen_by_libvirt else found
 
 
 def _directory_for(
@@ -204,6 +240,8 @@ def _free_place(directory: Directory, image: ImageFacts, names: Names, taken: se
     and the operation's name, which nobody else has.
     """
     stem, extension = stem_of(image.path, names.old, names.new)
+    if image.target == variables.KEY:
+        stem = UNKEPT.sub("_", f"{names.new}_VARS")
     # People type these paths: an ending has nothing in it that would have to be quoted.
     endings = ["", f"-{image.target}"]
     endings += [f"-{image.target}-{number}" for number in range(1, len(directory.names) + len(taken) + 2)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from kvm_clone.errors import DomainExistsError, KvmCloneError, LockedError, RefusedError
 from kvm_clone.findings import EXISTS_CODES, LOCKED, Finding, Severity, block
+from kvm_clone.image import Image
 from kvm_clone.options import CloneOptions, Options, Retry, Route, Verify
 from kvm_clone.planning.assets import Place
 from kvm_clone.planning.checks import destination_findings, estimate, source_findings
@@ -16,7 +17,7 @@ from kvm_clone.planning.facts import Facts, ImageFacts, Staged
 from kvm_clone.planning.host_paths import renames
 from kvm_clone.planning.identity_checks import SAME_VM, duplicate_findings, identity_findings
 from kvm_clone.planning.live_checks import backup_job, live_findings, stale_checkpoints
-from kvm_clone.planning.placement import Names, PlannedDisk, place, stage_directory
+from kvm_clone.planning.placement import Names, PlannedDisk, place, stage_directory, variables_image
 from kvm_clone.planning.steps import (
     BeginBackup,
     BeginStage,
@@ -98,6 +99,12 @@ class Plan:
     def host_paths(self) -> dict[str, str]:
         """The new paths of the VM's logs and sockets that another VM of the destination has."""
         return renames(self.facts, self.name)
+
+    @property
+    def variables(self) -> Image | None:
+        """The file of UEFI variables that the definition shall name; None where libvirt names it, or there is none."""
+        names = Names(self.facts.source.domain.name, self.name, self.identity.operation)
+        return variables_image(self.facts, names, self.disks)
 
     @property
     def blocking(self) -> tuple[Finding, ...]:
@@ -224,9 +231,11 @@ def content_steps(plan: Plan) -> list[Step]:
     if disks:
         steps.append(CopyDisks(disks))
         steps += [ProveDisks(disks, plan.options.verify)] if plan.options.verify is not Verify.OFF else []
-    if backup is None:
-        steps.append(CheckSource(disks))
-    elif disks:
+    offered = {one.target for one in backup.disks} if backup is not None else set()
+    read_directly = tuple(disk for disk in disks if disk.key not in offered)
+    if backup is None or read_directly:
+        steps.append(CheckSource(read_directly))
+    if disks and backup is not None:
         steps.append(EndBackup())
     return steps
 

@@ -170,7 +170,10 @@ def _refuse(code: str, subject: str, text: str, remedy: str) -> Decision:
 def _disks(
     facts: Facts, options: SyncOptions, name: str, identity: Identity, staged: Staged | None
 ) -> tuple[tuple[PlannedDisk, ...], list[Finding]]:
-    """Return an overlay for each image that the replica has and a whole file for each other, in the source's order."""
+    """Return an overlay for each image that the replica has and a whole file for each other, in the source's order.
+
+    UEFI variables are small, and copied whole.
+    """
     existing = facts.destination.existing
     bases = {image.target: image for image in existing.images} if existing is not None else {}
     findings: list[Finding] = []

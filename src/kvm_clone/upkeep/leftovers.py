@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvm_clone.agent.host import uses
-from kvm_clone.definition import marks
+from kvm_clone.definition import marks, variables
 from kvm_clone.errors import KvmCloneError, RefusedError, TransferError
 from kvm_clone.execution import replica
 from kvm_clone.gather import together
@@ -61,8 +61,9 @@ async def find(host: Host, libvirt: LibvirtHost, more: frozenset[str] = frozense
 
 
 async def _directories(libvirt: LibvirtHost) -> list[str]:
-    """The directories of the host's pools."""
-    return [pool.path for pool in await libvirt.pools() if pool.path and pool.type in domain_facts.FILE_POOLS]
+    """The directories of the host's pools, and where UEFI variables are."""
+    pools = [pool.path for pool in await libvirt.pools() if pool.path and pool.type in domain_facts.FILE_POOLS]
+    return [*pools, variables.DIRECTORY]
 
 
 async def sweep(host: Host, libvirt: LibvirtHost) -> list[str]:
