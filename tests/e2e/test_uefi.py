@@ -223,6 +223,18 @@ def test_loaders(loader: str, lab: Lab) -> None:
     assert list(listed(lab, "kc-b")) == ["other_VARS.fd"]
 
 
+def test_a_destination_without_firmware_is_told(lab: Lab) -> None:
+    lab.vm("kc-a", NAME, ["raw:8M:1M"], boot=False, uefi=True)
+    descriptors = "/usr/share/qemu/firmware"
+    lab.run("kc-b", "mount", "-t", "tmpfs", "tmpfs", descriptors)
+    try:
+        done = kvm_clone(lab, "clone", "kc-a", "kc-b", NAME)
+    finally:
+        lab.run("kc-b", "umount", descriptors)
+    assert done.code == 3
+    assert "has no firmware to choose from" in done.err
+
+
 def test_variables_that_are_in_use(lab: Lab) -> None:
     """Of a VM at rest they are locked like its disks, and by its disks' rules in use."""
     made(lab)

@@ -46,10 +46,10 @@ def disk_xml(path: str, target: str = "vda", inside: str = "", *, device: str = 
     )
 
 
-def domain_xml(devices: str, os: str = "", cpu: str = "") -> str:
+def domain_xml(devices: str, os: str = "", cpu: str = "", firmware: str = "") -> str:
     return (
         f"<domain type='kvm'><name>NAME</name><uuid>{UUID}</uuid><memory>1024</memory><vcpu>1</vcpu>"
-        f"<os>{os}</os>{cpu}<devices>{devices}</devices></domain>"
+        f"<os{firmware}>{os}</os>{cpu}<devices>{devices}</devices></domain>"
     )
 
 
@@ -76,12 +76,13 @@ class Case:
     `image` changes what is known of every image, `domain` of the VM, `source` of where that is, `present` holds the
     paths at the destination. `here`, `there`: what paths are on the two hosts; those left out are devices, and
     directories where the VM writes. `resources`, `objects`: what else the destination has. `variables`: the source's
-    file of UEFI variables.
+    file of UEFI variables; `firmware`: an attribute of <os>.
     """
 
     devices: str = ONE_DISK
     os: str = ""
     cpu: str = ""
+    firmware: str = ""
     name: str = "web"
     domain: dict[str, Any] = field(default_factory=dict)
     image: dict[str, Any] = field(default_factory=dict)
@@ -106,7 +107,7 @@ class Case:
     variables: ImageFacts | None = None
 
     def facts(self) -> Facts:
-        xml = domain_xml(self.devices, self.os, self.cpu).replace("NAME", self.name)
+        xml = domain_xml(self.devices, self.os, self.cpu, self.firmware).replace("NAME", self.name)
         read = read_domain(xml)
         tools = HostFacts("kc-a", "kc-a.example.org", "3.11.2", "7.2.22", "7.2.22", identity=SOURCE_HOST)
         domain = replace(Domain(self.name, UUID, "shut off", True, xml), **self.domain)

@@ -288,6 +288,7 @@ APPEARS: dict[str, tuple[str, str, Case]] = {
     "a damaged journal": ("journal-damaged", "web", Case(staged_error="its record 2 is damaged")),
     # what the destination can do
     "no such machine": ("machine", "kc-b", Case(abilities={"refusal": "unsupported machine type"})),
+    "no firmware": ("firmware", "kc-b", Case(firmware=" firmware='efi'", abilities={"uefi": False})),
     "too little memory": ("memory", "kc-b", Case(abilities={"memory": 1 << 19})),
     "few CPUs": ("vcpus", "kc-b", Case(abilities={"cpus": 0})),
     "another CPU": (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from cases import IMAGES, ONE_DISK, Case, domain_xml, existing, running
+from cases import IDENTITY, IMAGES, ONE_DISK, Case, domain_xml, existing, running
 
 from kvm_clone.definition import variables
 from kvm_clone.definition.claims import Claim, Owner, claims_of
@@ -17,7 +17,7 @@ from kvm_clone.options import CloneOptions, Retry
 from kvm_clone.planning import steps
 from kvm_clone.planning.clone_xml import clone_xml, planned_mark
 from kvm_clone.planning.facts import Directory, ImageFacts
-from kvm_clone.planning.plan import Plan
+from kvm_clone.planning.plan import Plan, make_plan
 
 CODE = "<loader readonly='yes' type='pflash'>/usr/share/OVMF/CODE.fd</loader>"
 CHOSEN = "<firmware><feature enabled='no' name='secure-boot'/></firmware>"
@@ -46,11 +46,21 @@ def test_what_a_definition_says(what: str) -> None:
 def test_a_loader_that_libvirt_chooses() -> None:
     xml = domain_xml(ONE_DISK, CHOSEN).replace("<os>", "<os firmware='efi'>")
     found = read_domain(xml).variables
-    assert found == Variables()
+    assert found == Variables(chosen=True)
     assert found.paths("web") == (FILE, f"{DIRECTORY}/web_VARS.qcow2")
     assert [found.format_of(path) for path in found.paths("web")] == ["raw", "qcow2"]
     assert Variables("/v", "qcow2").paths("web") == ("/v",)
     assert Variables("/v", "qcow2").format_of("/v") == "qcow2"
+
+
+def test_a_host_that_has_no_firmware_to_choose_from() -> None:
+    xml = domain_xml(ONE_DISK, CHOSEN).replace("<os>", "<os firmware='efi'>")
+    facts = Case(abilities={"uefi": False}).facts()
+    chosen = replace(facts, source=replace(facts.source, xml=read_domain(xml)))
+    codes = [one.code for one in make_plan(chosen, CloneOptions(), IDENTITY).findings]
+    assert codes == ["firmware"]
+    named = replace(facts, source=replace(facts.source, xml=read_domain(domain_xml(ONE_DISK, CODE))))
+    assert "firmware" not in [one.code for one in make_plan(named, CloneOptions(), IDENTITY).findings]
 
 
 # The plan.

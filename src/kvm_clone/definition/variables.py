@@ -19,10 +19,14 @@ _EXTENSIONS = {"raw": ".fd", "qcow2": ".qcow2"}
 
 @dataclass(frozen=True)
 class Variables:
-    """The file of a VM's UEFI variables. `path` is empty where libvirt chooses it: see `paths`."""
+    """The file of a VM's UEFI variables.
+
+    `path` is empty where libvirt chooses it: see `paths`. `chosen`: libvirt chooses the loader at each start.
+    """
 
     path: str = ""
     format: str = "raw"
+    chosen: bool = False
 
     def paths(self, name: str) -> tuple[str, ...]:
         """Return where the file of the VM of that name can be: one path, or each that libvirt may have chosen."""
@@ -43,9 +47,9 @@ def read(domain: Node) -> Variables | None:
         return None
     node = domain.find("os", "nvram")
     if node is None:
-        return Variables()
+        return Variables(chosen=_is_chosen(domain))
     path = node.text.strip() or node.find_attributes("source").get("file", "")
-    return Variables(path, node.attributes.get("format", "raw"))
+    return Variables(path, node.attributes.get("format", "raw"), _is_chosen(domain))
 
 
 def refused(domain: Node) -> Iterator[str]:

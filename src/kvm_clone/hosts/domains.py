@@ -113,10 +113,11 @@ def _checkpoints(domain: libvirt.virDomain) -> tuple[str, ...]:
 def abilities(connection: libvirt.virConnect, xml: domain_xml.DomainXml) -> Abilities:
     """What the host can give a VM of this definition. Raises libvirt.libvirtError."""
     memory, cpus = connection.getInfo()[1:3]
-    cpu, refusal = CpuFacts(), ""
+    cpu, refusal, uefi = CpuFacts(), "", True
     try:
         answer = connection.getDomainCapabilities(xml.emulator, xml.arch, xml.machine, xml.type)
         cpu = compare_cpu(connection, xml, answer)
+        uefi = _has_uefi(answer)
     except libvirt.libvirtError as error:
         refusal = message_of(error)
     networks = {}
@@ -124,7 +125,15 @@ def abilities(connection: libvirt.virConnect, xml: domain_xml.DomainXml) -> Abil
         with _passing_over(libvirt.VIR_ERR_NO_NETWORK):
             networks[network.name()] = bool(network.isActive())
     version = connection.getLibVersion()
-    return Abilities(memory * 1024 * 1024, cpus, refusal, cpu, networks, version, host_uuid(connection))
+    return Abilities(memory * 1024 * 1024, cpus, refusal, cpu, networks, version, host_uuid(connection), uefi)
+
+
+def _has_uefi(capabilities: str) -> bool:
+    """Whether libvirt can choose a loader of UEFI by the domain capabilities; one that says nothing of it may."""
+    kinds = [
+        one for one in Document(capabilities).root.find_all("os", "enum") if one.attributes.get("name") == "firmware"
+    ]
+    return not kinds or any(value.text.strip() == "efi" for kind in kinds for value in kind.find_all("value"))
 
 
 def host_uuid(connection: libvirt.virConnect) -> str:

@@ -211,19 +211,20 @@ async def _destination(
     files = [disk.path for disk in own if disk.path and disk.type == "file"]
     files += [image.path for image in source.images if image.target == variables.KEY]
     files += existing.variables if existing is not None else ()
-    wanted |= {variables.DIRECTORY} if xml.variables is not None else set()
+    wanted.add(variables.DIRECTORY)  # an interrupted attempt may have staged something there
     wanted |= {posixpath.dirname(path) for path in files} | {home_of(path) for path in files}
     referred = {*(file.path for file in xml.os_files), *things.paths_of(source.references)}
     referred |= {disk.path for disk in (*xml.media, *xml.referenced_disks) if disk.path and disk.type == "file"}
     addresses = {one.value for one in source.references if one.role is Role.ADDRESS}
     paths = sorted(wanted)
+    lands = wanted if xml.variables is not None else wanted - {variables.DIRECTORY}
     files_like = list(stems((disk.path for disk in xml.own_disks if disk.path), xml.name, name))
     if xml.variables is not None:
         files_like.append(f"{name}_VARS")
     about, staged, directories, found, resources = await together(
         host.agent.host(),
         host.agent.staged(directories=paths, name=name),
-        together(*(host.agent.directory(path=path, stems=files_like) for path in paths)),
+        together(*(host.agent.directory(path=path, stems=files_like, tried=path in lands) for path in paths)),
         host.agent.look(paths=sorted(referred)),
         host.agent.resources(addresses=sorted(addresses)),
     )

@@ -205,6 +205,9 @@ def _ability_findings(destination: DestinationFacts, xml: domain_xml.DomainXml) 
         yield block(
             "machine", host, f"{host} cannot run this VM ({what}): {can.refusal}.", f"install what {host} lacks"
         )
+    if xml.variables is not None and xml.variables.chosen and not can.uefi:
+        text = f"The VM boots by UEFI, and libvirt on {host} has no firmware to choose from."
+        yield block("firmware", host, text, f"install OVMF (ovmf, edk2-ovmf) on {host}")
     if xml.memory > can.memory:
         text = f"The VM has {format_bytes(xml.memory)} of memory, {host} has {format_bytes(can.memory)}."
         yield block("memory", host, text, "give the VM less memory, or choose another host")
@@ -213,6 +216,11 @@ def _ability_findings(destination: DestinationFacts, xml: domain_xml.DomainXml) 
         yield Finding("vcpus", Severity.WARNING, host, text, "it will run, but slower")
     if xml.cpu is not None and not can.refusal:
         yield from cpu_findings(host, xml.cpu, can.cpu)
+    yield from _network_findings(destination, xml)
+
+
+def _network_findings(destination: DestinationFacts, xml: domain_xml.DomainXml) -> Iterator[Finding]:
+    host, can = destination.host.name, destination.abilities
     for network in xml.networks:
         if network not in can.networks:
             remedy = f"define it on {host}: virsh net-define"

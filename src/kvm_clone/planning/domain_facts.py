@@ -67,7 +67,7 @@ class Abilities:
     """What a host offers to VMs: memory in bytes, the number of CPUs, their features, networks (whether active).
 
     `refusal`: why libvirt there cannot run the VM's emulator, machine type or architecture. `version`: libvirt's, as
-    major * 1,000,000 + minor * 1,000 + release. `uuid`: the host's.
+    major * 1,000,000 + minor * 1,000 + release. `uuid`: the host's. `uefi`: whether it can choose a loader of UEFI.
     """
 
     memory: int = 0
@@ -77,6 +77,7 @@ class Abilities:
     networks: Mapping[str, bool] = field(default_factory=dict)
     version: int = 0
     uuid: str = ""
+    uefi: bool = True
 
 
 @dataclass(frozen=True)
