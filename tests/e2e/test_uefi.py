@@ -114,6 +114,23 @@ def test_a_replacing_clone_and_an_undefine_leave_no_orphan(lab: Lab) -> None:
     assert listed(lab, "kc-b") == {}
 
 
+def test_variables_that_another_vm_has_too_stay(lab: Lab) -> None:
+    """libvirt would remove them with the VM: the definition does not name them, and the other one's does."""
+    made(lab)
+    cloned(lab)
+    file = f"{NVRAM}/{NAME}_VARS.fd"
+    lab.vm("kc-b", "another", ["raw:8M:1M"], boot=False, uefi=True)
+    xml = lab.run("kc-b", "virsh", "dumpxml", "--inactive", "another").stdout
+    lab.run("kc-b", "virsh", "define", "/dev/stdin", input=xml.replace("</os>", f"<nvram>{file}</nvram></os>"))
+    before = listed(lab, "kc-b")
+    result = cloned(lab, "--cleanup-existing")
+    assert before.items() <= listed(lab, "kc-b").items()
+    assert file in " ".join(result["warnings"])
+    assert named(lab, "kc-b", NAME) == f"{NVRAM}/{NAME}_VARS-nvram.fd"
+    result = cloned(lab, "--force")
+    assert before.items() <= listed(lab, "kc-b").items()
+
+
 def test_a_vm_that_was_never_started_has_none(lab: Lab) -> None:
     """Its clone makes its own, and does not take up what another VM has left behind."""
     lab.vm("kc-a", NAME, ["raw:8M:1M"], boot=False, uefi=True)

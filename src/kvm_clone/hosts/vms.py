@@ -191,7 +191,8 @@ async def _variables_in_use(
     host: Host, libvirt: LibvirtHost, found: Existing, elsewhere: Sequence[str]
 ) -> list[tuple[str, str]]:
     """The files of UEFI variables that libvirt would remove with the VM and others may use; each with the reason."""
-    files = [one.value for one in references(found.domain.xml) if one.role is Role.DATA and one.kind == "nvram"]
+    named = [one.value for one in references(found.domain.xml) if one.role is Role.DATA and one.kind == "nvram"]
+    files = sorted({*named, *found.variables})
     known = await users(libvirt, elsewhere)
     judged = await judge(host, known, files, but=found.domain.uuid, processes=True)
     return [(use.path, use.why) for use in judged if use.state not in (uses.FREE, uses.ABSENT)]
