@@ -302,13 +302,38 @@ def test_a_request_that_stops_in_the_middle(name: str) -> None:
 
 @pytest.mark.parametrize("cut", [0, 10, 72, 1000])
 def test_a_package_that_stops_in_the_middle(cut: int) -> None:
-    loader = payload.loader().replace("alarm(300)", "alarm(1)")
-    argv = [sys.executable, "-I", "-c", loader]
+    loader = payload.loader().replace("alarm(30)", "alarm(1)")
+    argv = [sys.executable, "-I", "-c", f"import signal; signal.alarm(1)\n{loader}"]
     with ending(subprocess.Popen(argv, stdin=subprocess.PIPE)) as loading:
         assert loading.stdin
         loading.stdin.write(WHOLE[len(payload.loader()) :][:cut])
         loading.stdin.flush()
         assert loading.wait(20) == -signal.SIGALRM
+
+
+@pytest.mark.parametrize("cut", [0, 10])
+def test_a_loader_that_stops_in_the_middle(cut: int) -> None:
+    command = payload.remote_command(sys.executable)
+    assert "alarm(30)" in command
+    with ending(subprocess.Popen(["sh", "-c", command.replace("alarm(30)", "alarm(1)")], stdin=subprocess.PIPE)) as one:
+        assert one.stdin
+        one.stdin.write(WHOLE[:cut])
+        one.stdin.flush()
+        assert one.wait(20) == -signal.SIGALRM
+
+
+def test_a_package_that_comes_slowly_is_waited_for() -> None:
+    """Whatever comes shows that the other end is there."""
+    rest = WHOLE[len(payload.loader()) :]
+    loader = payload.loader().replace("alarm(30)", "alarm(2)")
+    argv = [sys.executable, "-I", "-c", f"import signal; signal.alarm(2)\n{loader}"]
+    with ending(subprocess.Popen(argv, stdin=subprocess.PIPE)) as loading:
+        assert loading.stdin
+        for at in range(4):
+            loading.stdin.write(rest[at * 1000 : (at + 1) * 1000])
+            loading.stdin.flush()
+            time.sleep(0.9)
+        assert loading.poll() is None
 
 
 def test_progress_that_its_hearer_does_not_bear_ends_the_call(travelling: Any, tmp_path: Path) -> None:

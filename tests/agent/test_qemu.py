@@ -42,6 +42,8 @@ TEXTS = {
     ("planning/checks.py", "qemu-nbd"),
     ("planning/checks.py", "install qemu-utils (or qemu-img) on "),
     ("planning/checks.py", "repair it: qemu-img check -r all"),
+    ("planning/checks.py", "let both name the same: virsh edit, or qemu-img rebase -u"),
+    ("agent/disks/chain.py", " has (qemu-img rebase -u -F says it)"),
 }
 """Where else the programs are named, and how."""
 
@@ -206,7 +208,7 @@ def test_a_base_that_is_no_local_file_is_never_connected_to(how: str, tmp_path: 
         assert qemu.info(top, "qcow2", live=True)["virtual-size"] == SIZE
         assert qemu.is_sound(top, "qcow2")
         qemu.repair(top, "qcow2")
-        assert host_info.disk(top, "qcow2")["backing"] == base
+        assert host_info.disk(top, "qcow2")["error"] == f"{top} rests on what is no file: {base}"
         for open_ in (image.open_for_reading, image.open_for_filling):
             with pytest.raises(AgentError, match="rests on what is no file"):
                 open_(top, "qcow2")

@@ -150,8 +150,8 @@ def test_what_prints_behind_the_marker_is_noticed(login: Login, tmp_path: Path) 
 LIES = {
     "amounts of other disks": "\ndef run(self): self._report([1, 2])\nReceiver.run = run\n",
     "no amounts": "\ndef run(self): self._report('much')\nReceiver.run = run\n",
-    "negative amounts": "\ndef run(self): self._say_durable([-1])\nReceiver.run = run\n",
-    "flags for amounts": "\ndef run(self): self._say_durable([True])\nReceiver.run = run\n",
+    "negative amounts": "\ndef run(self): self._durable([-1])\nReceiver.run = run\n",
+    "flags for amounts": "\ndef run(self): self._durable([True])\nReceiver.run = run\n",
 }
 
 RAW = {

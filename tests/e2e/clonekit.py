@@ -277,7 +277,10 @@ def leftovers(lab: Lab, host: str) -> dict[str, Any]:
 def assert_nothing_left(lab: Lab, seconds: float = SETTLED_SECONDS) -> None:
     """Soon neither host has staged files, journals, locks or processes of ours."""
     for host in ("kc-a", "kc-b"):
-        wait_until(f"{host} is tidy", lambda host=host: not leftovers(lab, host), seconds)  # type: ignore[misc]
+        deadline = time.monotonic() + seconds
+        while (found := leftovers(lab, host)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not found, f"{host} is not tidy: {found}"
 
 
 def children_of(pid: int) -> list[int]:

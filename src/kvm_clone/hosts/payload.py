@@ -22,13 +22,16 @@ _AGENT = Path(kvm_clone.agent.__file__).parent
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The zip format's first date: the same files make the same bytes, so that the hash names a version."""
 
+_SILENCE_SECONDS = 30
+"""How long nothing may come before an agent is there: a host that lost its power closes no connection, and the login of
+another one would wait for the rest of the agent for hours."""
+
 _LOADER = """
 import sys
 def fail(kind, error, trace):
     sys.stderr.write("kvm-clone: the agent cannot run here: %s: %s\\n" % (kind.__name__, error))
 sys.excepthook = fail
 import hashlib, os, signal
-signal.alarm(300)
 if sys.version_info < (3, 9):
     sys.exit("kvm-clone: this host has Python %d.%d, the agent needs 3.9 or newer" % sys.version_info[:2])
 def take(count):
@@ -37,6 +40,7 @@ def take(count):
         part = os.read(0, count - len(data))
         if not part:
             sys.exit("kvm-clone: the agent did not arrive whole")
+        signal.alarm(SECONDS)
         data += part
     return data
 head = take(72)
@@ -64,7 +68,8 @@ NAME = "kvm-clone-agent"
 
 def loader() -> str:
     """The Python program that takes the agent from its input and runs it."""
-    return _LOADER.strip().replace("VERSION", repr(__version__), 1) + "\n"
+    text = _LOADER.strip().replace("VERSION", repr(__version__), 1)
+    return text.replace("SECONDS", str(_SILENCE_SECONDS), 1) + "\n"
 
 
 def remote_command(python: str = "python3") -> str:
@@ -74,7 +79,8 @@ def remote_command(python: str = "python3") -> str:
     around letters, digits, parentheses and double quotes: sh, zsh, csh and fish all take that for one plain word.
     Whatever the login's locale, Python's text is UTF-8.
     """
-    code = f'import os;exec(b"".join(os.read(0,1)for _ in range({len(loader())})))'
+    read = f'b"".join(os.read(0,1)for _ in range({len(loader())}))'
+    code = f"import os,signal;signal.alarm({_SILENCE_SECONDS});exec({read})"
     return f"exec {shlex.quote(python)} -I -X utf8 -c '{code}' {NAME}"
 
 
