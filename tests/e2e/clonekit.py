@@ -65,6 +65,14 @@ def kvm_clone(lab: Lab, command: str, *argv: str, seconds: float = 120) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
+def succeeded(lab: Lab, command: str, name: str, *argv: str, seconds: float = 120) -> dict[str, Any]:
+    """Clone or sync the VM to kc-b, which must work; the result."""
+    done = kvm_clone(lab, command, "kc-a", "kc-b", name, "--output", "json", *argv, seconds=seconds)
+    assert done.code == 0, done.err
+    document: dict[str, Any] = done.document
+    return document
+
+
 @contextmanager
 def running(
     lab: Lab,
@@ -281,6 +289,17 @@ def assert_nothing_left(lab: Lab, seconds: float = SETTLED_SECONDS) -> None:
         while (found := leftovers(lab, host)) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert not found, f"{host} is not tidy: {found}"
+
+
+@contextmanager
+def written_by_another(lab: Lab, path: str, format_: str) -> Iterator[None]:
+    """A process on kc-a has the image open for writing."""
+    lab.run("kc-a", "sh", "-c", f"qemu-nbd -f {format_} -t -k /run/other.sock --fork {path}")
+    try:
+        yield
+    finally:
+        for pid in pids(lab, "kc-a", "qemu-nbd"):
+            kill(lab, "kc-a", pid)
 
 
 def children_of(pid: int) -> list[int]:

@@ -18,6 +18,7 @@ from clonekit import (
     disks_of,
     environment,
     kvm_clone,
+    succeeded,
     wait_until,
 )
 from guests import assert_counter, raw_copy
@@ -87,10 +88,7 @@ def virsh(lab: Lab, *argv: str, check: bool = True) -> str:
 
 def copied(lab: Lab, command: str, vm: Vm, *argv: str, seconds: float = 120) -> dict[str, Any]:
     """Clone or sync to kc-b, which must work; the result."""
-    done = kvm_clone(lab, command, "kc-a", "kc-b", vm.name, "--output", "json", *argv, seconds=seconds)
-    assert done.code == 0, done.err
-    document: dict[str, Any] = done.document
-    return document
+    return succeeded(lab, command, vm.name, *argv, seconds=seconds)
 
 
 def failed(lab: Lab, command: str, vm: Vm, code: int, *argv: str) -> str:

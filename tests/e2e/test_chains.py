@@ -15,12 +15,12 @@ from clonekit import (
     disks_of,
     ended,
     held,
-    kill,
     kvm_clone,
     picture,
-    pids,
     remove,
+    succeeded,
     wipe,
+    written_by_another,
 )
 from labclient import Lab, Vm
 
@@ -85,9 +85,7 @@ def tidy(lab: Lab) -> Iterator[None]:
 
 
 def cloned(lab: Lab, *argv: str, command: str = "clone", name: str = NAME) -> Any:
-    done = kvm_clone(lab, command, "kc-a", "kc-b", name, "--output", "json", *argv)
-    assert done.code == 0, done.err
-    return done.document
+    return succeeded(lab, command, name, *argv)
 
 
 def warned(result: Any) -> str:
@@ -153,12 +151,8 @@ def test_the_clone_of_a_vm_on_a_shared_base_boots(start: bool, lab: Lab) -> None
 def test_a_base_that_is_written_is_in_use(lab: Lab) -> None:
     layered(lab, boot=False)
     before = picture(lab, "kc-b")
-    lab.run("kc-a", "sh", "-c", f"qemu-nbd -f raw -t -k /run/other.sock --fork {IMAGES}/five.raw")
-    try:
+    with written_by_another(lab, f"{IMAGES}/five.raw", "raw"):
         done = kvm_clone(lab, "clone", "kc-a", "kc-b", NAME)
-    finally:
-        for pid in pids(lab, "kc-a", "qemu-nbd"):
-            kill(lab, "kc-a", pid)
     assert done.code == 3
     assert "five.raw" in done.err
     assert "in use" in done.err

@@ -20,17 +20,16 @@ from clonekit import (
     ended,
     held,
     interrupt,
-    kill,
     kvm_clone,
     leftovers,
     parts,
     picture,
-    pids,
     remove,
     running,
     wait_for_durable,
     wait_until,
     wipe,
+    written_by_another,
 )
 from labclient import Lab, Vm
 
@@ -542,12 +541,8 @@ def test_a_running_replica_is_stopped_by_force_alone(lab: Lab, source: Vm) -> No
     shown = sync(lab, "--force", "--dry-run")
     assert (shown.code, shown.document["action"]) == (0, "stop the replica"), shown.err
     image, format_ = disks_of(lab, "kc-a", NAME)["vda"]
-    lab.run("kc-a", "sh", "-c", f"qemu-nbd -f {format_} -t -k /run/other.sock --fork {image}")
-    try:
+    with written_by_another(lab, image, format_):
         assert sync(lab, "--force").code == 3
-    finally:
-        for pid in pids(lab, "kc-a", "qemu-nbd"):
-            kill(lab, "kc-a", pid)
     assert lab.run("kc-b", "virsh", "domid", NAME).stdout == before
     synced(lab, "--force")
     assert virsh(lab, "kc-b", "domstate", NAME).strip() == "shut off"

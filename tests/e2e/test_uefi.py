@@ -18,6 +18,7 @@ from clonekit import (
     records,
     refused_in_the_end,
     remove,
+    succeeded,
     wait_until,
     wipe,
 )
@@ -69,9 +70,7 @@ def tidy(lab: Lab) -> Iterator[None]:
 
 
 def cloned(lab: Lab, *argv: str, command: str = "clone") -> Any:
-    done = kvm_clone(lab, command, "kc-a", "kc-b", NAME, "--output", "json", *argv)
-    assert done.code == 0, done.err
-    return done.document
+    return succeeded(lab, command, NAME, *argv)
 
 
 @pytest.mark.parametrize("running", [False, pytest.param(True, marks=LONG)], ids=["stopped", "running"])

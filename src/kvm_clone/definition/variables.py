@@ -48,8 +48,7 @@ def read(domain: Node) -> Variables | None:
     node = domain.find("os", "nvram")
     if node is None:
         return Variables(chosen=_is_chosen(domain))
-    path = node.text.strip() or node.find_attributes("source").get("file", "")
-    return Variables(path, node.attributes.get("format", "raw"), _is_chosen(domain))
+    return Variables(_path_of(node), node.attributes.get("format", "raw"), _is_chosen(domain))
 
 
 def refused(domain: Node) -> Iterator[str]:
@@ -65,8 +64,7 @@ def refused(domain: Node) -> Iterator[str]:
         if kind != "file" or format_ not in _EXTENSIONS:
             yield f"nvram of type {kind} and format {format_}"
         elif not _boots_by_uefi(domain):
-            path = node.text.strip() or node.find_attributes("source").get("file", "")
-            yield f"nvram {path}, and no loader that has a use for it"
+            yield f"nvram {_path_of(node)}, and no loader that has a use for it"
 
 
 def set_path(document: Document, domain: Node, path: str, format_: str) -> None:
@@ -83,6 +81,11 @@ def set_path(document: Document, domain: Node, path: str, format_: str) -> None:
     assert anchor is not None
     opening = "<nvram>" if format_ == "raw" else f'<nvram format="{escape(format_)}">'
     document.insert_after(anchor, f"{document.margin(anchor)}{opening}{escape(path)}</nvram>")
+
+
+def _path_of(nvram: Node) -> str:
+    """Return the file's path as the element has it: its text, or that of a source; empty where it has none."""
+    return nvram.text.strip() or nvram.find_attributes("source").get("file", "")
 
 
 def _is_chosen(domain: Node) -> bool:

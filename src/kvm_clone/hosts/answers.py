@@ -110,7 +110,7 @@ def host(name: str) -> Read[HostFacts]:
 
     def take(answer: Any) -> HostFacts:
         about = record(_Host)(answer)
-        identity = HostIdentity(about.identity.boot, about.identity.libvirt, about.identity.machine)
+        identity = record(HostIdentity, "uuid")(answer["identity"])  # the UUID is libvirt's to say
         tools = (about.hostname, about.python, about.qemu_img, about.qemu_nbd)
         return HostFacts(name, *tools, about.time - time.time(), identity, about.locks)
 
@@ -166,15 +166,7 @@ _journalled = record(Journalled, "error", "kind", "source")
 
 
 @dataclass(frozen=True)
-class _Identity:
-    boot: str
-    libvirt: str
-    machine: str
-
-
-@dataclass(frozen=True)
 class _Host:
-    identity: _Identity
     hostname: str
     python: str
     qemu_img: str | None

@@ -60,7 +60,8 @@ class Header(NamedTuple):
 
     `base`: the name of the image that it rests on, as written, empty for none; `base_format`: that one's format, empty
     where the image does not say. `data_file`: whether the content lies in another file; `data_name`: that one's name,
-    empty where the image does not say. `cluster`, `size`: of a cluster and of the disk in bytes.
+    empty where the image does not say. `cluster`, `size`: of a cluster and of the disk in bytes;
+    `subclusters`: a part of a cluster may be allocated alone.
     """
 
     base: str = ""
