@@ -7,7 +7,7 @@ Usage: lab/lab COMMAND …
   status                          what there is
   exec HOST -- CMD…               run a command on a host
   vm HOST NAME [--disk FORMAT:SIZE[:DATA]]… [--no-boot-disk] [--guest MODE] [--guest-agent]
-               [--uefi] [--start] [--json]
+               [--uefi] [--pool] [--start] [--json]
                                   make and define a VM; one that has the name already is replaced
   power off|on HOST               cut the host's power (its disks stay), or switch it on
   net cut|heal HOST               take the host's link down, or up
@@ -25,7 +25,8 @@ A guest prints `GUEST-UP` and the first line of vdb on its serial port. Then, by
 
 The last two print `TICK SECONDS N` up to ten times a second, by the guest's clock, and go on where
 they were when they boot again. With --guest-agent the VM has the QEMU guest agent and its channel. With --uefi
-it boots by UEFI and prints `EFI-VARIABLE TEXT`, of a variable that it makes at its first start.
+it boots by UEFI and prints `EFI-VARIABLE TEXT`, of a variable that it makes at its first start. With --pool
+its definition names the disks by pool and volume.
 
 Examples:
   lab/lab up
@@ -166,10 +167,11 @@ def make_vm(lab: Lab, argv: list[str]) -> None:
     parser.add_argument("--guest", default=TICK, choices=MODES)
     parser.add_argument("--guest-agent", action="store_true")
     parser.add_argument("--uefi", action="store_true")
+    parser.add_argument("--pool", action="store_true")
     parser.add_argument("--start", action="store_true")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(argv)
-    wanted = Extras(asked.guest, asked.guest_agent, asked.uefi)
+    wanted = Extras(asked.guest, asked.guest_agent, asked.uefi, asked.pool)
     made = vm.make(lab.host(asked.host), asked.name, asked.disk or [], asked.boot, asked.start, wanted)
     print(json.dumps(made.fields()) if asked.json else made.report())
 

@@ -68,11 +68,15 @@ SHUTDOWN = "#!/bin/sh\nexec /etc/acpi/PWRF/00000080\n"
 
 @dataclass(frozen=True)
 class Extras:
-    """What a guest shall do: one of MODES; whether it runs the QEMU guest agent, and boots by UEFI."""
+    """What a guest shall do: one of MODES; whether it runs the QEMU guest agent, and boots by UEFI.
+
+    `volumes`: its definition names its disks by pool and volume.
+    """
 
     mode: str = TICK
     agent: bool = False
     uefi: bool = False
+    volumes: bool = False
 
     @property
     def has_guest(self) -> bool:

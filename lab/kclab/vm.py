@@ -136,9 +136,9 @@ def _definition(
 ) -> str:
     drives = "".join(
         f"""
-    <disk type='file' device='disk'>
+    <disk type='{"volume" if extras.volumes else "file"}' device='disk'>
       <driver name='qemu' type='{kind}' discard='unmap'/>
-      <source file={quoteattr(path)}/>
+      {_source(path, extras)}
       <target dev='{target}' bus='virtio'/>
     </disk>"""
         for target, (path, kind) in disks.items()
@@ -167,3 +167,9 @@ def _definition(
   </devices>
 </domain>
 """
+
+
+def _source(path: str, extras: Extras) -> str:
+    if extras.volumes:
+        return f"<source pool='default' volume={quoteattr(Path(path).name)}/>"
+    return f"<source file={quoteattr(path)}/>"

@@ -257,13 +257,17 @@ def definition(lab: Lab, host: str, name: str) -> ElementTree.Element:
 
 
 def disks_of(lab: Lab, host: str, name: str) -> dict[str, tuple[str, str]]:
-    """Path and format of each disk by its target, media left out."""
+    """Path and format of each disk by its target, media left out; of volumes POOL/VOLUME and the format."""
     found = {}
     for disk in definition(lab, host, name).iterfind("devices/disk"):
         source, target, driver = disk.find("source"), disk.find("target"), disk.find("driver")
         if disk.get("device") == "disk" and source is not None and target is not None and driver is not None:
-            found[target.get("dev", "")] = (source.get("file", ""), driver.get("type", ""))
+            found[target.get("dev", "")] = (_path_of(source), driver.get("type", ""))
     return found
+
+
+def _path_of(source: ElementTree.Element) -> str:
+    return source.get("file") or "/".join(source.get(key, "") for key in ("pool", "volume"))
 
 
 def assert_equal(lab: Lab, source: Vm, name: str | None = None) -> None:

@@ -80,6 +80,7 @@ class Lab:
         guest: str = "tick",
         guest_agent: bool = False,
         uefi: bool = False,
+        pool: bool = False,
     ) -> Vm:
         """Make a VM, in place of one of this name; disks are FORMAT:SIZE[:DATA], guest is `--guest`'s MODE."""
         options = [option for disk in disks for option in ("--disk", disk)]
@@ -88,6 +89,7 @@ class Lab:
         options += ["--guest", guest] if guest != "tick" else []
         options += ["--guest-agent"] if guest_agent else []
         options += ["--uefi"] if uefi else []
+        options += ["--pool"] if pool else []
         made = self.command("vm", host, "--json", *options, "--", name)
         return Vm(**json.loads(made.stdout))
 

@@ -108,7 +108,7 @@ class Case:
 
     def facts(self) -> Facts:
         xml = domain_xml(self.devices, self.os, self.cpu, self.firmware).replace("NAME", self.name)
-        read = read_domain(xml)
+        read = read_domain(xml, self.domain.get("volumes", {}))
         tools = HostFacts("kc-a", "kc-a.example.org", "3.11.2", "7.2.22", "7.2.22", identity=SOURCE_HOST)
         domain = replace(Domain(self.name, UUID, "shut off", True, xml), **self.domain)
         paths = {disk.path for disk in (*read.media, *read.referenced_disks) if disk.path}

@@ -440,7 +440,7 @@ UNSUPPORTED = [
     (
         "volume",
         with_devices(disk(opening="type='volume'", source="<source pool='default' volume='b.img'/>")),
-        "disk-type",
+        "disk-volume",
         "vdb",
         "default/b.img",
     ),

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from kvm_clone.definition import variables
 from kvm_clone.definition.spans import Document, Node
 from kvm_clone.definition.variables import Variables
+from kvm_clone.definition.volumes import Locations, Volume, named_by
 from kvm_clone.errors import RefusedError
 from kvm_clone.image import Image
 from kvm_clone.units import scaled
@@ -31,6 +33,8 @@ _REFUSED_STORAGE = {
 class DiskXml:
     """One <disk>. `path` is its file or device, describes a source that is neither, or is None for no source.
 
+    `volume`: the pool and volume that the definition names; `path` and `type` are what these are on the host. The type
+    is "volume" where that is not known.
     `backing`: the images that it rests on, as far as the definition names them, the nearest first; a format is empty
     where it is not said. `ends`: the definition says that the last one rests on nothing. `storage` names what makes it
     more than a plain image, among the keys of _REFUSED_STORAGE. `direct`: QEMU opens it past the page cache.
@@ -50,6 +54,7 @@ class DiskXml:
     encrypted: bool = False
     storage: tuple[str, ...] = ()
     direct: bool = False
+    volume: Volume | None = None
 
     @property
     def format(self) -> str:
@@ -148,8 +153,8 @@ class HostTied(Remark):
     """The clone may not start or work on another host because of this."""
 
 
-def read_domain(xml: str) -> DomainXml:
-    """Return the facts of a definition.
+def read_domain(xml: str, volumes: Locations = MappingProxyType({})) -> DomainXml:
+    """Return the facts of a definition. `volumes`: where the volumes are that it names.
 
     Raises RefusedError when `xml` is no domain's, or its memory or vcpu is not a number.
     """
@@ -169,7 +174,7 @@ def read_domain(xml: str) -> DomainXml:
         os_files=os_files,
         loader_type=domain.find_attributes("os", "loader").get("type", "rom") if has_loader else None,
         macs=tuple(mac.attributes["address"] for mac in macs_of(domain)),
-        disks=tuple(_disk(disk) for disk in domain.find_all("devices", "disk")),
+        disks=tuple(_disk(disk, volumes) for disk in domain.find_all("devices", "disk")),
         features=(*_outside_state(domain), *_host_devices(domain)),
         networks=tuple(_connected_to(domain, "network")),
         bridges=tuple(_connected_to(domain, "bridge")),
@@ -313,21 +318,21 @@ def _source(device: Node) -> str:
     return " ".join(f"{key}={value}" for node in nodes for key, value in node.attributes.items())
 
 
-def _disk(disk: Node) -> DiskXml:
+def _disk(disk: Node, volumes: Locations) -> DiskXml:
     target = disk.find_attributes("target")
     flags = {child.tag for child in disk.children}
     source = disk.find("source")
     parts = flags | set(source.attributes) | {child.tag for child in source.children} if source else flags
-    kind = disk.attributes.get("type", "file")
+    kind, path = _where(disk, volumes)
     driver = disk.find_attributes("driver")
-    backing, ends = _backing(disk)
+    backing, ends = _backing(disk, volumes)
     return DiskXml(
         target=target.get("dev", ""),
         bus=target.get("bus"),
         device=disk.attributes.get("device", "disk"),
         type=kind,
         driver_format=driver.get("type"),
-        path=_path(kind, disk),
+        path=path,
         readonly="readonly" in flags,
         shareable="shareable" in flags,
         transient="transient" in flags,
@@ -336,18 +341,28 @@ def _disk(disk: Node) -> DiskXml:
         encrypted=any(node.tag == "encryption" for node in disk.walk()),
         storage=tuple(name for name in _REFUSED_STORAGE if name in parts),
         direct=driver.get("cache") in ("none", "directsync") or driver.get("io") == "native",
+        volume=named_by(disk),
     )
 
 
-def _backing(disk: Node) -> tuple[tuple[Image, ...], bool]:
+def _backing(disk: Node, volumes: Locations) -> tuple[tuple[Image, ...], bool]:
     """Return the images of the nested <backingStore>, and whether an empty one ends the chain."""
     found: list[Image] = []
     store = disk.find("backingStore")
     while store is not None and store.find("source") is not None:
-        path = _path(store.attributes.get("type", "file"), store) or ""
-        found.append(Image(path, store.find_attributes("format").get("type", "")))
+        _, path = _where(store, volumes)
+        found.append(Image(path or "", store.find_attributes("format").get("type", "")))
         store = store.find("backingStore")
     return tuple(found), store is not None
+
+
+def _where(layer: Node, volumes: Locations) -> tuple[str, str | None]:
+    """Return the type of a disk or backing store, and its path or what describes it: of a volume those of the host."""
+    found = volumes.get(volume) if (volume := named_by(layer)) is not None else None
+    if found is not None:
+        return found.type, found.path
+    kind = layer.attributes.get("type", "file")
+    return kind, _path(kind, layer)
 
 
 def _path(kind: str, disk: Node) -> str | None:
@@ -364,6 +379,8 @@ def _path(kind: str, disk: Node) -> str | None:
 def _disk_reasons(disk: DiskXml) -> Iterator[tuple[str, str]]:
     if disk.device != "disk":
         yield "disk-device", f"is a {disk.device}, which passes a device of the host through"
+    elif disk.type == "volume":
+        yield "disk-volume", "is a volume that libvirt on its host cannot find"
     elif disk.type != "file":
         yield "disk-type", f"is of type {disk.type}; only files can be cloned yet"
     elif disk.path is None:

@@ -5,9 +5,11 @@ Pure: text in, text out. Only libvirt's own elements, which are in no namespace,
 
 from __future__ import annotations
 
+import posixpath
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from kvm_clone.definition import variables
 from kvm_clone.definition.domain_xml import macs_of, parse
@@ -22,6 +24,7 @@ from kvm_clone.definition.marks import (
 )
 from kvm_clone.definition.references.walk import places
 from kvm_clone.definition.spans import Document, Node, escape
+from kvm_clone.definition.volumes import Locations, Volume, named_by, set_source
 from kvm_clone.errors import RefusedError
 from kvm_clone.image import Image
 
@@ -32,7 +35,8 @@ class Change:
 
     `new_macs` has one entry for each of `DomainXml.macs`, in the same order. `disk_paths` maps a disk's
     target ("vda") to the file it gets, `disk_formats` to that one's format where it is not the source's, and
-    `disk_bases` to the image that it rests on. `new_genid` replaces a generation ID, where there is one.
+    `disk_bases` to the image that it rests on; `disk_volumes` to the pool and volume that the file is, by which a disk
+    is named whose definition names it so already. `new_genid` replaces a generation ID, where there is one.
     `host_paths`: new paths of logs and sockets by their old ones. `variables`: the file of the UEFI variables.
     `pending`: what the commit leaves to be done.
     """
@@ -44,6 +48,7 @@ class Change:
     disk_paths: Mapping[str, str] = field(default_factory=dict)
     disk_formats: Mapping[str, str] = field(default_factory=dict)
     disk_bases: Mapping[str, Image] = field(default_factory=dict)
+    disk_volumes: Mapping[str, Volume] = field(default_factory=dict)
     new_genid: str | None = None
     host_paths: Mapping[str, str] = field(default_factory=dict)
     variables: Image | None = None
@@ -126,9 +131,9 @@ def _set_disks(document: Document, domain: Node, change: Change) -> None:
     missing = set(change.disk_paths)
     for disk in domain.find_all("devices", "disk"):
         target, source = disk.find_attributes("target").get("dev", ""), disk.find("source")
-        if target in change.disk_paths and source and "file" in source.attributes:
+        if target in change.disk_paths and source and (named_by(disk) or "file" in source.attributes):
             missing.discard(target)
-            document.set_attribute(source, "file", change.disk_paths[target])
+            set_source(document, disk, source, change.disk_paths[target], change.disk_volumes.get(target))
             if target in change.disk_formats:
                 _set_format(document, disk, source, change.disk_formats[target])
             if target in change.disk_bases or disk.find("backingStore", "source"):
@@ -137,17 +142,21 @@ def _set_disks(document: Document, domain: Node, change: Change) -> None:
         raise RefusedError(f"The domain has no disk with a file as {', '.join(sorted(missing))}.")
 
 
-def merge_down(xml: str, bases: Mapping[str, Image]) -> str:
-    """Return the definition with each disk whose file is a key of `bases` on that base instead.
+def merge_down(xml: str, bases: Mapping[str, Image], volumes: Locations = MappingProxyType({})) -> str:
+    """Return the definition with each disk whose file is a key of `bases` on that base, beside it, instead.
+
+    `volumes`: where the volumes are that it names.
 
     Raises RefusedError when `xml` is no domain's.
     """
     document, domain, _ = parse(xml)
     for disk in domain.find_all("devices", "disk"):
-        source = disk.find("source")
-        base = bases.get(source.attributes.get("file", "")) if source else None
+        source, volume = disk.find("source"), named_by(disk)
+        located = volumes.get(volume) if volume is not None else None
+        base = bases.get(located.path if located is not None else disk.find_attributes("source").get("file", ""))
         if source and base:
-            document.set_attribute(source, "file", base.path)
+            beside = replace(volume, name=posixpath.basename(base.path)) if volume is not None else None
+            set_source(document, disk, source, base.path, beside)
             _set_format(document, disk, source, base.format)
             _set_base(document, disk, source, None)
     return document.result()

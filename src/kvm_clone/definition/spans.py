@@ -6,7 +6,7 @@ What is not edited stays byte for byte as it was: quotes, space, comments, CDATA
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from xml.parsers import expat
 
@@ -133,6 +133,12 @@ class Document:
                 self._edits.append((start + 1, end - 1, escape(value, quote=match[2][:1].decode())))
                 return
         raise RefusedError(f"The domain XML has a <{node.tag}> without {name}.")
+
+    def set_attributes(self, node: Node, attributes: Mapping[str, str]) -> None:
+        """Give the element these attributes in place of those that it has. Raises RefusedError as `escape` does."""
+        written = "".join(f' {name}="{escape(value, quote=chr(34))}"' for name, value in attributes.items())
+        empty = node.content_end == node.tag_end == node.end
+        self._edits.append((node.start, node.tag_end, f"<{node.tag}{written}{'/' if empty else ''}>"))
 
     def markup(self, node: Node) -> str:
         """Return the element as it is written, edits left out."""

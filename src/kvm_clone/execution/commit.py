@@ -30,6 +30,8 @@ async def define(step: steps.DefineDomain, run: Context) -> None:
     pairs = zip(step.remove, prints, strict=True)
     run.contents = {path: ":".join(fingerprint.content(text)) for path, text in pairs if text}
     xml = _definition(run, marks.Pending(run.plan.identity.operation, step.remove, step.forget, run.contents))
+    if run.plan.volumes:  # a VM starts on those alone that its pools know
+        await run.changing.refresh_pools({disk.place.container for disk in run.plan.disks})
     await _check_name(run)
     run.stage = Stage.COMMITTING
     images = {disk.key: [disk.final, await run.agent.fingerprint(disk.final)] for disk in run.plan.disks}

@@ -34,17 +34,18 @@ async def merge(host: Host, libvirt: FencedLibvirt, name: str) -> None:
     if not bases:
         return
     domain = await _at_rest(host, libvirt, name)
-    disks = read_domain(domain.xml).disks
+    disks = read_domain(domain.xml, domain.volumes).disks
     if not all(any(_is_of(disk, overlay, base) for disk in disks) for overlay, base in bases.items()):
         raise _kept(host, name, "it has other disks than those that the sync gave it")
     await _check_alone(host, libvirt, domain, bases)
     if {disk.path for disk in disks} & bases.keys():
         await _forget_older_memory(libvirt, name, bases)
         await host.agent.merge()
-        merged = merge_down((await _at_rest(host, libvirt, name)).xml, bases)
+        domain = await _at_rest(host, libvirt, name)
+        merged = merge_down(domain.xml, bases, domain.volumes)
         await libvirt.define(name, merged)
         # The overlays are about to go: nothing may name them any more.
-        assert not {disk.path for disk in read_domain(merged).disks} & bases.keys()
+        assert not {disk.path for disk in read_domain(merged, domain.volumes).disks} & bases.keys()
     await host.agent.merged()
 
 

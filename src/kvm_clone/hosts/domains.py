@@ -13,6 +13,7 @@ from kvm_clone.definition.spans import Document
 from kvm_clone.errors import ConnectError, KvmCloneError
 from kvm_clone.hosts.cpu import compare_cpu
 from kvm_clone.hosts.libvirt_errors import message_of
+from kvm_clone.hosts.volumes import locations, read
 from kvm_clone.planning.domain_facts import Abilities, CpuFacts, Domain, Pool
 
 STATES = {
@@ -89,15 +90,17 @@ def find(connection: libvirt.virConnect, name: str) -> Domain | None:
 
 def _domain(domain: libvirt.virDomain) -> Domain:
     flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
+    xml = domain.XMLDesc(flags)
     return Domain(
         name=domain.name(),
         uuid=domain.UUIDString(),
         state=STATES.get(domain.state()[0], "unknown"),
         persistent=bool(domain.isPersistent()),
-        xml=domain.XMLDesc(flags),
+        xml=xml,
         managed_save=bool(domain.hasManagedSaveImage()),
         snapshots=tuple(domain.snapshotListNames()),
         checkpoints=_checkpoints(domain),
+        volumes=locations(domain.connect(), xml),
     )
 
 
@@ -182,7 +185,7 @@ def forget_state(fenced: Fenced, name: str, own: tuple[str, ...], disks: tuple[s
     """
     domain = fenced.connection.lookupByName(name)
     done = []
-    if domain.hasManagedSaveImage() and _refers_to(domain.managedSaveGetXMLDesc(), disks):
+    if domain.hasManagedSaveImage() and _is_saved_with(domain, disks):
         domain.managedSaveRemove()
         done.append("managed save")
     for snapshot in domain.listAllSnapshots(libvirt.VIR_DOMAIN_SNAPSHOT_LIST_TOPOLOGICAL)[::-1]:
@@ -199,11 +202,12 @@ def forget_state(fenced: Fenced, name: str, own: tuple[str, ...], disks: tuple[s
 def is_saved_with(connection: libvirt.virConnect, name: str, disks: tuple[str, ...]) -> bool:
     """Whether libvirt keeps a managed save of the domain that has any of these disks. Raises libvirt.libvirtError."""
     domain = connection.lookupByName(name)
-    return bool(domain.hasManagedSaveImage()) and _refers_to(domain.managedSaveGetXMLDesc(), disks)
+    return bool(domain.hasManagedSaveImage()) and _is_saved_with(domain, disks)
 
 
-def _refers_to(xml: str, disks: tuple[str, ...]) -> bool:
-    return any(disk.path in disks for disk in domain_xml.read_domain(xml).disks)
+def _is_saved_with(domain: libvirt.virDomain, disks: tuple[str, ...]) -> bool:
+    saved = read(domain.connect(), domain.managedSaveGetXMLDesc())
+    return any(disk.path in disks for disk in saved.disks)
 
 
 def undefine(fenced: Fenced, name: str, *, keep_variables: bool = False) -> None:

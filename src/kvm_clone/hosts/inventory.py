@@ -6,17 +6,16 @@ may have been defined anew under another UUID, so that everything is then listed
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Iterator
 
 import libvirt
 
 from kvm_clone.agent.host import uses
 from kvm_clone.definition.claims import Claim, Owner, VolumeClaim, claims_of
-from kvm_clone.definition.spans import Document
+from kvm_clone.definition.volumes import Volume
 from kvm_clone.errors import RefusedError
 from kvm_clone.hosts.libvirt_errors import message_of
-from kvm_clone.planning.domain_facts import FILE_POOLS
+from kvm_clone.hosts.volumes import locate
 
 _LISTINGS = 10
 """How often everything is listed until nothing vanishes meanwhile."""
@@ -77,14 +76,9 @@ def _definitions(domain: libvirt.virDomain) -> Iterator[str]:
 
 
 def _resolved(connection: libvirt.virConnect, claim: VolumeClaim) -> Claim:
-    """Where the volume lies. Pools of files are known by their directory too, active and refreshed or not."""
     try:
-        pool = connection.storagePoolLookupByName(claim.pool)
-        root = Document(pool.XMLDesc()).root
-        if root.attributes.get("type") in FILE_POOLS:
-            directory = root.find_text("target", "path") or ""
-            return Claim(claim.by, uses.IMAGE, posixpath.join(directory, claim.volume), claim.format)
-        return Claim(claim.by, uses.IMAGE, pool.storageVolLookupByName(claim.volume).path(), claim.format)
+        path = locate(connection, Volume(claim.pool, claim.volume)).path
+        return Claim(claim.by, uses.IMAGE, path, claim.format)
     except libvirt.libvirtError as error:
         why = message_of(error)
         return Claim(claim.by, uses.DOUBT, f"volume {claim.volume} of pool {claim.pool} cannot be found: {why}")

@@ -12,8 +12,8 @@ import libvirt
 import libvirt_qemu
 
 from kvm_clone.agent.staging.scratch import SOCKETS, is_ours
-from kvm_clone.definition import domain_xml
 from kvm_clone.definition.spans import Document, Node, escape
+from kvm_clone.hosts import volumes
 from kvm_clone.planning.domain_facts import OURS, BackupJob, Live
 
 _NO_JOB = (
@@ -36,7 +36,7 @@ def look(connection: libvirt.virConnect, name: str) -> Live:
     """Look at a running domain. Raises libvirt.libvirtError."""
     domain = connection.lookupByName(name)
     xml = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_SECURE)
-    read = domain_xml.read_domain(xml)
+    read = volumes.read(connection, xml)
     disks = read.own_disks
     jobs = [disk.target for disk in disks if disk.path and domain.blockJobInfo(disk.target)]
     root = Document(xml).root

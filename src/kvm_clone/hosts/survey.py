@@ -84,7 +84,7 @@ async def _source(host: Host, libvirt: LibvirtHost, vm: str) -> SourceFacts:
             subject=vm,
             remedy=f"see what it has: kvm-clone list {host.name}",
         )
-    xml = domain_xml.read_domain(domain.xml)
+    xml = domain_xml.read_domain(domain.xml, domain.volumes)
     running = domain.state in domain_facts.RUNNING
     kept = things.kept(references(domain.xml), xml)
     about, disks, uefi, paths = await together(
@@ -214,7 +214,8 @@ async def _destination(
     wanted.add(variables.DIRECTORY)  # an interrupted attempt may have staged something there
     wanted |= {posixpath.dirname(path) for path in files} | {home_of(path) for path in files}
     referred = {*(file.path for file in xml.os_files), *things.paths_of(source.references)}
-    referred |= {disk.path for disk in (*xml.media, *xml.referenced_disks) if disk.path and disk.type == "file"}
+    kept = (*xml.media, *xml.referenced_disks)
+    referred |= {disk.path for disk in kept if disk.path and disk.type == "file" and disk.volume is None}
     addresses = {one.value for one in source.references if one.role is Role.ADDRESS}
     paths = sorted(wanted)
     lands = wanted if xml.variables is not None else wanted - {variables.DIRECTORY}

@@ -70,7 +70,7 @@ async def existing(host: Host, libvirt: LibvirtHost, name: str, known: Users) ->
     domain = await libvirt.find(name)
     if domain is None:
         return None
-    xml = domain_xml.read_domain(domain.xml)
+    xml = domain_xml.read_domain(domain.xml, domain.volumes)
     mark = marks.read_provenance(domain.xml)
     disks = [disk.path for disk in xml.own_disks if disk.type == "file" and disk.path]
     own = (*disks, *(xml.variables.paths(name) if xml.variables is not None else ()))

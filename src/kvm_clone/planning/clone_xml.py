@@ -24,6 +24,7 @@ def clone_xml(plan: Plan, mark: Provenance, pending: Pending | None = None, name
         disk_paths={disk.target: disk.final for disk in plan.disks if disk.target != variables.KEY},
         disk_formats={disk.target: disk.format for disk in plan.disks if disk.base is not None},
         disk_bases={disk.target: disk.below for disk in plan.disks if disk.below is not None},
+        disk_volumes=plan.volumes,
         new_genid=plan.identity.genid,
         host_paths=plan.host_paths,
         variables=plan.variables,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvm_clone.agent.staging.scratch import SOCKETS
+from kvm_clone.definition.volumes import Locations
 
 SHUT_OFF = "shut off"
 
@@ -40,7 +41,10 @@ class CpuFacts:
 
 @dataclass(frozen=True)
 class Domain:
-    """A domain as libvirt knows it. `xml` is its persistent definition, secrets included."""
+    """A domain as libvirt knows it. `xml` is its persistent definition, secrets included.
+
+    `volumes`: where the volumes are that this names.
+    """
 
     name: str
     uuid: str
@@ -50,6 +54,7 @@ class Domain:
     managed_save: bool = False
     snapshots: tuple[str, ...] = ()
     checkpoints: tuple[str, ...] = ()
+    volumes: Locations = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from kvm_clone.agent.disks.image import QCOW2
 from kvm_clone.agent.names import is_plain
 from kvm_clone.definition import variables
+from kvm_clone.definition.volumes import Volume
 from kvm_clone.findings import Finding, block
 from kvm_clone.image import Image
 from kvm_clone.options import Options
@@ -138,7 +139,7 @@ def place(
         if kept is not None and kept.durable and _is_same(kept, image):
             placed.append(PlannedDisk(image, Place.of_file(kept.final), kept))
             continue
-        directory, finding = _directory_of(facts.destination, image, options.pool)
+        directory, finding = _directory_of(facts.destination, image, options.pool or _home_pool(facts, image))
         if finding is not None and finding not in findings:
             findings.append(finding)
         if directory is not None:
@@ -152,6 +153,32 @@ def place(
 def _is_same(kept: StagedDisk, image: ImageFacts) -> bool:
     """Whether a staged file can become this disk as the source has it now."""
     return not kept.backing and (kept.size, kept.format) == (image.virtual_size, image.format)
+
+
+def _home_pool(facts: Facts, image: ImageFacts) -> str | None:
+    """Return the pool where a volume lands: that of the name which it is in at the source, if there is one."""
+    volume = next((disk.volume for disk in facts.source.xml.own_disks if disk.target == image.target), None)
+    names = [pool.name for pool in _pools_of_files(facts.destination)]
+    return volume.pool if volume is not None and volume.pool in names else None
+
+
+def _pools_of_files(destination: DestinationFacts) -> list[domain_facts.Pool]:
+    return [pool for pool in destination.pools if pool.active and pool.type in domain_facts.FILE_POOLS]
+
+
+def volumes_of(facts: Facts, disks: Iterable[PlannedDisk]) -> dict[str, Volume]:
+    """Return the pool and volume by which the definition names a disk, by target, of those that the source's names so.
+
+    A disk that lands where no active pool is has none, and is named by its path.
+    """
+    named = {disk.target: disk.volume for disk in facts.source.xml.own_disks if disk.volume is not None}
+    found: dict[str, Volume] = {}
+    for disk in disks:
+        pools = [one.name for one in _pools_of_files(facts.destination) if one.path == disk.place.container]
+        if disk.target in named and pools:
+            same = named[disk.target].pool
+            found[disk.target] = Volume(same if same in pools else pools[0], disk.place.name)
+    return found
 
 
 def _directory_of(

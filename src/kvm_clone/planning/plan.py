@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 from dataclasses import dataclass, replace
 
+from kvm_clone.definition.volumes import Volume
 from kvm_clone.errors import DomainExistsError, KvmCloneError, LockedError, RefusedError
 from kvm_clone.findings import EXISTS_CODES, LOCKED, Finding, Severity, block
 from kvm_clone.image import Image
@@ -17,7 +18,7 @@ from kvm_clone.planning.facts import Facts, ImageFacts, Staged
 from kvm_clone.planning.host_paths import renames
 from kvm_clone.planning.identity_checks import SAME_VM, duplicate_findings, identity_findings
 from kvm_clone.planning.live_checks import backup_job, live_findings, stale_checkpoints
-from kvm_clone.planning.placement import Names, PlannedDisk, place, stage_directory, variables_image
+from kvm_clone.planning.placement import Names, PlannedDisk, place, stage_directory, variables_image, volumes_of
 from kvm_clone.planning.steps import (
     BeginBackup,
     BeginStage,
@@ -99,6 +100,11 @@ class Plan:
     def host_paths(self) -> dict[str, str]:
         """The new paths of the VM's logs and sockets that another VM of the destination has."""
         return renames(self.facts, self.name)
+
+    @property
+    def volumes(self) -> dict[str, Volume]:
+        """The pool and volume by which the definition names a disk, by target; the others are named by their paths."""
+        return volumes_of(self.facts, self.disks)
 
     @property
     def variables(self) -> Image | None:

@@ -396,11 +396,11 @@ def disk_findings(destination: DestinationFacts, xml: DomainXml) -> Iterator[Fin
 def _absent(destination: DestinationFacts, disk: DiskXml) -> str:
     """Return why the destination cannot use a disk that is not copied; nothing where it can or may."""
     path = disk.path or ""
+    if disk.volume is not None:
+        why = destination.things.objects.volumes.get(str(disk.volume), "")
+        return f"cannot use the volume {disk.volume} ({why})" if why else ""
     if disk.type == "file":
         return "" if destination.present.get(path, False) else f"lacks {disk.path}"
-    if disk.type == "volume":
-        why = destination.things.objects.volumes.get(path, "")
-        return f"cannot use the volume {path} ({why})" if why else ""
     missing = path.startswith("/") and destination.things.path(path) == MISSING
     return f"lacks {path}" if missing else ""
 
