@@ -17,7 +17,19 @@ from hypothesis import strategies as st
 
 from kvm_clone.agent.disks import image, nbd, qemu
 from kvm_clone.agent.disks.chain import Node
-from kvm_clone.agent.disks.disk import DATA, HOLE, READS_AHEAD, ZERO, Disk, Extent, MemoryDisk, ahead, intersect, split
+from kvm_clone.agent.disks.disk import (
+    DATA,
+    HOLE,
+    READS_AHEAD,
+    ZERO,
+    Disk,
+    Extent,
+    MemoryDisk,
+    ahead,
+    intersect,
+    split,
+    without_zeros,
+)
 from kvm_clone.agent.disks.file import SECTOR, FileDisk
 from kvm_clone.agent.protocol.errors import AgentError
 from kvm_clone.agent.protocol.stream import Incoming
@@ -28,6 +40,7 @@ from .tools import (
     MIB,
     Write,
     arriving,
+    device,
     exported,
     filled,
     make_overlay,
@@ -75,6 +88,23 @@ def file(directory: Path, size: int, writes: Sequence[Write]) -> Iterator[Disk]:
     disk = FileDisk(str(make_raw(directory / "disk", size)), writable=True)
     with closing(disk):
         yield put(disk, writes)
+
+
+@contextmanager
+def block_device(directory: Path, size: int, writes: Sequence[Write]) -> Iterator[Disk]:
+    """A device of whole sectors."""
+    file = make_raw(directory / "disk", -(-size // SECTOR) * SECTOR)
+    with device(file) as path, closing(FileDisk(str(path), writable=True)) as disk:
+        yield put(disk, writes)
+
+
+@contextmanager
+def qcow2_on_device(directory: Path, size: int, writes: Sequence[Write]) -> Iterator[Disk]:
+    """An image on a device that is larger than it."""
+    file = make_qcow2(directory / "disk", size, writes)
+    os.truncate(file, file.stat().st_size + MIB)
+    with device(file) as path, closing(image.MappedDisk(str(path), "qcow2")) as disk:
+        yield disk
 
 
 @contextmanager
@@ -178,6 +208,8 @@ def image_content(directory: Path, _disk: Disk) -> bytes:
 KINDS = {
     "memory": Kind(memory, lambda _directory, disk: read(disk), unit=1),
     "file": Kind(file, file_content),
+    "device": Kind(block_device, file_content),
+    "qcow2-device": Kind(qcow2_on_device),
     "raw-nbd": Kind(raw_nbd, file_content),
     "raw-nbdkit": Kind(raw_nbdkit, file_content, unit=1),
     "qcow2": Kind(qcow2, image_content),
@@ -317,9 +349,34 @@ def test_extents_within_ranges(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_untouched_space_is_not_called_data(name: str, tmp_path: Path) -> None:
+    """Of a disk that does not know its zeros reading finds them."""
     with KINDS[name].open(tmp_path, ORDINARY, [(MIB, b"\x01")]) as disk:
-        data = sum(extent.length for extent in disk.extents() if extent.kind == DATA)
+        extents = list(disk.extents())
+        if not disk.knows_zeros:
+            assert [(one.offset, one.end, one.kind) for one in extents] == [(0, ORDINARY, DATA)]
+            pieces = [piece for extent in extents for piece in split(extent, CHUNK)]
+            extents = [part for piece in pieces for part in without_zeros(disk, piece)]
+            assert_covers(extents, 0, disk.size)
+        data = sum(extent.length for extent in extents if extent.kind == DATA)
     assert 0 < data <= 64 * KIB
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("start", [0, 1, 512, 64 * KIB, 100_000])
+def test_zeros_that_reading_finds(case: str, start: int) -> None:
+    content = filled(ORDINARY, CASES[case](ORDINARY))
+    disk = put(MemoryDisk(ORDINARY), [(0, content)])
+    for length in (1, 511, 64 * KIB, 64 * KIB + 1, CHUNK):
+        parts = list(without_zeros(disk, Extent(start, length, DATA, host=start)))
+        assert_covers(parts, start, start + length)
+        for part in parts:
+            if part.kind == DATA:
+                assert part.host == part.offset
+                blocks = split(part, 64 * KIB)
+                assert all(any(content[one.offset : one.end]) for one in blocks)
+            else:
+                assert not any(content[part.offset : part.end])
+        assert all(one.kind != other.kind for one, other in itertools.pairwise(parts))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -409,7 +466,7 @@ def test_zeroed_space_is_no_data_and_can_be_written_again(name: str, tmp_path: P
         disk.zero(256 * KIB, MIB)
         disk.flush()
         inner = list(disk.extents(256 * KIB, 256 * KIB + MIB))
-        assert not [extent for extent in inner if extent.kind == DATA]
+        assert not [extent for extent in inner if extent.kind == DATA and disk.knows_zeros]
         disk.write(512 * KIB, memoryview(b"again"))
         disk.flush()
         assert read(disk, 512 * KIB - 1, 7) == b"\0again\0"

@@ -58,7 +58,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "another format": (of_vmdk, "the format vmdk"),
     "a base that is gone": (lambda at: make(at / "top", base="gone", base_format="raw"), "gone, which cannot be read"),
-    "a device": (lambda at: make(at / "top", base="/dev/zero", base_format="raw"), "/dev/zero, which is no regular"),
+    "a device": (lambda at: make(at / "top", base="/dev/zero", base_format="raw"), "/dev/zero, which is neither"),
     "a server": (lambda at: make(at / "top", base="nbd://h/x", base_format="raw"), "nbd://h/x"),
 }
 

@@ -16,7 +16,7 @@ import pytest
 from kvm_clone.agent import transfer
 from kvm_clone.agent.digests import digest
 from kvm_clone.agent.disks import image
-from kvm_clone.agent.disks.disk import Ranges
+from kvm_clone.agent.disks.disk import Extent, Ranges
 from kvm_clone.agent.disks.file import FileDisk
 from kvm_clone.agent.protocol import errors
 from kvm_clone.agent.protocol.errors import AgentError
@@ -41,6 +41,7 @@ from .tools import (
     MIB,
     Write,
     arriving,
+    device,
     ending,
     eventually,
     filled,
@@ -669,6 +670,52 @@ def test_flags_of_a_record_survive_the_wire() -> None:
     assert unpack_record(record.pack()) == record
     with pytest.raises(ProtocolError):
         unpack_record(bytes(RECORD_HEADER.size))
+
+
+DEVICE_SIZE = 5 * MIB
+DEVICE_WRITES = [(70_000, b"x"), (2 * MIB, noise(MIB)), (4 * MIB - 5, bytes(10)), (DEVICE_SIZE - 1, b"x")]
+DEVICE_DATA = MIB + 2 * 64 * KIB
+"""Bytes: what is written in whole blocks of 64 KiB, those of which are zeros left out."""
+
+
+@pytest.mark.parametrize("rate", [0, 8 * MIB, 1 << 40])
+@pytest.mark.parametrize("to", ["raw", "qcow2"])
+def test_blocks_of_zeros_on_a_device_are_not_sent(to: str, rate: int, tmp_path: Path) -> None:
+    """Whatever a rate makes of the pieces."""
+    target = make(tmp_path / "to", to, DEVICE_SIZE, [])
+    with device(make_raw(tmp_path / "from", DEVICE_SIZE, DEVICE_WRITES)) as path:
+        (written,) = copy([Job(str(path), "raw")], [target], rate=rate)
+        assert content_of(target) == path.read_bytes()
+    assert written == DEVICE_DATA
+    assert stored(target) <= DEVICE_DATA + MIB
+
+
+@pytest.mark.parametrize("to", ["raw", "qcow2"])
+def test_zeros_on_a_device_are_told_to_a_target_that_has_old_data(to: str, tmp_path: Path) -> None:
+    target = make(tmp_path / "to", to, DEVICE_SIZE, [(0, noise(DEVICE_SIZE, 9))])._replace(fresh=False)
+    ranges = [[0, MIB], [MIB + 4096, 3 * MIB - 512]]
+    with device(make_raw(tmp_path / "from", DEVICE_SIZE, DEVICE_WRITES)) as path:
+        copy([Job(str(path), "raw", fresh=False, ranges=ranges)], [target])
+        new, old = path.read_bytes(), noise(DEVICE_SIZE, 9)
+    expected = new[:MIB] + old[MIB : MIB + 4096] + new[MIB + 4096 : 3 * MIB - 512] + old[3 * MIB - 512 :]
+    assert content_of(target) == expected
+
+
+def test_a_device_of_zeros_is_not_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes to read what need not be sent, the receiver hears of its sender."""
+    monkeypatch.setattr(transfer, "SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(transfer, "IDLE_SECONDS", 0.1)
+    read_slowly = FileDisk.content
+
+    def content(disk: FileDisk, piece: Extent) -> memoryview:
+        time.sleep(0.05)
+        return read_slowly(disk, piece)
+
+    monkeypatch.setattr(FileDisk, "content", content)
+    target = make(tmp_path / "to", "raw", 40 * CHUNK, [])
+    with device(make_raw(tmp_path / "from", 40 * CHUNK, [])) as path:
+        assert copy([Job(str(path), "raw")], [target]) == [0]
+    assert stored(target) == 0
 
 
 def over(directory: Path, base_format: str, size: int) -> tuple[Path, Job]:

@@ -152,7 +152,7 @@ def test_a_user_who_may_not_look_at_processes(open_to_all: Path) -> None:
 
 def test_a_host_that_hides_processes(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with hidepid=2: a user sees none but his own."""
-    monkeypatch.setattr(uses, "_others", lambda: [os.getppid()])
+    monkeypatch.setattr(uses, "other_processes", lambda: [os.getppid()])
     state, why = state_of(disk)
     assert (state, "not all processes" in why) == (UNKNOWN, True)
 
@@ -160,7 +160,7 @@ def test_a_host_that_hides_processes(disk: Path, monkeypatch: pytest.MonkeyPatch
 def test_processes_that_end_meanwhile(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = python("")
     gone.communicate()
-    monkeypatch.setattr(uses, "_others", lambda: [1, gone.pid])
+    monkeypatch.setattr(uses, "other_processes", lambda: [1, gone.pid])
     assert state_of(disk) == (FREE, "")
     assert uses._name(gone.pid) == "ended"
 

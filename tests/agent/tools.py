@@ -51,6 +51,22 @@ def need(*programs: str) -> None:
             lacking(f"{program} is not installed")
 
 
+@contextmanager
+def device(file: Path) -> Iterator[Path]:
+    """A block device with the file's content: a loop device."""
+    need("losetup")
+    done = subprocess.run(
+        ["losetup", "--find", "--show", "--nooverlap", str(file)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        lacking(f"no loop device can be had: {done.stderr.strip()}")
+    path = done.stdout.strip()
+    try:
+        yield Path(path)
+    finally:
+        subprocess.run(["losetup", "--detach", path], check=True, capture_output=True)
+
+
 @functools.lru_cache(maxsize=32)
 def noise(length: int, seed: int = 0) -> bytes:
     """Bytes that are no zeros."""

@@ -292,7 +292,13 @@ def assert_nothing_left(lab: Lab, seconds: float = SETTLED_SECONDS) -> None:
         deadline = time.monotonic() + seconds
         while (found := leftovers(lab, host)) and time.monotonic() < deadline:
             time.sleep(0.2)
-        assert not found, f"{host} is not tidy: {found}"
+        assert not found, f"{host} is not tidy: {found}\n{_what_runs(lab, host, found.get('processes', ''))}"
+
+
+def _what_runs(lab: Lab, host: str, processes: str) -> str:
+    """Of each process: for how long, in what state, where in the kernel, and its command."""
+    fields = "pid,ppid,etimes,stat,wchan:24,args"
+    return lab.run(host, "ps", "-o", fields, *processes.split(), check=False).stdout if processes else ""
 
 
 @contextmanager

@@ -106,6 +106,7 @@ HOST = {
 }
 RAW = {
     "regular": True,
+    "device": False,
     "virtual_size": 1 << 40,
     "allocated": 0,
     "data": 1,

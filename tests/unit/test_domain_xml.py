@@ -259,7 +259,7 @@ def test_change_that_cannot_be_made_is_refused(change: Change) -> None:
 
 
 def test_disk_that_has_no_file_cannot_get_another() -> None:
-    xml = with_devices(disk(opening="type='block' device='disk'", source="<source dev='/dev/vg/b'/>"))
+    xml = with_devices(disk(opening="type='network' device='disk'", source="<source protocol='rbd' name='p/b'/>"))
     with pytest.raises(RefusedError, match="vdb"):
         rewrite(xml, Change("a", PROVENANCE, disk_paths={"vdb": "/srv/b.img"}))
 
@@ -422,13 +422,6 @@ UNSUPPORTED = [
         "memory",
         "vm",
         "virtio-pmem /srv/pm",
-    ),
-    (
-        "block",
-        with_devices(disk(opening="type='block' device='disk'", source="<source dev='/dev/vg/b'/>")),
-        "disk-type",
-        "vdb",
-        "/dev/vg/b",
     ),
     (
         "network",

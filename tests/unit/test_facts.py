@@ -151,7 +151,10 @@ def test_a_chain(tmp_path: Path) -> None:
 BROKEN_CHAINS: dict[str, tuple[tuple[str, ...], str]] = {
     "a base that is gone": (("-b", "gone.qcow2", "-F", "qcow2", "-u"), "gone.qcow2"),
     "a base on a server": (("-b", "nbd://h/x", "-F", "raw", "-u"), "nbd://h/x"),
-    "a device": (("-b", "/dev/zero", "-F", "raw", "-u"), "/dev/zero, which is no regular file"),
+    "a device": (
+        ("-b", "/dev/zero", "-F", "raw", "-u"),
+        "/dev/zero, which is neither a regular file nor a block device",
+    ),
 }
 
 

@@ -65,7 +65,6 @@ VARIABLES = ImageFacts("/v", "raw", target="nvram")
 ISO = disk_xml("/iso/debian.iso", "sda", "<readonly/>", device="cdrom", format_="raw")
 SHARED = disk_xml("/shared/data.raw", "vdb", "<shareable/>", format_="raw")
 READ_ONLY = disk_xml("/shared/base.raw", "vdb", "<readonly/>", format_="raw")
-BLOCK_DISK = "<disk type='block' device='disk'><source dev='/dev/vg/web'/><target dev='vda'/></disk>"
 NETWORK_DISK = (
     "<disk type='network' device='disk'><driver type='raw'/><source protocol='rbd' name='p/i'/>"
     "<target dev='vda'/>%s</disk>"
@@ -91,6 +90,7 @@ WARNINGS = {
     "mode",
     "file-size-later",
     "direct",
+    "space-unknown",
 }
 INFORMATION = {"clock", "qemu-older", "estimate"}
 """The codes of findings that do not keep a plan from being run."""
@@ -109,7 +109,6 @@ APPEARS: dict[str, tuple[str, str, Case]] = {
         "sdb",
         Case(with_device("<disk type='block' device='lun'><source dev='/dev/sdz'/><target dev='sdb'/></disk>")),
     ),
-    "a block device": ("disk-type", "vda", Case(BLOCK_DISK)),
     "a network disk": ("disk-type", "vda", Case(NETWORK_DISK % "")),
     "a disk without a file": (
         "disk-source",
@@ -174,7 +173,7 @@ APPEARS: dict[str, tuple[str, str, Case]] = {
     # what the source says of the images
     "an image in use": ("disk-in-use", "vda", Case(image={"error": "kc-a: it is locked", "in_use": True})),
     "an image that is gone": ("disk-unreadable", "vda", Case(image={"error": "No such file or directory"})),
-    "a link to a device": ("disk-block-device", "vda", Case(image={"regular": False})),
+    "a socket": ("disk-block-device", "vda", Case(image={"regular": False})),
     "a chain that the definition ends": (
         "disk-backing",
         "vda",
@@ -310,6 +309,15 @@ APPEARS: dict[str, tuple[str, str, Case]] = {
         "space",
         IMAGES,
         Case(image={"data": 100}, directories=(Directory(IMAGES, True, True, free=114),)),
+    ),
+    "perhaps no room for a device": (
+        "space-unknown",
+        IMAGES,
+        Case(
+            disk_xml(f"{IMAGES}/web.raw", format_="raw"),
+            image={"data": 100, "device": True},
+            directories=(Directory(IMAGES, True, True, free=114),),
+        ),
     ),
     "no room for files": (
         "inodes",
@@ -656,7 +664,7 @@ def test_two_disks_that_share_a_file_are_both_named() -> None:
 
 
 def test_nothing_is_said_of_an_image_whose_disk_is_refused() -> None:
-    assert codes(Case(BLOCK_DISK, image={"error": "not looked at"}).plan()) == ["disk-type"]
+    assert codes(Case(NETWORK_DISK % "", image={"error": "not looked at"}).plan()) == ["disk-type"]
 
 
 def test_the_same_pool_is_complained_of_once() -> None:

@@ -1,7 +1,8 @@
-"""Child processes that cannot outlive the agent, and that end."""
+"""Child processes that cannot outlive the agent, and that end; and the other processes of the host."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
-from typing import Any, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Set, Tuple
 
 from kvm_clone.agent.protocol.errors import IO, MISSING, NO_SPACE, AgentError
 
@@ -75,6 +76,26 @@ def killed_by(ending: threading.Event) -> Iterator[None]:
         del _mine.children
         over.set()
         watcher.join()
+
+
+def other_processes() -> List[int]:
+    """The processes of this host but this one and those that descend from it."""
+    parents: Dict[int, int] = {}
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            with contextlib.suppress(OSError, IndexError, ValueError), open(f"/proc/{name}/stat", "rb") as file:
+                parents[int(name)] = int(file.read().rpartition(b")")[2].split()[1])
+    return [pid for pid in parents if not _descends(pid, parents)]
+
+
+def _descends(pid: int, parents: Dict[int, int]) -> bool:
+    seen: Set[int] = set()
+    while pid and pid not in seen:
+        if pid == os.getpid():
+            return True
+        seen.add(pid)
+        pid = parents.get(pid, 0)
+    return False
 
 
 def run(argv: Sequence[str], seconds: float = SECONDS) -> str:

@@ -11,7 +11,7 @@ from typing import Callable, Dict, Generator, Iterator, List, NamedTuple, Option
 
 from kvm_clone.agent.disks import image
 from kvm_clone.agent.disks.disk import DATA as DATA_KIND
-from kvm_clone.agent.disks.disk import Disk, Extent, Ranges, ahead, split, union, zero_data
+from kvm_clone.agent.disks.disk import Disk, Extent, Ranges, ahead, split, union, without_zeros, zero_data
 from kvm_clone.agent.protocol.errors import INTERRUPTED, PROTOCOL, AgentError, from_exception
 from kvm_clone.agent.protocol.stream import Incoming
 from kvm_clone.agent.protocol.wire import (
@@ -96,6 +96,7 @@ class Sender:
         self._parallel = parallel
         self._pacer = Pacer(bandwidth_limit, self._say_idle)
         self._sent = 0
+        self._said = time.monotonic()
 
     def run(self) -> None:
         """Send every disk and the end record. Raises AgentError; a reader that went away is `interrupted`."""
@@ -146,11 +147,17 @@ class Sender:
             if piece.kind == DATA_KIND:
                 self._data(index, disk, piece)
                 yield
-            else:
+            elif not job.fresh:
                 self._record(Record(ZERO, index, piece.offset, piece.length))
+            elif time.monotonic() - self._said > IDLE_SECONDS:  # there may be much that need not be sent
+                self._say_idle()
+                yield
 
     def _pieces(self, disk: Disk, job: Job, *, compressed: bool) -> Iterator[List[Extent]]:
-        """What becomes a record each: data of one kind, and zeros if the other end is not known to read as zeros."""
+        """What becomes a record each: data of one kind, and zeros if the other end is not known to read as zeros.
+
+        Zeros that only reading finds are pieces in any case: meanwhile the other end waits for a sign.
+        """
         ranges = job.ranges if job.ranges is not None else [[0, disk.size]]
         left = sum(end - start for start, end in ranges)
         for extent in disk.within(ranges):
@@ -162,7 +169,8 @@ class Sender:
                     yield [extent]
             elif extent.compressed == compressed:
                 for piece in split(extent, CHUNK if compressed else self._pacer.most):
-                    yield [piece]
+                    for part in (piece,) if disk.knows_zeros else without_zeros(disk, piece):
+                        yield [part]
         if left:  # what no extent covers would be missing at the other end
             raise AgentError(PROTOCOL, f"the extents of {job.path} leave out {left} bytes")
 
@@ -178,6 +186,7 @@ class Sender:
 
     def _record(self, record: Record) -> None:
         write_all(self._out, record.pack())
+        self._said = time.monotonic()
 
 
 class Receiver:

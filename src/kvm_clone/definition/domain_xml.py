@@ -18,6 +18,8 @@ from kvm_clone.image import Image
 from kvm_clone.units import scaled
 
 FORMATS = ("raw", "qcow2")
+COPIED_TYPES = ("file", "block")
+"""Types of disk whose content can be copied."""
 
 _REFUSED_FEATURES = {"nvram": "UEFI variables", "tpm": "a TPM", "memory": "persistent memory"}
 _REFUSED_STORAGE = {
@@ -381,8 +383,8 @@ def _disk_reasons(disk: DiskXml) -> Iterator[tuple[str, str]]:
         yield "disk-device", f"is a {disk.device}, which passes a device of the host through"
     elif disk.type == "volume":
         yield "disk-volume", "is a volume that libvirt on its host cannot find"
-    elif disk.type != "file":
-        yield "disk-type", f"is of type {disk.type}; only files can be cloned yet"
+    elif disk.type not in COPIED_TYPES:
+        yield "disk-type", f"is of type {disk.type}; only files and block devices can be cloned yet"
     elif disk.path is None:
         yield "disk-source", "names no file"
     if disk.format not in FORMATS:

@@ -24,7 +24,7 @@ from kvm_clone.definition.marks import (
 )
 from kvm_clone.definition.references.walk import places
 from kvm_clone.definition.spans import Document, Node, escape
-from kvm_clone.definition.volumes import Locations, Volume, named_by, set_source
+from kvm_clone.definition.volumes import Locations, Volume, is_path_or_volume, named_by, set_source
 from kvm_clone.errors import RefusedError
 from kvm_clone.image import Image
 
@@ -131,7 +131,7 @@ def _set_disks(document: Document, domain: Node, change: Change) -> None:
     missing = set(change.disk_paths)
     for disk in domain.find_all("devices", "disk"):
         target, source = disk.find_attributes("target").get("dev", ""), disk.find("source")
-        if target in change.disk_paths and source and (named_by(disk) or "file" in source.attributes):
+        if target in change.disk_paths and source and is_path_or_volume(disk):
             missing.discard(target)
             set_source(document, disk, source, change.disk_paths[target], change.disk_volumes.get(target))
             if target in change.disk_formats:
@@ -139,7 +139,7 @@ def _set_disks(document: Document, domain: Node, change: Change) -> None:
             if target in change.disk_bases or disk.find("backingStore", "source"):
                 _set_base(document, disk, source, change.disk_bases.get(target))
     if missing:
-        raise RefusedError(f"The domain has no disk with a file as {', '.join(sorted(missing))}.")
+        raise RefusedError(f"The domain has no disk with a file or device as {', '.join(sorted(missing))}.")
 
 
 def merge_down(xml: str, bases: Mapping[str, Image], volumes: Locations = MappingProxyType({})) -> str:

@@ -51,8 +51,15 @@ def named_by(layer: Node) -> Volume | None:
     return None
 
 
+def is_path_or_volume(disk: Node) -> bool:
+    """Whether the disk is named by a path, of a file or a device, or is a volume: it can become a file then."""
+    kind, source = disk.attributes.get("type", "file"), disk.find_attributes("source")
+    key = {"file": "file", "block": "dev"}.get(kind, "")
+    return named_by(disk) is not None or key in source
+
+
 def set_source(document: Document, disk: Node, source: Node, path: str, volume: Volume | None) -> None:
-    """Make the disk's source the file at `path`: by its pool and name if it has a `volume` and the disk names one.
+    """Make the disk's source the file at `path`: by its pool and name if it has a `volume` and the disk is one.
 
     What else the source says, its children and attributes such as startupPolicy, stays.
     """

@@ -191,6 +191,7 @@ class _Disk:
     """The fields of ImageFacts that the agent's answer has under the same names."""
 
     regular: bool
+    device: bool
     virtual_size: int
     allocated: int
     data: int

@@ -36,7 +36,7 @@ from kvm_clone.planning.facts import (
     SourceFacts,
     Staged,
 )
-from kvm_clone.planning.file_names import home_of, scratch_prefix, stems
+from kvm_clone.planning.file_names import file_like, home_of, scratch_prefix, stems
 
 _LOOKS = 3
 """How often the destination's VM is looked at when it changes meanwhile; after that the plan may rest on a mixture, and
@@ -121,7 +121,7 @@ async def _running(host: Host, libvirt: LibvirtHost, facts: SourceFacts) -> Sour
     """The facts with what is to be known of a running VM."""
     vm, images = facts.domain.name, facts.images
     now, version, pools = await together(libvirt.look(vm), libvirt.version(), libvirt.pools())
-    paths = {posixpath.dirname(image.path) for image in images if image.path}
+    paths = {posixpath.dirname(image.path) for image in images if image.path and not image.device}
     paths |= {pool.path for pool in pools if pool.active and pool.type in domain_facts.FILE_POOLS}
     reader, *directories = await together(
         host.agent.reader(domain=facts.domain.uuid),
@@ -146,7 +146,7 @@ async def _images(host: Host, xml: domain_xml.DomainXml, state: str) -> tuple[Im
 
 async def _disk(host: Host, disk: domain_xml.DiskXml, state: str) -> ImageFacts:
     """A disk's image. Nothing is asked of one that the plan refuses by its definition."""
-    if disk.type != "file" or disk.format not in domain_xml.FORMATS:
+    if disk.type not in domain_xml.COPIED_TYPES or disk.format not in domain_xml.FORMATS:
         return ImageFacts(disk.path or "", disk.format, target=disk.target, error="not looked at")
     return await _image(host, disk.target, Image(disk.path or "", disk.format), state)
 
@@ -207,19 +207,20 @@ async def _destination(
         _existing(host, libvirt, name, known, replica=replica),
     )
     own = (*xml.own_disks, *(existing.xml.own_disks if existing is not None else ()))
-    wanted = {pool.path for pool in pools if pool.path}
+    wanted = {pool.path for pool in pools if pool.path and pool.type in domain_facts.FILE_POOLS}
     files = [disk.path for disk in own if disk.path and disk.type == "file"]
     files += [image.path for image in source.images if image.target == variables.KEY]
     files += existing.variables if existing is not None else ()
     wanted.add(variables.DIRECTORY)  # an interrupted attempt may have staged something there
-    wanted |= {posixpath.dirname(path) for path in files} | {home_of(path) for path in files}
+    wanted |= {where for path in files if (home := home_of(path)) for where in (posixpath.dirname(path), home)}
     referred = {*(file.path for file in xml.os_files), *things.paths_of(source.references)}
     kept = (*xml.media, *xml.referenced_disks)
     referred |= {disk.path for disk in kept if disk.path and disk.type == "file" and disk.volume is None}
     addresses = {one.value for one in source.references if one.role is Role.ADDRESS}
     paths = sorted(wanted)
     lands = wanted if xml.variables is not None else wanted - {variables.DIRECTORY}
-    files_like = list(stems((disk.path for disk in xml.own_disks if disk.path), xml.name, name))
+    named = (file_like(image, image.target, xml.name) for image in source.disk_images if image.path)
+    files_like = list(stems(named, xml.name, name))
     if xml.variables is not None:
         files_like.append(f"{name}_VARS")
     about, staged, directories, found, resources = await together(

@@ -87,8 +87,8 @@ def _image_findings(image: ImageFacts, listed: Collection[str]) -> Iterator[Find
         ("disk-unreadable", image.error and not image.in_use, f"cannot be read: {image.error}", ""),
         (
             "disk-block-device",
-            not image.regular,
-            "is no regular file but a device, which cannot be cloned yet",
+            not (image.regular or image.device),
+            "is neither a regular file nor a block device",
             "",
         ),
         (

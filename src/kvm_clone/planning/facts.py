@@ -39,16 +39,17 @@ class ImageFacts(Image):
     """What the inspection found out about one disk's image file. Sizes are in bytes.
 
     `target`: the guest's name for the disk, empty for an image that was looked at by its path alone. `data`: how
-    much has to be sent, which is a guess while a VM writes to it. `stored`: what a fresh copy takes where that is
-    less than `data`, since compressed clusters stay compressed; else 0. `error`: why nothing is known. `in_use`:
-    another process writes to it. `fingerprint`: of the image with all that it rests on, see
-    agent/disks/fingerprint.py.
+    much has to be sent, which is a guess while a VM writes to it, and all of a raw device. `stored`: what a fresh copy
+    takes where that is less than `data`, since compressed clusters stay compressed; else 0. `error`: why nothing is
+    known. `in_use`: another process writes to it. `regular`, `device`: it is a file, a block device. `fingerprint`: of
+    the image with all that it rests on, see agent/disks/fingerprint.py.
     """
 
     target: str = field(default="", kw_only=True)
     error: str = ""
     in_use: bool = False
     regular: bool = True
+    device: bool = False
     virtual_size: int = 0
     allocated: int = 0
     data: int = 0

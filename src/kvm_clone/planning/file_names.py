@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 
 from kvm_clone.agent.names import PREFIX
+from kvm_clone.image import Image
 from kvm_clone.planning.facts import Directory
 
 _ASKED = 64
@@ -20,9 +21,21 @@ UNKEPT = re.compile(r"[\t\r\n]")
 """What libvirt reads back from its own XML as a space: the disk would be lost at its next start."""
 
 
+_DEVICES = "/dev/"
+"""Below it are devices, whose names say nothing of a VM and whose directories take no files."""
+
+
 def home_of(path: str) -> str:
-    """Return the normalised directory of the disk `path`: its clone lands there if the destination has it."""
-    return posixpath.normpath(posixpath.dirname(path))
+    """Return the normalised directory of the disk `path`: its clone lands there if the destination has it.
+
+    Empty for a device.
+    """
+    return "" if path.startswith(_DEVICES) else posixpath.normpath(posixpath.dirname(path))
+
+
+def file_like(image: Image, target: str, vm: str) -> str:
+    """Return the path whose name a copy's is made from: the image's, but of a device one with the VM's name."""
+    return f"{vm}-{target}.{image.format}" if image.path.startswith(_DEVICES) else image.path
 
 
 def stems(paths: Iterable[str], old: str, new: str) -> tuple[str, ...]:

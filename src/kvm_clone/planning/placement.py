@@ -18,7 +18,7 @@ from kvm_clone.options import Options
 from kvm_clone.planning import domain_facts
 from kvm_clone.planning.assets import Place
 from kvm_clone.planning.facts import DestinationFacts, Directory, Facts, ImageFacts, Staged, StagedDisk
-from kvm_clone.planning.file_names import UNKEPT, cut, file_name, home_of, length_of, stem_of
+from kvm_clone.planning.file_names import UNKEPT, cut, file_like, file_name, home_of, length_of, stem_of
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def _free_place(directory: Directory, image: ImageFacts, names: Names, taken: se
     Where that name is taken, the disk's target is added to it; where not every name that is there is known, the target
     and the operation's name, which nobody else has.
     """
-    stem, extension = stem_of(image.path, names.old, names.new)
+    stem, extension = stem_of(file_like(image, image.target, names.old), names.old, names.new)
     if image.target == variables.KEY:
         stem = UNKEPT.sub("_", f"{names.new}_VARS")
     # People type these paths: an ending has nothing in it that would have to be quoted.

@@ -84,20 +84,29 @@ def space_findings(destination: DestinationFacts, disks: tuple[PlannedDisk, ...]
     """Yield a finding for each filesystem without room for what is still to be written and 15 % more."""
     host = destination.host.name
     needed: dict[int, int] = {}
+    certain: dict[int, int] = {}
     files: dict[int, int] = {}
     where: dict[int, Directory] = {}
     for disk in disks:
         directory = _directory(destination, disk)
         if directory is not None:
-            needed[directory.filesystem] = needed.get(directory.filesystem, 0) + to_write(disk, directory)
+            size, known = to_write(disk, directory), not (disk.image.device and disk.image.format == RAW)
+            needed[directory.filesystem] = needed.get(directory.filesystem, 0) + size
+            certain[directory.filesystem] = certain.get(directory.filesystem, 0) + (size if known else 0)
             files[directory.filesystem] = files.get(directory.filesystem, 0) + 1
             where[directory.filesystem] = directory
     for filesystem, directory in where.items():
         wanted = with_margin(needed[filesystem])
-        if wanted > directory.free:
-            free = format_bytes(directory.free)
+        free, remedy = format_bytes(directory.free), "make room, or name another pool with --pool"
+        if with_margin(certain[filesystem]) > directory.free:
             text = f"{directory.path} on {host} has {free} free, {format_bytes(wanted)} are needed."
-            yield block("space", directory.path, text, "make room, or name another pool with --pool")
+            yield block("space", directory.path, text, remedy)
+        elif wanted > directory.free:
+            text = (
+                f"{directory.path} on {host} has {free} free, up to {format_bytes(wanted)} are needed: how much of the "
+                "source's devices is zeros is not known before they are read."
+            )
+            yield Finding("space-unknown", Severity.WARNING, directory.path, text, remedy)
         if files[filesystem] + 1 > directory.inodes:
             more = files[filesystem] + 1
             text = f"The filesystem of {directory.path} on {host} has no room for {more} more files."

@@ -12,7 +12,7 @@ import os
 import stat
 from typing import Any, Dict, Iterator, List, NamedTuple, Set, Tuple
 
-from kvm_clone.agent.disks import fingerprint, header
+from kvm_clone.agent.disks import device, fingerprint, header
 from kvm_clone.agent.protocol.errors import UNSUPPORTED, AgentError
 
 RAW, QCOW2 = "raw", "qcow2"
@@ -113,7 +113,7 @@ def layers(path: str, format_: str) -> List[Node]:
 
     libvirt starts no VM on a base whose format nobody says, unless it looks raw; and options of a node, such as an
     offset, change what is read from a file. Raises AgentError (unsupported) for such a chain, for one with a layer
-    that is missing, cannot be read or is no regular file, and as `linear` does.
+    that is missing, cannot be read or is neither a file nor a block device, and as `linear` does.
     """
     try:
         found = linear(path, format_)
@@ -130,8 +130,9 @@ def layers(path: str, format_: str) -> List[Node]:
 
 def _check_base(above: Node, below: Node) -> None:
     about = header.read(above.path)
-    if not stat.S_ISREG(os.stat(below.path).st_mode):
-        raise AgentError(UNSUPPORTED, f"it rests on {below.path}, which is no regular file")
+    lies = os.stat(below.path)
+    if not (stat.S_ISREG(lies.st_mode) or device.is_device(lies)):
+        raise AgentError(UNSUPPORTED, f"it rests on {below.path}, which is neither a regular file nor a block device")
     if below.format not in (RAW, QCOW2):
         raise AgentError(UNSUPPORTED, f"it rests on {below.path} of the format {below.format}, which is not handled")
     if about.base.startswith("json:"):
@@ -158,7 +159,7 @@ def _is_plain(tree: Dict[str, Any]) -> bool:
 
 def fingerprint_of(found: List[Node]) -> str:
     """The fingerprint of an image that consists of these layers: see fingerprint.py. Raises OSError."""
-    top, *below = [os.stat(node.path) for node in found]
+    top, *below = [node.path for node in found]
     return fingerprint.of_layers(top, below)
 
 

@@ -52,6 +52,9 @@ class Disk(abc.ABC):
     """A disk of `size` bytes. Offsets and lengths are in bytes, of any alignment, within the size."""
 
     size: int
+    knows_zeros: bool = True
+    """Whether `extents` tells ranges of zeros from others as far as storage does; else all is data."""
+
     _buffer: Optional[bytearray] = None
 
     @abc.abstractmethod
@@ -135,6 +138,28 @@ def zero_data(disk: Disk, start: int, end: int) -> None:
     for extent in list(disk.extents(start, end)):
         if extent.kind == DATA:
             disk.zero(extent.offset, extent.length)
+
+
+ZERO_BLOCK = 1 << 16
+"""Bytes in which zeros are looked for where `knows_zeros` is not so."""
+
+_ZEROS = bytes(ZERO_BLOCK)
+
+
+def without_zeros(disk: Disk, piece: Extent) -> Iterator[Extent]:
+    """The data extent of at most CHUNK bytes in parts that have data, and parts of whole blocks that read as zeros."""
+    content = disk.content(piece)
+    blocks = list(split(piece, ZERO_BLOCK))
+    kinds = [
+        HOLE if _ZEROS.startswith(content[one.offset - piece.offset : one.end - piece.offset]) else DATA
+        for one in blocks
+    ]
+    start = 0
+    for end in range(1, len(blocks) + 1):
+        if end == len(blocks) or kinds[end] != kinds[start]:
+            part = piece.cut(blocks[start].offset, blocks[end - 1].end)
+            yield part if kinds[start] == DATA else part._replace(kind=HOLE, host=None)
+            start = end
 
 
 def split(extent: Extent, unit: int) -> Iterator[Extent]:

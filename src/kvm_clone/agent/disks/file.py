@@ -1,10 +1,11 @@
-"""A disk that is a plain file (format raw), moved by the kernel without passing through Python."""
+"""A disk that is a plain file or a block device (format raw), moved by the kernel without passing through Python."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import os
+import stat
 from typing import Iterator, Optional
 
 from kvm_clone.agent.disks.disk import DATA, HOLE, Disk, Extent, bounded, open_flags
@@ -13,6 +14,9 @@ from kvm_clone.agent.protocol.wire import CHUNK, write_all
 
 SECTOR = 512
 """Bytes. QEMU's least unit: a guest sees no disk whose size is not a multiple of it."""
+
+_DEVICE_BLOCK = 4096
+"""Bytes. Space on a device can be freed by whole blocks of its own, which are at most as large."""
 
 _FALLOC_KEEP_AND_PUNCH = 0x01 | 0x02
 """FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE of fallocate(2)."""
@@ -24,17 +28,25 @@ def disk_size(file_size: int) -> int:
 
 
 class FileDisk(Disk):
-    """A raw image file. Between the file's end, as it was when opened, and the disk's there are zeros, as in QEMU."""
+    """A raw image file. Between the file's end, as it was when opened, and the disk's there are zeros, as in QEMU.
+
+    Nobody knows without reading where a device has zeros: all of it is data.
+    """
 
     def __init__(self, path: str, *, writable: bool = False) -> None:
         self.path = path
         self._fd = os.open(path, open_flags(writable))
-        self._file_end = os.fstat(self._fd).st_size
+        self._is_device = stat.S_ISBLK(os.fstat(self._fd).st_mode)
+        self.knows_zeros = not self._is_device
+        self._file_end = self._end()
         self.size = disk_size(self._file_end)
 
     def extents(self, start: int = 0, end: Optional[int] = None) -> Iterator[Extent]:
         """See Disk. Asks the filesystem as it goes, so that memory stays flat."""
         position, stop = bounded(self, start, end)
+        if self._is_device and position < stop:
+            yield Extent(position, stop - position, DATA, host=position)
+            return
         while position < stop:
             data = min(self._seek(position, os.SEEK_DATA), stop)
             if data > position:
@@ -44,6 +56,9 @@ class FileDisk(Disk):
                 hole = min(self._seek(position, os.SEEK_HOLE), stop)
                 yield Extent(position, hole - position, DATA, host=position)
                 position = hole
+
+    def _end(self) -> int:
+        return os.lseek(self._fd, 0, os.SEEK_END) if self._is_device else os.fstat(self._fd).st_size
 
     def _seek(self, position: int, whence: int) -> int:
         try:
@@ -56,7 +71,7 @@ class FileDisk(Disk):
 
     def _check_end(self) -> None:
         """What was cut off while we read is no hole."""
-        end = os.fstat(self._fd).st_size
+        end = self._end()
         if end < self._file_end:
             raise self._cut_off(end)
 
@@ -87,11 +102,19 @@ class FileDisk(Disk):
             offset += count
 
     def zero(self, offset: int, length: int) -> None:
-        """See Disk. Writes zeros where the filesystem cannot punch holes."""
-        if length and not _punch_hole(self._fd, offset, length):
-            zeros = memoryview(bytes(min(length, CHUNK)))
-            for start in range(offset, offset + length, CHUNK):
-                self.write(start, zeros[: min(CHUNK, offset + length - start)])
+        """See Disk. Writes zeros where no space can be freed."""
+        unit = _DEVICE_BLOCK if self._is_device else 1
+        low, high = -(-offset // unit) * unit, (offset + length) // unit * unit
+        if low < high and _punch_hole(self._fd, low, high - low):
+            self._write_zeros(offset, low)
+            self._write_zeros(high, offset + length)
+        else:
+            self._write_zeros(offset, offset + length)
+
+    def _write_zeros(self, start: int, end: int) -> None:
+        zeros = memoryview(bytes(min(end - start, CHUNK)))
+        for position in range(start, end, CHUNK):
+            self.write(position, zeros[: min(CHUNK, end - position)])
 
     def flush(self) -> None:
         """See Disk."""
@@ -123,7 +146,7 @@ class FileDisk(Disk):
 
 
 def _punch_hole(fd: int, offset: int, length: int) -> bool:
-    """Free the range's space; False where the filesystem cannot."""
+    """Free the range's space; False where the filesystem, or the device, cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.fallocate(fd, _FALLOC_KEEP_AND_PUNCH, ctypes.c_longlong(offset), ctypes.c_longlong(length)) == 0:
         return True

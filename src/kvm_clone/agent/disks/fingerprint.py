@@ -3,6 +3,8 @@
 An image that rests on others has a sixth part, a digest of what stays of those when nothing is written: inode, size and
 mtime of each. Their ctimes do not count: libvirt changes a base's owner whenever any VM on it starts or stops.
 
+A block device has no times that count: see device.py for what stands in their places.
+
 Whoever compares two says what has to be equal. The device's number is another one after some reboots and on another
 host. The inode is 0 where its number does not last: see filesystem.lasting_inode. The ctime changes with the content,
 and also when a file is renamed, linked, or given to another user.
@@ -14,25 +16,38 @@ import hashlib
 import os
 from typing import Callable, Sequence, Tuple
 
+from kvm_clone.agent.disks import device
 from kvm_clone.agent.disks.filesystem import lasting_inode
 
 
 def of(path: str) -> str:
-    """The file's fingerprint. Raises OSError."""
-    return of_stat(os.stat(path))
+    """The fingerprint of a file or device. Raises OSError."""
+    return of_stat(_looked_at(path))
 
 
 def of_stat(about: os.stat_result) -> str:
-    """The fingerprint in what stat(2) answers."""
+    """The fingerprint in what stat(2) answers; of a device's, as far as what was written has reached it.
+
+    Raises OSError.
+    """
+    if device.is_device(about):
+        return device.fingerprint(about)
     return f"{about.st_dev}:{lasting_inode(about)}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
 
 
-def of_layers(top: os.stat_result, below: Sequence[os.stat_result]) -> str:
-    """The fingerprint of an image, by what stat(2) answers for it and for each image that it rests on."""
+def _looked_at(path: str) -> os.stat_result:
+    about = os.stat(path)
+    if device.is_device(about):
+        device.flush(path)
+    return about
+
+
+def of_layers(path: str, below: Sequence[str]) -> str:
+    """The fingerprint of an image and of each image that it rests on, by their paths. Raises OSError."""
     if not below:
-        return of_stat(top)
-    contents = "\n".join(":".join(content(of_stat(one))) for one in below)
-    return f"{of_stat(top)}:{hashlib.sha256(contents.encode()).hexdigest()[:16]}"
+        return of(path)
+    contents = "\n".join(":".join(content(of(one))) for one in below)
+    return f"{of(path)}:{hashlib.sha256(contents.encode()).hexdigest()[:16]}"
 
 
 def identity(path: str) -> str:

@@ -2,7 +2,8 @@
 
 QEMU (block/file-posix.c) guards an image file with open-file-description locks on single bytes: a read lock on byte
 100 + n says "I use permission n", one on byte 200 + n says "I do not share permission n". Holding the right ones keeps
-every QEMU from opening the image for writing, without changing a byte of it.
+every QEMU from opening the image for writing, without changing a byte of it. A VM's QEMU sees a block device by a node
+of its own, on which nobody else's locks lie: see device.py for what is done there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import struct
 from typing import Tuple
 
+from kvm_clone.agent.disks import device
 from kvm_clone.agent.disks.disk import open_flags
 from kvm_clone.agent.protocol.errors import IN_USE, AgentError
 
@@ -27,9 +29,10 @@ class ImageLock:
     """Keeps every other process from writing an image through QEMU while this object lives."""
 
     def __init__(self, path: str) -> None:
-        """Raises AgentError (in-use) when a process has the image open for writing."""
+        """Raises AgentError (in-use) when a process has the image open for writing; OSError."""
         self._path = path
-        self._fd = os.open(path, open_flags(writable=False))
+        flags = open_flags(writable=False)
+        self._fd = device.open_alone(path, flags) if device.is_device(os.stat(path)) else os.open(path, flags)
         try:
             for byte in (_USES + _CONSISTENT_READ, _DOES_NOT_SHARE + _WRITE, _DOES_NOT_SHARE + _RESIZE):
                 self._control(fcntl.F_OFD_SETLK, fcntl.F_RDLCK, byte)

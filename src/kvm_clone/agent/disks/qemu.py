@@ -14,7 +14,7 @@ import socket
 import subprocess
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
-from kvm_clone.agent.disks import header
+from kvm_clone.agent.disks import device, header
 from kvm_clone.agent.disks.chain import QCOW2, Node
 from kvm_clone.agent.disks.disk import DATA, HOLE, ZERO, Extent
 from kvm_clone.agent.disks.nbd import NbdDisk
@@ -36,10 +36,19 @@ def _node(chained: Sequence[Node], **options: Any) -> Dict[str, Any]:
     """The top layer as QEMU opens it, with all that it rests on. `options` are the driver's."""
     top, *below = chained
     _check_sole(top)
-    node: Dict[str, Any] = {"driver": top.format, **options, "file": {"driver": "file", "filename": top.path}}
+    below_format = {"driver": _protocol(top.path), "filename": top.path}
+    node: Dict[str, Any] = {"driver": top.format, **options, "file": below_format}
     if top.format == QCOW2:
         node["backing"] = _node(below) if below else None
     return node
+
+
+def _protocol(path: str) -> str:
+    """The driver that opens the path: `file` refuses devices."""
+    try:
+        return "host_device" if device.is_device(os.stat(path)) else "file"
+    except OSError:  # QEMU says what is wrong with it
+        return "file"
 
 
 def _check_sole(node: Node) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from kvm_clone.agent import names
 from kvm_clone.agent.digests.digest import BLOCK
-from kvm_clone.agent.disks import chain, filesystem, fingerprint, header, image, nbd, qemu, reflink
+from kvm_clone.agent.disks import chain, device, filesystem, fingerprint, header, image, nbd, qemu, reflink
 from kvm_clone.agent.disks.disk import DATA, joined, thinned
 from kvm_clone.agent.disks.file import disk_size
 from kvm_clone.agent.host.this_host import this_host
@@ -117,7 +117,7 @@ def disk(path: str, image_format: str, live: bool = False) -> Dict[str, Any]:
 
     `layers`: [path, format] of each image that it rests on, the nearest first. `data`: how much of what the guest sees
     is not known to be zero; a guess with `live`, when a VM may be writing it. `stored`: what a fresh copy takes where
-    that is less, for clusters that stay compressed; else 0.
+    that is less, for clusters that stay compressed; else 0. A raw device is not read: all of it may be data.
     """
     try:
         about = os.stat(path)
@@ -125,23 +125,34 @@ def disk(path: str, image_format: str, live: bool = False) -> Dict[str, Any]:
             "path": path,
             "real": os.path.realpath(path),
             "regular": stat.S_ISREG(about.st_mode),
+            "device": device.is_device(about),
             "mode": stat.S_IMODE(about.st_mode) & 0o777,
             "user": _name(pwd.getpwuid, about.st_uid),
             "group": _name(grp.getgrgid, about.st_gid),
             "allocated": about.st_blocks * 512,
-            "fingerprint": fingerprint.of_stat(about),
+            "fingerprint": fingerprint.of(path),
             "virtual_size": disk_size(about.st_size),
             "layers": [],
         }
-        if answer["regular"] and image_format == image.QCOW2:
+        if answer["device"]:
+            answer.update(_device(path, about, live))
+        holds = answer["regular"] or answer["device"]
+        if holds and image_format == image.QCOW2:
             answer.update(_image(path, live))
-        known = answer["regular"] and not {"data_file", "encrypted"} & answer.keys()
+        known = holds and not {"data_file", "encrypted"} & answer.keys()
         answer["data"], answer["stored"] = (
             _content(path, image_format, answer["virtual_size"], live) if known else (0, 0)
         )
     except (OSError, AgentError) as error:
         return {"path": path, "error": getattr(error, "strerror", None) or str(error)}
     return answer
+
+
+def _device(path: str, about: os.stat_result, live: bool) -> Dict[str, Any]:
+    """What a device has otherwise than a file: its node's owner and mode say nothing of a copy in a file."""
+    if not live:
+        device.check_counted(path, about)
+    return {"virtual_size": device.size(about), "mode": 0o600, "user": "root", "group": "root"}
 
 
 def _image(path: str, live: bool) -> Dict[str, Any]:

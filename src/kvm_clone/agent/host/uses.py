@@ -19,6 +19,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Op
 
 from kvm_clone.agent.disks import chain, fingerprint, header
 from kvm_clone.agent.disks.image_lock import is_locked_by_qemu
+from kvm_clone.agent.process import other_processes
 from kvm_clone.agent.protocol.errors import AgentError
 
 FREE, USED, UNKNOWN, ABSENT, ODD = "free", "used", "unknown", "absent", "odd"
@@ -165,7 +166,9 @@ class _Index:
             return None
         found = (about.st_dev, about.st_ino)
         ids.setdefault(found, by)
-        self._lasting.setdefault(_lasting(about), by)
+        lasting = _lasting(about)
+        if not lasting.startswith("0:"):
+            self._lasting.setdefault(lasting, by)
         return found
 
     def add_loops(self) -> None:
@@ -224,7 +227,7 @@ class _Index:
 
     def add_processes(self, wanted: Set[_Id]) -> None:
         """Processes, other than this one and its children, that have a candidate open, or mapped into their memory."""
-        others = _others()
+        others = other_processes()
         if 1 not in others:  # procfs may be mounted with hidepid, for all but root
             self._doubts.append("not all processes of this host can be looked at by this user")
         for pid in others:
@@ -295,8 +298,11 @@ class _Index:
 
 
 def _lasting(about: os.stat_result) -> str:
-    """A fingerprint without the device."""
-    return fingerprint.of_stat(about).partition(":")[2]
+    """A fingerprint without the device; it begins with 0 where it says nothing."""
+    try:
+        return fingerprint.of_stat(about).partition(":")[2]
+    except OSError:  # a block device of which the kernel tells nothing
+        return "0:"
 
 
 def _files_in(directory: str) -> Iterator[str]:
@@ -312,16 +318,6 @@ def _files_in(directory: str) -> Iterator[str]:
                         yield entry.path
 
 
-def _others() -> List[int]:
-    """The processes of this host but this one and those that descend from it."""
-    parents: Dict[int, int] = {}
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            with contextlib.suppress(OSError, IndexError, ValueError), open(f"/proc/{name}/stat", "rb") as file:
-                parents[int(name)] = int(file.read().rpartition(b")")[2].split()[1])
-    return [pid for pid in parents if not _descends(pid, parents)]
-
-
 def _mapped(pid: int) -> Set[_Id]:
     """Device and inode of the files that the process has mapped: it may have closed them since. Raises OSError.
 
@@ -334,16 +330,6 @@ def _mapped(pid: int) -> Set[_Id]:
             major, minor = (int(part, 16) for part in device.split(":"))
             found.add((os.makedev(major, minor), int(inode)))
     return found
-
-
-def _descends(pid: int, parents: Dict[int, int]) -> bool:
-    seen: Set[int] = set()
-    while pid and pid not in seen:
-        if pid == os.getpid():
-            return True
-        seen.add(pid)
-        pid = parents.get(pid, 0)
-    return False
 
 
 def _name(pid: int) -> str:
